@@ -1,0 +1,37 @@
+"""Package metadata comes from settings.ini; edit that file, not this one."""
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+parser = ConfigParser(delimiters=["="])
+parser.read("settings.ini")
+cfg = parser["DEFAULT"]
+lib = cfg["lib_path"]
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=f">={cfg['min_python']}",
+    # dataset/ stays a readable top-level folder here and travels inside the package
+    packages=[*find_packages(include=[f"{lib}*"]), f"{lib}._dataset"],
+    package_dir={lib: lib, f"{lib}._dataset": "dataset"},
+    package_data={lib: ["*.html", "py.typed"], f"{lib}._dataset": ["*"]},
+    install_requires=cfg["requirements"].split(),
+    extras_require={
+        "train": cfg["train_requirements"].split(),
+        "dev": cfg["dev_requirements"].split(),
+    },
+    long_description=Path("README.md").read_text() if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{lib}={lib}._modidx:d"],
+    },
+)

@@ -458,10 +458,10 @@ def select(
     if rule in ("random_k", "longest_k"):
         keyed = {r["id"]: float(len(response_of(r))) if rule == "longest_k" else 0.0 for r in rows}
     else:
-        keyed = {r["id"]: scores[r["id"]] for r in rows if r["id"] in (scores or {})}
+        scored = scores or {}
+        keyed = {r["id"]: scored[r["id"]] for r in rows if r["id"] in scored}
         if not keyed:
             raise UserError(f"{rule}: none of the {len(rows)} rows has a score")
-        scores = keyed
     if rule == "threshold":
         kept = {key for key, score in keyed.items() if score >= value}
     elif rule == "quantile":

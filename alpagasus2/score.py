@@ -176,14 +176,15 @@ def signals(
 # %% ../nbs/01a_score.ipynb #472b07b9
 def flaws(
     rows: Sequence[Signals],  # signals of all rows of one data set
-) -> list[float]:  # in [0, 1]; higher is better
-    "Average rank of likelihood, (negative) IFD and EOS among the rows; a missing EOS ranks middle."
+) -> list[float]:  # at most 0, which is best on every signal; a missing EOS ranks in the middle
+    "Mean log rank (Fisher's method) of likelihood, negative IFD and EOS among the rows."
     if not rows:
         return []
     eos = np.array([s.eos for s in rows])
     eos = np.where(np.isnan(eos), np.nanmedian(eos) if not np.isnan(eos).all() else 0.0, eos)
     columns = [np.array([s.loglik for s in rows]), -np.array([s.ifd for s in rows]), eos]
-    return [float(r) for r in np.mean([rankdata(c) / len(rows) for c in columns], axis=0)]
+    ranks = [rankdata(c) / len(rows) for c in columns]
+    return [float(r) for r in np.mean(np.log(ranks), axis=0)]
 
 
 def superfiltering(
@@ -192,7 +193,7 @@ def superfiltering(
     "The IFD of rows whose instruction helps; select the highest."
     return [s.ifd if s.ifd < 1 else None for s in rows]
 
-# %% ../nbs/01a_score.ipynb #7719a1c7
+# %% ../nbs/01a_score.ipynb #63266754
 def heldout_nll(
     model: Any,  # a causal LM, with or without adapters
     tokenizer: Any,  # its tokenizer
@@ -209,7 +210,7 @@ def heldout_nll(
         for e, nll in zip(encoded, losses, strict=True)
     ]
 
-# %% ../nbs/01a_score.ipynb #b6692ea5
+# %% ../nbs/01a_score.ipynb #972a67c4
 @torch.no_grad()
 def choice_logprobs(
     model: Any,  # a causal LM

@@ -31,7 +31,7 @@ from .score import Encoded, encode, micro_batches, row_nll, target_nll
 # %% ../nbs/02_train.ipynb #1b645389
 import torch
 import transformers
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/02_train.ipynb #902ba3cd
 @dataclass
@@ -72,7 +72,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora_r": 16, "lora_alpha": 32, "lora_target_modules": "all-linear",
     },
     "quickstart": {
-        "batch_size": 8, "learning_rate": 1e-3, "num_epochs": 1, "lora_dropout": 0.0,
+        "batch_size": 4, "learning_rate": 2e-3, "num_epochs": 1, "warmup_ratio": 0.0,
+        "lora_dropout": 0.0,
     },
 }  # fmt: skip
 
@@ -215,7 +216,7 @@ def mean_loss(
 
 def train(
     base_model: str,  # a local folder, a hub id, or smollm2-135m
-    data_path: str | Path | Sequence[dict],  # a file, a catalogued name, a hub id; or rows
+    data_path: str | Path | list[dict],  # a file, a catalogued name, a hub id; or rows
     output_dir: str | Path,  # where the adapter goes; replaced only when the new one is complete
     config: TrainConfig | None = None,  # default: the published 7B settings
     quant_lora: QuantLoraConfig | None = None,  # default: likewise
@@ -224,21 +225,22 @@ def train(
     "Train an adapter and save it with its tokenizer and `train_result.json`."
     config, quant_lora = config or TrainConfig(), quant_lora or QuantLoraConfig()
     output_dir = Path(output_dir)
-    given = isinstance(data_path, str | Path)
-    rows, problems = load_examples(data_path) if given else (list(data_path), [])
-    if problems:
-        print(dropped(problems))
+    rows, files = data_path if isinstance(data_path, list) else [], []
+    if not isinstance(data_path, list):
+        rows, problems = load_examples(data_path)
+        files = [data_path]
+        if problems:
+            print(dropped(problems))
     tokenizer = load_tokenizer(base_model)
     train_rows, held_rows = split_rows(rows, config)
     encoded, counts = encode_rows(train_rows, tokenizer, config)
     held = encode_rows(held_rows, tokenizer, config)[0] if held_rows else []
     model = add_lora(load_base(base_model, quant_lora), quant_lora, config.seed)
     settings = {"base_model": str(base_model), **asdict(config), **asdict(quant_lora)}
-    with recorded(output_dir, settings, [data_path] if given else []) as entry:
+    with recorded(output_dir, settings, files) as entry:
         start = time.perf_counter()
-        log = fit(
-            model, encoded, config, (lambda: mean_loss(model, held)) if held else None, progress
-        )
+        evaluate = (lambda: mean_loss(model, held)) if held else None
+        log = fit(model, encoded, config, evaluate, progress)
         seconds = time.perf_counter() - start
         result = {
             **counts,

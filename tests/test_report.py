@@ -1,0 +1,251 @@
+"""The report in the hands of hostile answers, of thousands of pairs, and of a real browser."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from alpagasus2.report import write_report
+
+CHROMIUM = Path("/usr/bin/chromium")
+OWNED = "</script><script>document.title='owned'</script>"
+IMAGE = "<img src=x onerror=\"document.title='owned'\">"
+COMMENT = "<!-- <script> -->"
+ANSWERS = [OWNED, IMAGE, COMMENT, "🦙🏽 &amp; \u2028 <b>", "שלום, <עולם>", "long " * 20_000]
+
+
+def verdict(number, first, says, answer="Blue.", test_set="koala", **fields):
+    return {
+        "id": f"q_{number}", "test_set": test_set, "category": ["writing", "maths"][number % 2],
+        "instruction": f"Question number {number}?", "input": "", "model_a": "filtered",
+        "model_b": "random", "replicate": 0, "vote": 0, "first": first, "response_a": answer,
+        "response_b": "An answer.", "score_a": 9.0, "score_b": 7.0, "verdict": says,
+        "review": f"9 7\nReview of {number} with {first} first.", "status": "ok" if says else
+        "unparsed", "judge": {"model": "stand-in"}, **fields,
+    }  # fmt: skip
+
+
+def pair_lines(number, says="aa", **fields):
+    names = {"a": "a", "b": "b", "t": "tie", "-": None}
+    return [verdict(number, f, names[s], **fields) for f, s in zip("ab", says, strict=True)]
+
+
+def statistics(test_set, n, **fields):
+    return {
+        "test_set": test_set, "model_a": "filtered", "model_b": "random", "n": n, "win": n // 2,
+        "tie": 0, "lose": n - n // 2, "failed": 1, "winning_score": 1.0312,
+        "winning_score_ci95": [0.981, 1.088], "win_rate": 0.5156, "win_rate_ci95": [0.49, 0.544],
+        "sign_test_p": 0.0312, "consistency": 0.8, "kappa_between_orders": 0.61,
+        "first_slot_wins": 70, "second_slot_wins": 50, "longer_wins": 0.55,
+        "length_adjusted_win_rate": 0.507, **fields,
+    }  # fmt: skip
+
+
+def example(nulls=False):
+    empty = dict.fromkeys(
+        ("winning_score", "winning_score_ci95", "win_rate", "win_rate_ci95", "sign_test_p",
+         "consistency", "kappa_between_orders", "longer_wins", "length_adjusted_win_rate")
+    )  # fmt: skip
+    rows = [statistics("koala", 180), statistics("vicuna", 80), statistics("wizardlm", 0, **empty)]
+    checks = [
+        {"name": "kappa between orders", "value": 0.61, "limit": "at least 0.2", "status": "pass"},
+        {"name": "null answer wins", "value": 0.15, "limit": "at most 0.1", "status": "fail"},
+        {"name": "gold pairs right", "value": None, "limit": "at least 0.8", "status": "not run"},
+    ]
+    return {
+        "claim": {"verdict": "within noise", "reason": f"50.0% [48%, 52%] {IMAGE}"},
+        "pairs": rows[2:] if nulls else rows,
+        "pooled": [statistics(None, 260)],
+        "judge_health": {"summary": "This judge shows no clear preference.", "checks": checks},
+        "heldout": {"filtered": {"loss": 1.93, "ci95": [1.9, 2.0]}, "base": {"loss": None}},
+        "checkable": {"filtered": [41, 60], "longest": [0, 0], "random": None},
+        "filter": {"selector": "flaws", "model": "small", "auc": None, "kept": {"filtered": 90},
+                   "auc_by_kind": {"cut": {"auc": 0.97, "ci95": [0.9, 1], "n": 12}},
+                   "flawed_kept": {"filtered": 0.02}},
+        "failures": [verdict(3, "b", None, review=OWNED)],
+        "cost": {"rating": {"calls": 9229, "usd": 4.25}},
+        "manifest": {"libraries": {"jinja2": "3.1"}, "note": OWNED},
+    }  # fmt: skip
+
+
+def figure():
+    drawn = Figure(figsize=(7, 3))
+    axes = drawn.subplots()
+    axes.barh(["lose", "tie", "win"], [20, 10, 30])
+    axes.set(xlabel="prompts", title="filtered vs random, n = 60")
+    return drawn
+
+
+def lines():
+    says = ["aa", "bb", "ab", "tt", "a-", "at"]
+    pairs = [pair_lines(n, says[n % 6], test_set=["koala", "vicuna"][n % 2]) for n in range(54)]
+    pairs += [pair_lines(54 + n, answer=a) for n, a in enumerate(ANSWERS)]
+    return [line for pair in pairs for line in pair]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    figures = {"Wins, ties and losses": figure()}
+    return write_report(example(), tmp_path_factory.mktemp("r"), lines(), figures=figures)
+
+
+class Tags(HTMLParser):
+    "Tags, references and the pair data of a page."
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.refs, self.script, self.inside = [], [], "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        "No element has a handler of its own."
+        self.tags.append(tag)
+        self.refs += [v for k, v in attrs if k in ("src", "href", "action", "srcset", "data")]
+        assert not [k for k, _ in attrs if k.startswith("on")], attrs
+        self.inside = ("type", "application/json") in attrs
+
+    def handle_endtag(self, tag):
+        "Data ends with its element."
+        self.inside = False
+
+    def handle_data(self, data):
+        "Keep what the pair viewer reads."
+        self.script += data if self.inside else ""
+
+
+def test_nothing_is_loaded_and_nothing_escapes(page):
+    text = page.read_text(encoding="utf-8")
+    tags = Tags(text)
+    assert [r[:5] for r in tags.refs if not r.startswith("#")] == ["data:"]
+    assert not re.findall(r"url\(|@import|http-equiv=.refresh", text)
+    assert (tags.tags.count("script"), tags.tags.count("img"), tags.tags.count("b")) == (2, 1, 0)
+    pairs = json.loads(tags.script)
+    assert [p["answers"][0]["text"] for p in pairs[54:]] == ANSWERS
+    assert "default-src 'none'" in text and "unsafe-eval" not in text
+
+
+def test_null_is_a_dash(tmp_path):
+    text = write_report(example(nulls=True), tmp_path).read_text(encoding="utf-8")
+    row = re.search(r'<th scope="row">wizardlm.*?</tr>', text, re.S)[0]
+    cells = [re.sub(r"<[^>]+>|\s+", " ", c).strip() for c in re.findall(r"<td.*?</td>", row, re.S)]
+    slots = "70 / 50"
+    assert cells == ["filtered vs random", "0", "0 / 0 / 0", "1", *"–––––", slots, *"––"]
+    assert "None" not in re.sub(r"<script.*?</script>", "", text, flags=re.S)
+
+
+def test_thousands_of_pairs_stay_small(tmp_path):
+    answer = "A sentence of an answer, <b>and</b> more. " * 25
+    many = [x for n in range(2000) for x in pair_lines(n, answer=answer, review="word " * 150)]
+    assert write_report({}, tmp_path, many).stat().st_size < 15e6
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM.exists():
+        pytest.skip(f"no {CHROMIUM}: apt-get install chromium")
+    with sync.sync_playwright() as p:
+        yield p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def tab(browser, page):
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    complaints, requests = [], []
+    tab.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+    tab.on("pageerror", lambda e: complaints.append(str(e)))
+    tab.on("request", lambda r: requests.append(r.url))
+    tab.goto(page.as_uri())
+    yield tab
+    assert not complaints
+    assert not [u for u in requests if not u.startswith(("file:", "data:"))]
+    assert tab.title() == "AlpaGasus 2 report"
+    tab.close()
+
+
+def count(tab):
+    return tab.text_content("#count")
+
+
+def test_the_keyboard_turns_pages(tab):
+    assert count(tab) == "1 of 60"
+    for key, at in (("j", 2), ("ArrowRight", 3), ("k", 2), ("ArrowLeft", 1), ("k", 1)):
+        tab.keyboard.press(key)
+        assert count(tab) == f"{at} of 60"
+    tab.focus("#search")
+    tab.keyboard.type("jj")  # typing in the search is no command
+    assert count(tab) == "no pair matches"
+    tab.keyboard.press("Escape")
+    tab.click("#clear")
+    tab.focus("#next")
+    tab.keyboard.press("Enter")
+    assert count(tab) == "2 of 60"
+
+
+def test_hostile_answers_are_text(tab):
+    for number, answer in enumerate(ANSWERS, 55):
+        tab.evaluate(f"location.hash = '#pair-{number}'")
+        tab.wait_for_function(f"document.querySelector('#count').textContent === '{number} of 60'")
+        shown = tab.locator("#pair .columns .prose").first
+        assert shown.text_content() == answer
+        assert tab.locator("#pair img, #pair script, #pair b").count() == 0
+    assert shown.evaluate("x => x.clientHeight < x.scrollHeight && x.clientHeight < 500")
+
+
+def test_search_and_filters(tab):
+    tab.fill("#search", "NUMBER 41")
+    assert count(tab) == "1 of 1" and "Question number 41?" in tab.text_content("#pair")
+    tab.click("#clear")
+    for outcome, n in (("win", 9 + 9 + 6), ("lose", 9), ("tie", 18), ("failed", 9)):
+        tab.select_option("#by-outcome", outcome)
+        assert count(tab) == f"1 of {n}"
+    tab.click("#clear")
+    tab.check("#flips")
+    assert count(tab) == "1 of 18" and "verdicts disagree" in tab.text_content("#pair")
+    tab.select_option("#by-test-set", "vicuna")
+    assert count(tab) == "1 of 9"
+    tab.select_option("#by-category", "writing")
+    assert count(tab) == "no pair matches"
+
+
+def test_a_link_finds_its_pair_again(tab):
+    for _ in range(11):
+        tab.keyboard.press("j")
+    assert tab.url.endswith("#pair-12")
+    tab.reload()
+    assert count(tab) == "12 of 60" and "Question number 11?" in tab.text_content("#pair")
+    tab.select_option("#by-outcome", "win")
+    tab.evaluate("location.hash = '#pair-2'")  # a link to a pair that the filter hides
+    tab.wait_for_function("document.querySelector('#count').textContent === '2 of 60'")
+    assert tab.input_value("#by-outcome") == ""
+
+
+def test_tables_sort_by_keyboard(tab):
+    def column():
+        return tab.eval_on_selector_all(
+            "#pairs tbody tr", "rows => rows.map(r => r.cells[2].textContent)"
+        )
+
+    head = tab.get_by_role("button", name="n", exact=True)
+    head.focus()
+    tab.keyboard.press("Enter")
+    assert column() == ["0", "80", "180", "260"]  # pooled stays in its own body
+    tab.keyboard.press("Space")
+    assert column() == ["180", "80", "0", "260"]
+    assert tab.get_attribute("#pairs th:nth-child(3)", "aria-sort") == "descending"
+    for _ in range(2):  # what is undefined stays last in both directions
+        tab.get_by_role("button", name="consistency").click()
+        assert column()[2] == "0"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_never_scrolls_sideways(tab, scheme):
+    tab.emulate_media(color_scheme=scheme)
+    tab.set_viewport_size({"width": 390, "height": 844})
+    for number in (1, *range(55, 61)):
+        tab.evaluate(f"location.hash = '#pair-{number}'")
+        tab.wait_for_function(f"document.querySelector('#count').textContent === '{number} of 60'")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390

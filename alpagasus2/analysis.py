@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RESAMPLES', 'LIMITS', 'load_judgments', 'orient', 'prompt_table', 'winning_score', 'winning_score_interval',
-           'outcomes', 'length_adjusted_win_rate', 'pair_statistics', 'judge_health', 'claim', 'heldout_summary',
-           'is_right', 'checkable', 'auc', 'auc_with_interval', 'auc_within_length', 'filter_report', 'analyse',
-           'plot_outcomes', 'plot_slots', 'plot_heldout', 'plot_scores']
+           'outcomes', 'length_adjusted_win_rate', 'pair_statistics', 'judge_health', 'canary_outcomes', 'claim',
+           'heldout_summary', 'is_right', 'checkable', 'auc', 'auc_with_interval', 'auc_within_length', 'filter_report',
+           'analyse', 'plot_outcomes', 'plot_slots', 'plot_heldout', 'plot_scores']
 
 # %% ../nbs/05_analysis.ipynb #77de68da
 import re
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .data import response_of
-from .runs import UserError, read_json, read_jsonl
+from .runs import UserError, latest, read_json
 
 # %% ../nbs/05_analysis.ipynb #1b645389
 import matplotlib.pyplot as plt
@@ -62,10 +62,10 @@ def load_judgments(
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
     if source.is_file():
-        return read_jsonl(source), []
+        return _judgment_lines(source), []
     lines, used = [], set()
     for path in sorted(source.glob("judgments*.jsonl")):
-        lines += read_jsonl(path)
+        lines += _judgment_lines(path)
         used.add(path.name)
     for path in sorted(source.glob("*-*-*.json")):
         a, b, test_set = path.stem.split("-", 2)
@@ -77,6 +77,14 @@ def load_judgments(
     if not lines:
         raise UserError(f"{source}: no judgments*.jsonl and no pair A-B-TEST.json, B-A-TEST.json")
     return lines, [p.name for p in sorted(source.glob("*.json*")) if p.name not in used]
+
+
+def _judgment_lines(path: Path) -> list[dict]:
+    lines = latest(path)
+    for line in lines:
+        if lacking := {"id", "model_a", "model_b", "first", "verdict"} - set(line):
+            raise UserError(f"{path}: a line has no `{min(lacking)}`; are these judgments?")
+    return lines
 
 
 _SWAP = {"a": "b", "b": "a"}
@@ -244,15 +252,19 @@ LIMITS = {"kappa": 0.2, "failed": 0.1, "null_wins": 0.1, "gold_right": 0.8}
 def judge_health(
     prompts: pd.DataFrame,  # from `prompt_table`, all pairs
     canaries: Mapping[str, float] | None = None,  # null_wins, gold_right, as far as they were run
+    failed: float | None = None,  # share of unreadable verdicts; default: of unjudged prompts
 ) -> dict[str, Any]:  # summary, fit (True or False), slot_p, checks
     "Hold the judge's behaviour against the limits."
     judged = prompts.dropna(subset=["d1", "d2"])
     d1, d2 = judged["d1"], judged["d2"]
     first = int((d1 > 0).sum() + (d2 < 0).sum())
     second = int((d1 < 0).sum() + (d2 > 0).sum())
+    if failed is None and len(prompts):
+        failed = 1 - len(judged) / len(prompts)
+    kappa = _kappa(d1, d2)
     found = {
-        "kappa": _kappa(d1, d2),
-        "failed": 1 - len(judged) / len(prompts) if len(prompts) else None,
+        "kappa": 0.0 if kappa is None and len(judged) else kappa,  # always the same: no skill shown
+        "failed": failed,
         **{k: (canaries or {}).get(k) for k in ("null_wins", "gold_right")},
     }
     checks = [_check(name, found[name]) for name in LIMITS]
@@ -267,6 +279,18 @@ def judge_health(
         "slot_p": p,
         "checks": checks,
     }
+
+
+def canary_outcomes(
+    lines: Sequence[Mapping],  # judgment lines of `canary_pairs`
+) -> dict[str, float]:  # gold_right, null_wins: shares of verdicts, failures counted as not won
+    "How the judge did on what is known."
+    shares = {}
+    for name, model in (("gold_right", "gold"), ("null_wins", "null")):
+        verdicts = [x["verdict"] == "a" for x in lines if x["model_a"] == model]
+        if verdicts:
+            shares[name] = sum(verdicts) / len(verdicts)
+    return shares
 
 
 _CHECKS = {
@@ -307,7 +331,8 @@ def claim(
     failed = [c for c in health["checks"] if c["status"] == "fail"]
     if failed:
         why = "; ".join(f"{c['name']} is {c['value']:.3g}, needed {c['limit']}" for c in failed)
-        return {"verdict": "judge unfit: no claim", "reason": f"{health['summary']} {why}."}
+        reason = f"{health['summary']} {why[0].upper()}{why[1:]}."
+        return {"verdict": "judge unfit: no claim", "reason": reason}
     deciding = next((p for p in pairs if p["model_b"] == control), None)
     if deciding is None or deciding["win_rate_ci95"] is None:
         return {"verdict": "no claim", "reason": f"No comparison with the control arm {control!r}."}
@@ -315,7 +340,11 @@ def claim(
     bound = 0.5 - (margin or 0)
     verdict = "supported" if low > bound else "not supported" if high < bound else "within noise"
     kind = f"not worse by more than {margin:.1%}" if margin else "better"
-    noise = "" if deciding["replicates"] > 1 else " One replicate: there is no noise floor."
+    noise = (
+        " The interval is over prompts; that of seeds and draws is not in it."
+        if deciding["replicates"] > 1
+        else " One replicate: there is no noise floor."
+    )
     return {
         "verdict": verdict,
         "reason": f"{deciding['model_a']} {kind} than {control}: win rate "
@@ -380,9 +409,10 @@ def is_right(
         return wanted in text
     if kind != "choice":
         raise UserError(f"answer type {kind!r} is unknown; use exact, number, choice or contains")
-    options = [str(o).casefold() for o in answer.get("options", [value])]
-    named = re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, options))})(?!\w)", text)
-    return named is not None and named[0] == wanted
+    options = [str(o) for o in answer.get("options", [value])]
+    case = 0 if min(map(len, options)) == 1 else re.I  # the letter A is not the article
+    named = re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, options))})(?!\w)", response, case)
+    return named is not None and named[0].casefold() == wanted
 
 
 def checkable(
@@ -393,6 +423,8 @@ def checkable(
     answers = {(q["test_set"], q["id"]): q["answer"] for q in questions if q.get("answer")}
     counts: dict[str, list[int]] = {}
     for r in responses:
+        if r.get("finish_reason") == "error":
+            continue
         if answer := answers.get((r["test_set"], r["id"])):
             total = counts.setdefault(r["model"], [0, 0])
             total[0] += is_right(answer, r["response"])
@@ -454,10 +486,10 @@ def filter_report(
         },
     }
     known = [r for r in rows if "flaw" in r and r["id"] in scores]
-    if not any(r["flaw"] for r in known):
+    if len({bool(r["flaw"]) for r in known}) < 2:
         return report
     table = pd.DataFrame({
-        "score": [scores[r["id"]] for r in known], "flaw": [r["flaw"] for r in known],
+        "score": [scores[r["id"]] for r in known], "flaw": [r["flaw"] or None for r in known],
         "length": [len(response_of(r)) for r in known],
     })  # fmt: skip
     table["flawed"] = table["flaw"].notna()
@@ -471,7 +503,9 @@ def filter_report(
         "auc_by_kind": {k: auc_with_interval(good, bad) for k, bad in sorted(kinds.items())},
         "flawed": float(table["flawed"].mean()),
         "flawed_kept": {
-            arm: float(np.mean([bool(r["flaw"]) for r in kept])) for arm, kept in selected.items()
+            arm: float(np.mean([bool(r.get("flaw")) for r in kept]))
+            for arm, kept in selected.items()
+            if any("flaw" in r for r in kept)
         },
     }
 
@@ -495,7 +529,8 @@ def analyse(
         for (test_set, *_), group in prompts.groupby(["test_set", *models], sort=False)
     ]
     pooled = [pair_statistics(g, seed) for _, g in prompts.groupby(models, sort=False)]
-    health = judge_health(prompts, canaries)
+    unread = sum(x["verdict"] is None for x in judgments) / len(judgments)
+    health = judge_health(prompts, canaries, unread)
     fields = ("id", "test_set", *models, "replicate", "vote", "first", "status", "review")
     return {
         "claim": claim(pooled, health, control, margin),

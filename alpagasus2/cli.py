@@ -70,7 +70,7 @@ def select(
     rows, problems = load_examples(data)
     if problems:
         print(dropped(problems), file=sys.stderr)
-    found = load_scores(scores, rows, dimension) if scores else None
+    found = load_scores(scores, rows, dimension, problems) if scores else None
     kept = select_rows(
         rows, found, threshold=threshold, top_k=top_k, quantile=quantile, random_k=random_k,
         longest_k=longest_k, seed=seed,
@@ -153,10 +153,13 @@ def _rate_locally(
 
 
 def _say_status(output: str, lines: Sequence[Mapping]) -> None:
+    "Count what became of the lines; a file of nothing but errors is a failure."
     counts: dict[str, int] = {}
     for line in lines:
         counts[line["status"]] = counts.get(line["status"], 0) + 1
     print(f"{output}: " + ", ".join(f"{n:,} {status}" for status, n in counts.items()))
+    if set(counts) == {"error"}:
+        raise UserError(f"{output}: every call failed, the last with: {lines[-1]['review']}")
 
 # %% ../nbs/07_cli.ipynb #0ade7c2c
 def judge(
@@ -316,7 +319,9 @@ def report(
     if model_a and lines and model_a not in models:
         raise UserError(f"--model_a {model_a}: not judged; there are {', '.join(sorted(models))}")
     control = None if model_a else "random"
-    results = analyse(lines, model_a, margin=margin, control=_control(models, model_a, control))
+    canaries = _canaries(judgments) if judgments else {}
+    control = _control(models, model_a, control)
+    results = analyse(lines, model_a, canaries, margin=margin, control=control)
     answers = [x for path in responses or [] for x in read_jsonl(path)]
     figures = {
         "Verdicts in both orders": plot_outcomes(results["pairs"]),
@@ -326,6 +331,14 @@ def report(
     if lines:
         print(f"{results['claim']['verdict']}. {results['judge_health']['summary']}")
     print(page)
+
+
+def _canaries(judgments: str) -> dict[str, float]:
+    "The judge's canaries, when the folder is a run's."
+    from alpagasus2.analysis import canary_outcomes
+    from alpagasus2.runs import latest
+
+    return canary_outcomes(latest(Path(judgments) / "canaries.jsonl"))
 
 
 def _control(models: set[str], model_a: str | None, default: str | None) -> str | None:
@@ -427,6 +440,8 @@ def _parser(command: str) -> Any:
         notes |= docments(cls)
         parser.add_class_arguments(cls, as_group=False)
     for action in parser._actions:
+        if parameters.get(action.dest) and parameters[action.dest].annotation is bool:
+            action.nargs, action.const = "?", True  # --dry_run alone means yes
         if notes.get(action.dest):
             action.help = notes[action.dest].replace("%", "%%")
     return parser
@@ -436,6 +451,7 @@ def _sentence(command: str, message: str, known: Sequence[str]) -> str:
     "The parser's complaint on one line, with the nearest option for an unknown one."
     text = " ".join(message.split())
     for word in text.replace("=", " ").replace('"', " ").replace("'", " ").split():
+        word = word.rstrip(":,.")
         if word.startswith("--") and word[2:] not in known:
             near = difflib.get_close_matches(word[2:], known, 1)
             hint = f"; did you mean --{near[0]}?" if near else ""
@@ -467,14 +483,22 @@ def _take_auth_token(argv: list[str]) -> list[str]:
     return kept
 
 
+def _config_text(argv: Sequence[str]) -> str:
+    "The text of the files given with --config, as far as they can be read."
+    paths = [w.partition("=")[2] or n for w, n in zip(argv, [*argv[1:], ""], strict=True)
+             if w.partition("=")[0] == "--config"]  # fmt: skip
+    return " ".join(Path(p).read_text() for p in paths if Path(p).is_file())
+
+
 def _values(command: str, argv: list[str]) -> dict[str, Any]:
     "The options of a sub-command, typed and complete."
     parser = _parser(command)
-    if command == "train":  # a preset is a set of defaults, which options given replace
-        from alpagasus2.train import PRESETS
+    if command == "train" and "preset" in " ".join(argv) + _config_text(argv):
+        from alpagasus2.train import PRESETS  # a preset is a set of defaults, replaced by options
 
-        given = argv[argv.index("--preset") + 1 :] if "--preset" in argv else []
-        parser.set_defaults(**PRESETS.get(next(iter(given), ""), {}))
+        printing = ("--print_config", "-h", "--help")
+        first = parser.parse_args([w for w in argv if not w.startswith(printing)])
+        parser.set_defaults(**PRESETS.get(first.preset, {}))
     values = parser.parse_args(argv).as_dict()
     return {k: v for k, v in values.items() if k not in ("config", "__path__")}
 
@@ -499,6 +523,9 @@ def main(
             raise UserError(f"unknown command {words[0]!r}; {hint}")
         COMMANDS[words[0]][0](**_values(words[0], _take_auth_token(words[1:])))
     except UserError as e:
+        print(f"alpagasus2: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:  # a full disk, a folder that may not be written
         print(f"alpagasus2: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -115,7 +115,11 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def _read_csv(path: Path) -> list[dict]:
-    rows = list(csv.DictReader(io.StringIO(_decode(path), newline=""), strict=True))
+    reader = csv.DictReader(io.StringIO(_decode(path), newline=""), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as e:
+        raise UserError(f"{path}: line {reader.line_num}: {e} (is the file cut short?)") from None
     for number, row in enumerate(rows):
         if None in row or None in row.values():
             raise UserError(f"{path}: row {number} has more or fewer cells than the header")
@@ -245,7 +249,8 @@ def check_rows(
         if "messages" not in row:
             row = {**row, "input": row.get("input") or ""}
         digest = row_id(row)
-        row = {**row, "id": str(row.get("id") or digest)}
+        given = row.get("id")
+        row = {**row, "id": digest if given in (None, "") else str(given)}
         if field := _empty(row):
             problems.append(Problem(n, "empty", f"{field} is empty"))
         elif digest in first_row:
@@ -390,8 +395,9 @@ def load_questions(
 # %% ../nbs/00_data.ipynb #f1f836cb
 def load_scores(
     path: str | Path,  # ratings.jsonl, or a .csv or .jsonl with id or row, and score
-    rows: Sequence[Mapping],  # the rows in file order: `row` counts them from 0
+    rows: Sequence[Mapping],  # rows of `load_examples`
     dimension: str | None = None,  # which one, when the file holds several
+    problems: Sequence[Problem] = (),  # what `load_examples` dropped: `row` counts these too
 ) -> dict[str, float]:  # row id -> mean score over votes
     "Read scores by row id. A row without a readable score is left out, never given a number."
     lines = read_rows(path)
@@ -401,12 +407,16 @@ def load_scores(
     if dimension and found and dimension not in found:
         raise UserError(f"{path}: no score for {dimension!r}, only for {', '.join(sorted(found))}")
     votes: dict[str, dict] = defaultdict(dict)
+    gone = {p.row for p in problems}
+    places = (n for n in range(len(rows) + len(gone)) if n not in gone)
+    by_row = {n: r["id"] for n, r in zip(places, rows, strict=True)}
     for n, line in enumerate(lines):
         if "dimension" in line and dimension not in (None, line["dimension"]):
             continue
         score = _score(line, n, path)
         if score is not None:
-            votes[_scored_id(line, n, path, rows)][line.get("vote", 0)] = score
+            if (key := _scored_id(line, n, path, by_row)) is not None:
+                votes[key][line.get("vote", 0)] = score
     return {key: sum(v.values()) / len(v) for key, v in votes.items()}
 
 
@@ -424,17 +434,16 @@ def _score(line: Mapping, n: int, path: str | Path) -> float | None:
     return score
 
 
-def _scored_id(line: Mapping, n: int, path: str | Path, rows: Sequence[Mapping]) -> str:
+def _scored_id(line: Mapping, n: int, path: str | Path, by_row: Mapping[int, str]) -> str | None:
+    "The id of the row that a line scores; None for a row that was dropped."
     if "id" in line:
         return str(line["id"])
-    try:
-        return rows[int(line["row"])]["id"]
-    except KeyError:
-        raise UserError(f"{path}: line {n} has neither `id` nor `row`") from None
-    except (IndexError, ValueError):
-        raise UserError(
-            f"{path}: line {n}: row {line['row']!r}, but there are {len(rows)}"
-        ) from None
+    if "row" not in line:
+        raise UserError(f"{path}: line {n} has neither `id` nor `row`")
+    text = str(line["row"])
+    if not text.isdigit():
+        raise UserError(f"{path}: line {n}: row {text!r} is no row number, counted from 0")
+    return by_row.get(int(text))
 
 # %% ../nbs/00_data.ipynb #fc074d50
 def select(

@@ -31,6 +31,7 @@ class Request:
 
     messages: Sequence[Mapping[str, str]]  # [{"role": ..., "content": ...}, ...]
     vote: int = 0  # which of several samples of the same messages
+    fresh: bool = False  # ask again even where a reply is stored, and replace it
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ class Endpoint:
                 if stop.is_set():
                     return
                 key = self.key(request)
-                if (reply := self.cache.get(key)) is None:
+                reply = None if request.fresh else self.cache.get(key)
+                if reply is None:
                     if client is None:
                         check_reachable(self.base_url)
                         client = openai.AsyncOpenAI(
@@ -233,6 +235,8 @@ class Endpoint:
             return Reply("", "error", self.model, error=_reason(e))
         except openai.OpenAIError as e:  # key, model name, quota, connection: every request's fate
             raise UserError(f"{self.base_url}, model {self.model}: {_reason(e)}") from None
+        if isinstance(answer, str):  # a page of HTML: the address lacks its /v1, say
+            raise UserError(f"{self.base_url}: the answer is no chat completion: {answer[:80]!r}")
         if not answer.choices or answer.choices[0].message.content is None:
             return Reply("", "error", answer.model or "", error="the server sent no text")
         choice, usage = answer.choices[0], answer.usage

@@ -352,7 +352,8 @@ def rate(
     with recorded(output, settings) as entry, Journal(output) as journal:
         todo = [k for k in keys if _is_open(journal.get(k), retry)]
         requests = (
-            Request(rating_messages(by_id[k["id"]], config.dimension), k["vote"]) for k in todo
+            Request(rating_messages(by_id[k["id"]], config.dimension), k["vote"], retry)
+            for k in todo
         )
         for i, reply in tqdm(ask(requests), total=len(todo), unit="row", disable=not progress):
             score = None if reply.error else parse_rating(reply.text)
@@ -400,6 +401,10 @@ def pair_responses(
     "Match the answers of two models; raises `UserError` when one of them has none."
     found: dict[tuple, dict[str, Mapping]] = {}
     for r in responses:
+        if "response" not in r or "model" not in r:
+            raise UserError(f"line {r.get('id')}: no `model` and `response`; are these answers?")
+        if r.get("finish_reason") == "error":
+            continue  # a server that failed gave no answer to judge
         key = (r["id"], r["test_set"], r.get("replicate", 0))
         found.setdefault(key, {})[r["model"]] = r
     names = {m for both in found.values() for m in both}
@@ -458,8 +463,9 @@ def compare(
         for p in pairs for v in range(config.votes) for first in ("a", "b")
     ]  # fmt: skip
     with recorded(output, settings) as entry, Journal(output) as journal:
+        _refuse_other_answers(lines, journal)
         todo = [x for x in lines if _is_open(journal.get(x), retry)]
-        requests = (_comparison(x, config.protocol) for x in todo)
+        requests = (_comparison(x, config.protocol, retry) for x in todo)
         for i, reply in tqdm(ask(requests), total=len(todo), unit="verdict", disable=not progress):
             line = todo[i]
             verdict, score_a, score_b = read_comparison(reply, line["first"], config.protocol)
@@ -470,7 +476,16 @@ def compare(
         return journal.rows()
 
 
-def _comparison(line: Mapping, protocol: Literal["pair", "verdict"]) -> Request:
+def _refuse_other_answers(lines: Iterable[Mapping], journal: Journal) -> None:
+    "Verdicts over answers that have changed since would stand for the new ones."
+    for line in lines:
+        old = journal.get(line)
+        if old and any(old[f] != line[f] for f in ("response_a", "response_b")):
+            where = f"{journal.path}: {line['id']}"
+            raise UserError(f"{where} was judged with other answers; choose another output")
+
+
+def _comparison(line: Mapping, protocol: Literal["pair", "verdict"], fresh: bool) -> Request:
     shown = (line["response_a"], line["response_b"])
     first, second = shown if line["first"] == "a" else shown[::-1]
-    return Request(comparison_messages(line, first, second, protocol), line["vote"])
+    return Request(comparison_messages(line, first, second, protocol), line["vote"], fresh)

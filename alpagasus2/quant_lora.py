@@ -180,7 +180,9 @@ def unpack(
     model: Any,  # from `load_base`
 ) -> Any:  # the same model with 16-bit weights of the same values
     "Dequantise once instead of at every step: faster on a CPU, more memory, same text."
-    return model.dequantize() if getattr(model, "is_quantized", False) else model
+    if not getattr(model, "is_quantized", False):
+        return model
+    return model.dequantize().requires_grad_(False)
 
 
 def _contiguous(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'KEYS', 'LIBRARIES', 'UserError', 'build', 'atomic', 'dumps', 'write_json', 'write_jsonl', 'read_json',
-           'read_jsonl', 'row_key', 'Journal', 'cache_dir', 'file_sha256', 'environment', 'now', 'read_manifest',
-           'changed_setting', 'is_complete', 'recorded']
+           'read_jsonl', 'row_key', 'latest', 'Journal', 'cache_dir', 'file_sha256', 'environment', 'now',
+           'read_manifest', 'changed_setting', 'is_complete', 'recorded']
 
 # %% ../nbs/00a_runs.ipynb #77de68da
 import dataclasses
@@ -146,6 +146,14 @@ def row_key(
     return tuple(row.get(field) for field in KEYS)
 
 
+def latest(
+    path: str | Path,  # a file that grows
+) -> list[dict]:  # the last line of each key, in the order in which the keys first appeared
+    "Read a journal without opening it for writing; a file that is not there has no lines."
+    lines = read_jsonl(path) if Path(path).exists() else []
+    return list({row_key(line): line for line in lines}.values())
+
+
 class Journal:
     "An append-only JSON Lines file: repairs a torn end, knows what is done, flushes every line."
 
@@ -160,7 +168,7 @@ class Journal:
             self._lock.acquire()
         except Timeout:
             raise UserError(f"{path}: another process is writing it; wait or stop that") from None
-        self._rows = {row_key(r): r for r in read_jsonl(path)} if self.path.exists() else {}
+        self._rows = {row_key(r): r for r in latest(path)}
         self._cut_torn_end()
         self._file = self.path.open("a", encoding="utf-8")
 

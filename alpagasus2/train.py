@@ -224,7 +224,10 @@ def train(
 ) -> dict:  # the content of train_result.json
     "Train an adapter and save it with its tokenizer and `train_result.json`."
     config, quant_lora = config or TrainConfig(), quant_lora or QuantLoraConfig()
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).resolve()
+    kept = output_dir / "adapter_config.json"
+    if output_dir.exists() and any(output_dir.iterdir()) and not kept.exists():
+        raise UserError(f"{output_dir} holds something that is no adapter; choose another folder")
     rows, files = data_path if isinstance(data_path, list) else [], []
     if not isinstance(data_path, list):
         rows, problems = load_examples(data_path)
@@ -263,12 +266,16 @@ def save_adapter(
     output_dir: Path,  # replaced as a whole
     result: Mapping,  # what was measured
 ) -> None:
-    "Save beside the target and rename, so that a kill leaves the old adapter or the new one."
+    "Save beside the target and rename: a kill leaves a whole adapter, if only as `.NAME.old`."
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     part = output_dir.with_name(f".{output_dir.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     write_json(part / "train_result.json", result)
-    shutil.rmtree(output_dir, ignore_errors=True)
+    old = output_dir.with_name(f".{output_dir.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output_dir.exists():
+        os.replace(output_dir, old)
     os.replace(part, output_dir)
+    shutil.rmtree(old, ignore_errors=True)

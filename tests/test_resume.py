@@ -1,0 +1,81 @@
+"""A killed run, started again, ends as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys
+from alpagasus2.recipe import quickstart_recipe, run_recipe
+recipe = quickstart_recipe()
+recipe.limit, recipe.judge.questions = 8, 2
+recipe.generate = {"max_new_tokens": 8}
+for arm in recipe.arms.values():
+    arm.rows = 4
+run_recipe(recipe, sys.argv[1], progress=False)
+"""
+STEPS = ("ratings.jsonl", "selected/longest.json", "adapters/random", "responses.jsonl")
+
+
+def start(folder: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], env=os.environ)
+
+
+def kill_when(process: subprocess.Popen, path: Path, delay: float) -> bool:
+    """SIGKILL the process `delay` seconds after `path` appears; False if it ended by itself."""
+    while process.poll() is None:
+        if path.exists():
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+            return process.wait() == -signal.SIGKILL
+        time.sleep(0.02)
+    return False
+
+
+def finish(folder: Path) -> dict:
+    """Run to the end; what the run found, without its times."""
+    assert start(folder).wait() == 0
+    results = json.loads((folder / "report/results.json").read_text())
+    return {k: v for k, v in results.items() if k not in ("manifest", "cost")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, finish(folder)
+
+
+def test_killed_after_each_step_it_ends_the_same(uninterrupted, tmp_path):
+    whole, expected = uninterrupted
+    seed = random.Random(0)
+    kills = [kill_when(start(tmp_path), tmp_path / s, seed.uniform(0, 0.5)) for s in STEPS]
+    assert sum(kills) >= 2, f"too few of the runs were still alive when killed: {kills}"
+    assert finish(tmp_path) == expected
+    for name in ("adapters/filtered", "adapters/random", "adapters/longest"):
+        weights = "adapter_model.safetensors"
+        assert (tmp_path / name / weights).read_bytes() == (whole / name / weights).read_bytes()
+
+
+def test_a_second_run_changes_nothing(uninterrupted):
+    folder, expected = uninterrupted
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    began = time.perf_counter()
+    assert finish(folder) == expected
+    assert time.perf_counter() - began < 20
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(uninterrupted, tmp_path):
+    _, expected = uninterrupted
+    seed = random.Random(1)
+    for _ in range(20):
+        kill_when(start(tmp_path), tmp_path, seed.uniform(2, 40))
+    assert finish(tmp_path) == expected

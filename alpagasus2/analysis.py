@@ -283,11 +283,11 @@ def judge_health(
 
 def canary_outcomes(
     lines: Sequence[Mapping],  # judgment lines of `canary_pairs`
-) -> dict[str, float]:  # gold_right, null_wins: shares of verdicts, failures counted as not won
+) -> dict[str, float]:  # gold_right, null_wins: shares of the verdicts that could be read
     "How the judge did on what is known."
     shares = {}
     for name, model in (("gold_right", "gold"), ("null_wins", "null")):
-        verdicts = [x["verdict"] == "a" for x in lines if x["model_a"] == model]
+        verdicts = [x["verdict"] == "a" for x in lines if x["model_a"] == model and x["verdict"]]
         if verdicts:
             shares[name] = sum(verdicts) / len(verdicts)
     return shares
@@ -295,7 +295,7 @@ def canary_outcomes(
 
 _CHECKS = {
     "kappa": ("agreement between the two orders (Cohen's kappa)", "at least"),
-    "failed": ("share of prompts without two readable verdicts", "at most"),
+    "failed": ("share of verdicts that could not be read", "at most"),
     "null_wins": ("share of comparisons that a constant null answer wins", "at most"),
     "gold_right": ("share of known pairs judged right", "at least"),
 }
@@ -310,6 +310,8 @@ def _check(name: str, value: float | None) -> dict[str, Any]:
 
 
 def _slot_sentence(first: int, second: int, p: float | None) -> str:
+    if first + second == 0:
+        return "This judge decided no prompt in both orders."
     if p is None:
         return "This judge shows no preference for a slot on any prompt."
     if p >= 0.05:
@@ -592,7 +594,7 @@ def plot_heldout(
         ax.errorbar(difference, y, xerr=error, fmt="o", capsize=4, color="C0")
     ax.axvline(0, color="0.3", linestyle="--", linewidth=1)
     ax.set_yticks(range(len(heldout)), [f"{a} ({h['loss']:.3f})" for a, h in heldout.items()])
-    ax.invert_yaxis()
+    ax.set_ylim(len(heldout) - 0.5, -0.5)
     reference = next(a for a, h in heldout.items() if "difference" not in h)
     ax.set(xlabel=f"held-out loss less that of {reference} (nats a token)")
     sns.despine(ax=ax)

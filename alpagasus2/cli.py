@@ -154,9 +154,9 @@ def _rate_locally(
 
 def _say_status(output: str, lines: Sequence[Mapping]) -> None:
     "Count what became of the lines; a file of nothing but errors is a failure."
-    counts: dict[str, int] = {}
-    for line in lines:
-        counts[line["status"]] = counts.get(line["status"], 0) + 1
+    from alpagasus2.judge import status_counts
+
+    counts = status_counts(lines)
     print(f"{output}: " + ", ".join(f"{n:,} {status}" for status, n in counts.items()))
     if set(counts) == {"error"}:
         raise UserError(f"{output}: every call failed, the last with: {lines[-1]['review']}")

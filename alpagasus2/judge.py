@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Verdict', 'T', 'Ask', 'RATING_VERSION', 'PAIR_VERSION', 'VERDICT_VERSION', 'parse_rating', 'parse_pair',
-           'parse_verdict', 'JudgeConfig', 'rating_messages', 'comparison_messages', 'rate', 'write_ratings',
-           'pair_responses', 'read_comparison', 'compare']
+           'parse_verdict', 'JudgeConfig', 'rating_messages', 'comparison_messages', 'rate', 'status_counts',
+           'write_ratings', 'pair_responses', 'read_comparison', 'compare']
 
 # %% ../nbs/04_judge.ipynb #77de68da
 import hashlib
@@ -358,7 +358,7 @@ def rate(
         for i, reply in tqdm(ask(requests), total=len(todo), unit="row", disable=not progress):
             score = None if reply.error else parse_rating(reply.text)
             journal.append({**todo[i], "score": score, **_said(reply, score), "rater": who})
-        entry["counts"] = _counts(journal.rows())
+        entry["counts"] = status_counts(journal.rows())
         return journal.rows()
 
 
@@ -367,7 +367,9 @@ def _asked_with(config: JudgeConfig, *names: str) -> dict[str, Any]:
     return {n: v for n, v in asdict(config).items() if n in (*names, "temperature", "max_tokens")}
 
 
-def _counts(lines: Iterable[Mapping]) -> dict[str, int]:
+def status_counts(
+    lines: Iterable[Mapping],  # lines of ratings.jsonl or judgments.jsonl
+) -> dict[str, int]:  # ok, unparsed, refused, error: how many
     "How many lines ended in which way."
     counts: dict[str, int] = {}
     for line in lines:
@@ -472,7 +474,7 @@ def compare(
             read = {"score_a": score_a, "score_b": score_b, "verdict": verdict}
             said = {"protocol": config.protocol, **_said(reply, verdict), "judge": who}
             journal.append({**line, **read, **said})
-        entry["counts"] = _counts(journal.rows())
+        entry["counts"] = status_counts(journal.rows())
         return journal.rows()
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL_MODEL', 'QuantLoraConfig', 'pick_device', 'compute_dtype', 'small_model', 'resolve_model', 'load_tokenizer',
-           'load_base', 'unpack', 'add_lora', 'load_adapters', 'adapter_parameters']
+           'load_base', 'unpack', 'Dropout', 'add_lora', 'load_adapters', 'adapter_parameters']
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
 import importlib.util
@@ -46,6 +46,7 @@ class QuantLoraConfig:
     load_in_8bit: bool = False  # quantise the base to 8 bits instead (LLM.int8, CUDA)
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"  # 4-bit number format
     bnb_4bit_double_quant: bool = True  # quantise the quantisation constants too
+    unpacked: bool | None = None  # hold the quantised weights in 16 bits; None: on a CPU
     lora_r: int = 8  # rank of the adapter
     lora_alpha: int = 32  # the adapter's output is scaled by alpha / r
     lora_dropout: float = 0.05  # dropout in front of the adapter, in [0, 1)
@@ -173,6 +174,8 @@ def load_base(
     )  # fmt: skip
     model.requires_grad_(False)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    if config.unpacked or (config.unpacked is None and device == "cpu"):
+        return unpack(model)
     return _keep_trainable(model)
 
 
@@ -196,6 +199,28 @@ def _keep_trainable(model: Any) -> Any:
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
     return model
+
+# %% ../nbs/01_quant_lora.ipynb #ec906521
+class Dropout(torch.nn.Dropout):
+    "Dropout that on a CPU draws 16 bits an element; elsewhere, and in evaluation, PyTorch's."
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        "Zero elements with probability p, to a 65,536th, and scale the others by 1 / (1 - p)."
+        if not self.training or not self.p or input.device.type != "cpu":
+            return super().forward(input)
+        draws = torch.empty(-(-input.numel() // 4), dtype=torch.int64)
+        draws.random_(-(2**63), 2**63 - 1)
+        bits = draws.view(torch.int16)[: input.numel()].view(input.shape)
+        return input * (bits >= round(self.p * 2**16) - 2**15) * (1 / (1 - self.p))
+
+
+def _quick_dropout(model: Any) -> None:
+    "Put `Dropout` in the place of PyTorch's in every adapter layer."
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            for name, layer in module.lora_dropout.items():
+                if isinstance(layer, torch.nn.Dropout):
+                    module.lora_dropout[name] = Dropout(layer.p)
 
 # %% ../nbs/01_quant_lora.ipynb #4d134bc0
 def add_lora(
@@ -221,6 +246,7 @@ def add_lora(
             names = sorted({n.rsplit(".")[-1] for n, m in model.named_modules() if "proj" in n})
             reason = str(e).split(". ")[0]
             raise UserError(f"lora_target_modules: {reason}; it has {', '.join(names)}") from e
+    _quick_dropout(wrapped)
     return wrapped.train()
 
 

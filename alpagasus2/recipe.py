@@ -47,7 +47,7 @@ from alpagasus2.data import (
 from .endpoint import Endpoint, Reply, Request, is_loopback
 from .generate import Answers, Backend, GenerateConfig, generate, local_answers
 from .judge import Ask, JudgeConfig, compare, pair_responses, rate, write_ratings
-from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer, unpack
+from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
 from .report import write_report
 from alpagasus2.runs import (
     Journal,
@@ -291,9 +291,8 @@ class Models:
 
     @cached_property
     def base(self) -> Any:
-        "The quantised base, without adapters; on a CPU unpacked, since nothing here trains it."
-        model = load_base(self.base_model, self.config)
-        return unpack(model) if model.device.type == "cpu" else model
+        "The quantised base, without adapters."
+        return load_base(self.base_model, self.config)
 
     def load(self) -> tuple[Any, Any]:
         "Both, as `local_ask` wants them."

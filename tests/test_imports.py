@@ -17,14 +17,17 @@ MAY_IMPORT = {
     "runs": "",
     "endpoint": "",
     "quant_lora": "",
-    "score": "data quant_lora",
-    "train": "data quant_lora score",
+    "forward": "data",
+    "score": "data forward",
+    "checkpoint": "",
+    "train": "data quant_lora forward checkpoint",
     "generate": "data endpoint quant_lora",
     "judge": "data endpoint",
     "leaderboard": "quant_lora",
     "analysis": "data",
     "report": "analysis",
-    "recipe": "data endpoint quant_lora score train generate judge leaderboard analysis report",
+    "recipe": "data endpoint quant_lora forward score checkpoint train generate judge "
+    "leaderboard analysis report",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}

@@ -18,7 +18,9 @@ MAY_IMPORT = {
     "endpoint": "",
     "quant_lora": "",
     "score": "data quant_lora",
+    "doctor": "quant_lora",
     "train": "data quant_lora score",
+    "share": "data",
     "generate": "data endpoint quant_lora",
     "judge": "data endpoint",
     "leaderboard": "quant_lora",
@@ -26,10 +28,10 @@ MAY_IMPORT = {
     "report": "analysis",
     "recipe": "data endpoint quant_lora score train generate judge leaderboard analysis report",
 }
-MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe"
+MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe share doctor"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
-LIGHT = ["data", "runs", "endpoint", "generate", "judge", "analysis", "report"]  # without torch
+LIGHT = ["data", "runs", "endpoint", "doctor", "share", "generate", "judge", "analysis", "report"]
 
 
 def imported(source: str) -> Iterator[str]:

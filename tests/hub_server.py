@@ -17,7 +17,7 @@ class HubServer:
     def __init__(
         self,
         users: Mapping[str, dict],  # token -> {"name", "role": write or read, "orgs": [...]}
-        fail: Mapping[str, int] | None = None,  # part of a path -> the status it answers with
+        fail: Mapping[str, int] | None = None,  # part of "PUT /lfs/..." -> the status answered
     ):
         self.users, self.fail = dict(users), dict(fail or {})
         self.repos: dict[str, dict] = {}  # name -> {"private", "files": {path: bytes}, "commits"}
@@ -27,7 +27,7 @@ class HubServer:
         self.endpoint = f"http://127.0.0.1:{self._http.server_port}"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -65,7 +65,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             headers = {}
             try:
                 for part, status in hub.fail.items():
-                    if part in path:
+                    if part in f"{self.command} {path}":
                         raise _Refused(status, "", "made to fail")
                 status, value = 200, self.route(path, body)
             except _Refused as e:

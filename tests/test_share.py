@@ -60,9 +60,11 @@ def train(
 
 
 def last_line(done: subprocess.CompletedProcess) -> str:
-    assert "Traceback" not in done.stderr, done.stderr
+    """The sentence that ends a refused command, below the library's log."""
     assert TOKEN not in done.stdout + done.stderr
-    return done.stderr.strip().splitlines()[-1]
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("alpagasus2: "), done.stderr
+    return line
 
 
 def test_the_adapter_arrives_in_one_commit_and_the_token_nowhere(tmp_path, base, hub):

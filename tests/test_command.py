@@ -2,11 +2,16 @@
 
 import json
 import os
+import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from alpagasus2.cli import main
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROW = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
@@ -91,6 +96,147 @@ def test_a_secret_is_neither_printed_nor_kept(tmp_path, rows):
     )  # fmt: skip
     kept = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     assert "sk-secret123" not in key.stdout + key.stderr and b"sk-secret123" not in kept
+
+
+SEED_COMMANDS = (
+    """python AlpaGasus2-QLoRA/training/finetune.py \\
+    --base_model 'meta-llama/Llama-2-7b-hf' \\
+    --data_path 'AlpaGasus2-QLoRA/dataset/alpaca_t45.json' \\
+    --data_type 'json' --output_dir './results' \\
+    --hub_path 'Hub path to upload the model' --auth_token 'hf_secret123' \\
+    --num_epochs 3 --learning_rate 2e-5 --val_set_size 0.05""",
+    """python AlpaGasus2-QLoRA/training/finetune.py \\
+    --base_model 'meta-llama/Llama-2-13b-hf' \\
+    --data_path 'AlpaGasus2-QLoRA/dataset/alpaca_t45.json' \\
+    --data_type 'json' --output_dir './results' \\
+    --hub_path 'Hub path to upload the model' --auth_token 'hf_secret123' \\
+    --num_epochs 5 --learning_rate 1e-5 --val_set_size 0.05""",
+    """python AlpaGasus2-QLoRA/training/finetune.py \\
+    --base_model 'your model' --data_path 'your data' --data_type 'hf' \\
+    --hub_path 'Hub path to upload the model' --auth_token 'hf_secret123' \\
+    --output_dir './results' --batch_size 128 --micro_batch_size 4 --num_epochs 3 \\
+    --learning_rate 2e-5 --cutoff_len 512 --val_set_size 0.05 --load_in_4bit True \\
+    --bnb_4bit_quant_type 'nf4' --bnb_4bit_double_quant True --lora_r 8 --lora_alpha 32 \\
+    --lora_dropout 0.05 --lora_bias 'none' --lora_task_type 'CAUSAL_LM' \\
+    --lora_target_modules '[q_proj,v_proj]'""",
+)  # its README's three, with the line continuations that they lack; the third with every option
+
+
+@pytest.mark.parametrize("command", SEED_COMMANDS)
+def test_the_seeds_commands_parse_with_only_the_program_name_changed(command, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")  # put back afterwards
+    python, script, *words = shlex.split(command.replace("\\\n", ""))
+    assert (python, Path(script).name) == ("python", "finetune.py")
+    with pytest.raises(SystemExit) as leaving:
+        main(["train", *words, "--print_config"])
+    said = capsys.readouterr()
+    assert not leaving.value.code, said.err
+    config = yaml.safe_load(said.out)
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    assert options.pop("--auth_token") == os.environ["HF_TOKEN"] == "hf_secret123"
+    assert "hf_secret123" not in said.out + said.err and "auth_token" not in config
+    for option, text in options.items():
+        given = float(text) if "e-" in text else yaml.safe_load(text)
+        assert config[option.removeprefix("--")] == given, option
+
+
+def test_a_hub_path_of_the_seeds_readme_is_refused_before_anything_loads(rows, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    words = [
+        "train",
+        "--base_model",
+        "none",
+        "--data_path",
+        str(rows),
+        "--auth_token",
+        "your token",
+    ]
+    assert main([*words, "--hub_path", "Hub path to upload"]) == 2
+    assert "USER/NAME" in capsys.readouterr().err
+    assert main([*words, "--hub_path", "ada/x"]) == 2
+    said = capsys.readouterr().err
+    assert "characters that no token has" in said and "your token" not in said
+
+
+def test_preview_needs_no_weights_and_colours_a_terminal(tmp_path, rows, capsys):
+    from alpagasus2.quant_lora import load_tokenizer
+
+    words = tmp_path / "words"  # a tokenizer, no model
+    load_tokenizer("smollm2-135m").save_pretrained(words)
+    command = ["preview", "--base_model", str(words), "--data_path", str(rows), "--limit", "1"]
+    page = tmp_path / "page.html"
+    assert main([*command, "--preset", "strong", "--output", str(page)]) == 0
+    said = capsys.readouterr().out
+    assert "[Blue][.][<|im_end|>] <- EOS" in said and "\033" not in said
+    assert "row 2" not in said and "rows that end in EOS       2" in said
+    assert "&lt;|im_end|&gt;" in page.read_text()
+    assert "\033[30;42mBlue" in in_a_terminal(*command, cwd=tmp_path)
+
+
+def in_a_terminal(*words: object, cwd: Path, **environ: str) -> str:
+    """What a command writes to a terminal of its own."""
+    near, side = pty.openpty()
+    command = [sys.executable, "-m", "alpagasus2", *map(str, words)]
+    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | environ
+    with subprocess.Popen(command, cwd=cwd, env=env, stdout=side, stderr=side) as process:
+        os.close(side)
+        parts = []
+        while True:
+            try:
+                parts.append(os.read(near, 4096))
+            except OSError:  # the other end is closed
+                break
+            if not parts[-1]:
+                break
+        assert process.wait() == 0, b"".join(parts).decode()
+    os.close(near)
+    return b"".join(parts).decode()
+
+
+WITHOUT_TORCH = """
+import importlib.util, sys
+HIDDEN = {"torch", "bitsandbytes", "peft", "transformers"}
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hide())
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda n, p=None: None if n in HIDDEN else find(n, p)
+from alpagasus2.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_doctor_shows_no_secret_and_works_without_torch(tmp_path):
+    env = os.environ | {"OPENAI_API_KEY": "sk-secret123", "HF_TOKEN": "hf_secret123",
+                        "HF_ENDPOINT": "http://127.0.0.1:9"}  # fmt: skip
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    done = subprocess.run(
+        [*command, "doctor"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "secret123" not in done.stdout + done.stderr
+    assert done.stdout.count('pip install "alpagasus2[train]"') >= 2
+    assert "HF_TOKEN is there; http://127.0.0.1:9 did not answer" in done.stdout
+    assert done.returncode == 0, done.stdout  # nothing here is broken, some of it is not installed
+    train = ["train", "--base_model", "b", "--data_path", "d.json"]
+    done = subprocess.run([*command, *train], cwd=tmp_path, env=env, capture_output=True, text=True)
+    fails_with(done, "pip install 'alpagasus2[train]'")
+
+
+def test_doctor_fails_with_a_status_and_one_closing_sentence(tmp_path):
+    code = (
+        "import shutil, sys; from collections import namedtuple; from alpagasus2 import doctor;"
+        "doctor.check_disk.__defaults__ = (lambda p: namedtuple('Usage', 'free')(1e6),);"
+        "from alpagasus2.cli import main; sys.exit(main(['doctor']))"
+    )
+    env = os.environ | {"HF_TOKEN": "", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    fails_with(done, "disk, results", "disk, models", "say what to do")
+    assert "fail  disk, results  0.0 GB free" in done.stdout and "-> make room" in done.stdout
 
 
 def test_seed_verdicts_become_a_report(tmp_path):

@@ -19,8 +19,11 @@ MAY_IMPORT = {
     "quant_lora": "",
     "forward": "data",
     "score": "data forward",
+    "doctor": "quant_lora",
     "checkpoint": "",
     "train": "data quant_lora forward checkpoint",
+    "preview": "forward train",
+    "share": "data",
     "generate": "data endpoint quant_lora",
     "judge": "data endpoint",
     "leaderboard": "quant_lora",
@@ -29,10 +32,10 @@ MAY_IMPORT = {
     "recipe": "data endpoint quant_lora forward score checkpoint train generate judge "
     "leaderboard analysis report",
 }
-MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe"
+MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
-LIGHT = ["data", "runs", "endpoint", "generate", "judge", "analysis", "report"]  # without torch
+LIGHT = ["data", "runs", "endpoint", "doctor", "share", "generate", "judge", "analysis", "report"]
 
 
 def imported(source: str) -> Iterator[str]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Encoded', 'encode', 'encode_response', 'micro_batches', 'padding_waste', 'target_nll', 'row_nll', 'Signals',
-           'signals', 'flaws', 'superfiltering', 'heldout_nll', 'choice_logprobs']
+           'signals', 'flaws', 'superfiltering', 'heldout_nll', 'choice_logprobs', 'target_logprobs']
 
 # %% ../nbs/01a_score.ipynb #77de68da
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -235,3 +235,14 @@ def choice_logprobs(
         logits = _head(lm, hidden[torch.arange(len(batch), device=hidden.device), last])
         for i, row in zip(batch, logits[:, first].float().log_softmax(-1).tolist(), strict=True):
             yield i, row
+
+# %% ../nbs/01a_score.ipynb #f9ec4985
+@torch.no_grad()
+def target_logprobs(
+    model: Any,  # a causal LM, with or without adapters, in evaluation mode
+    row: Encoded,  # one row
+) -> tuple[torch.Tensor, torch.Tensor]:  # (targets, vocabulary) fp32; (targets,) token ids
+    "Log-probabilities at every target of a row, in natural log."
+    ids = torch.tensor([row.ids], device=model.device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=row.n_targets + 1).logits
+    return logits[0, :-1].float().log_softmax(-1), ids[0, row.n_prompt :]

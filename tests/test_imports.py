@@ -18,6 +18,8 @@ MAY_IMPORT = {
     "endpoint": "",
     "quant_lora": "",
     "score": "data quant_lora",
+    "estimate": "quant_lora",
+    "merge": "quant_lora",
     "train": "data quant_lora score",
     "generate": "data endpoint quant_lora",
     "judge": "data endpoint",
@@ -26,7 +28,7 @@ MAY_IMPORT = {
     "report": "analysis",
     "recipe": "data endpoint quant_lora score train generate judge leaderboard analysis report",
 }
-MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe"
+MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 LIGHT = ["data", "runs", "endpoint", "generate", "judge", "analysis", "report"]  # without torch

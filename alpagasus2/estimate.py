@@ -7,7 +7,7 @@ __all__ = ['SHAPES', 'STEPS', 'DEVICES', 'load_config', 'Shape', 'shape_of', 'St
            'adapted', 'Device', 'find_device', 'matrix_rate', 'Estimate', 'weight_bits', 'estimate', 'advice',
            'report_lines']
 
-# %% ../nbs/01b_estimate.ipynb #2e67dd05
+# %% ../nbs/01b_estimate.ipynb #54b6b459
 import difflib
 import os
 import time
@@ -20,11 +20,11 @@ from typing import Any
 from .quant_lora import QuantLoraConfig, compute_dtype
 from .runs import UserError
 
-# %% ../nbs/01b_estimate.ipynb #97f7a78f
+# %% ../nbs/01b_estimate.ipynb #5f9119a4
 import torch
 import transformers
 
-# %% ../nbs/01b_estimate.ipynb #1af6899a
+# %% ../nbs/01b_estimate.ipynb #bc5fda9c
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {},  # the defaults of LlamaConfig are this model's
     "llama-2-13b": {
@@ -62,7 +62,7 @@ def load_config(
         ) from e
     return config.get_text_config()
 
-# %% ../nbs/01b_estimate.ipynb #db2131c2
+# %% ../nbs/01b_estimate.ipynb #eadd3249
 @dataclass(frozen=True)
 class Shape:
     "What of an architecture decides memory and time."
@@ -182,7 +182,7 @@ def adapted(
         )
     return {key: n for key, n in shape.linear.items() if key[0] in wanted}
 
-# %% ../nbs/01b_estimate.ipynb #8c5d4fbc
+# %% ../nbs/01b_estimate.ipynb #6c971051
 @dataclass(frozen=True)
 class Device:
     "What an estimate needs to know of a device."
@@ -243,7 +243,7 @@ def matrix_rate(
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 
-# %% ../nbs/01b_estimate.ipynb #ae2bb407
+# %% ../nbs/01b_estimate.ipynb #729de74d
 @dataclass(frozen=True)
 class Estimate:
     "Parts of the peak in bytes, and the time."
@@ -353,7 +353,7 @@ def _kept(
         "logits": step.logit_bytes * targets * shape.vocab,
     }
 
-# %% ../nbs/01b_estimate.ipynb #7a632c6f
+# %% ../nbs/01b_estimate.ipynb #0f27dffe
 def advice(
     found: Estimate,  # from `estimate` with the same settings
     base_model: str | Path | Shape,  # as given to `estimate`

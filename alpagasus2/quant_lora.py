@@ -77,7 +77,8 @@ def compute_dtype(
 ) -> torch.dtype:  # bfloat16 or float32
     "The fastest precision that training survives on a device."
     if (device or pick_device()).startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 only emulates it
+        return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 # %% ../nbs/01_quant_lora.ipynb #fa35e192

@@ -19,6 +19,8 @@ MAY_IMPORT = {
     "quant_lora": "",
     "forward": "data",
     "score": "data forward",
+    "estimate": "quant_lora",
+    "merge": "quant_lora",
     "doctor": "quant_lora",
     "checkpoint": "",
     "train": "data quant_lora forward checkpoint",
@@ -32,7 +34,7 @@ MAY_IMPORT = {
     "recipe": "data endpoint quant_lora forward score checkpoint train generate judge "
     "leaderboard analysis report",
 }
-MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe share doctor preview"
+MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 LIGHT = ["data", "runs", "endpoint", "doctor", "share", "generate", "judge", "analysis", "report"]

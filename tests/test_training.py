@@ -171,7 +171,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path):
         process.kill()
         process.join()
         step, _ = Checkpoint(path, {}).load({"weight": layer.weight}, optimizer)
-        assert layer.weight.unique().tolist() in ([step], []) or step == 0
+        assert not step or layer.weight.unique().tolist() == [step]
         found.append(step)
     assert len(set(found)) > 2, f"the kills did not come at different moments: {found}"
 
@@ -256,7 +256,7 @@ def test_two_processes_train_as_one(begun, bench, rows, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("6 steps over 24 rows") == 1
-    assert done.stderr.count("| 0/48") + done.stderr.count("| 24/48 [00:00") == 1
+    assert done.stderr.count("<?, ?row/s]") == 1, "one bar, begun once"
 
     found, expected = (json.loads((p / "train_result.json").read_text()) for p in (two, one))
     assert (found["processes"], expected["processes"]) == (2, 1)

@@ -9,6 +9,7 @@ __all__ = ['Checkpoint', 'StopRequest', 'stop_request']
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -65,15 +66,11 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,  # set in place
     ) -> tuple[int, dict[str, list]]:  # steps done (0 without a file), the log so far
         "Take up the training that the file holds, if there is one."
-        if not self.path.exists():
+        about = self.check()
+        if not about:
             return 0, {}
-        try:
-            with safe_open(self.path, "pt") as file:
-                about = {n: json.loads(v) for n, v in file.metadata().items()}
-                tensors = {n: file.get_tensor(n) for n in file.keys()}
-        except (SafetensorError, TypeError, ValueError) as e:
-            raise UserError(f"{self.path} is no checkpoint ({e}); remove it to start anew") from e
-        self._check(about["settings"])
+        with safe_open(self.path, "pt") as file:
+            tensors = {n: file.get_tensor(n) for n in file.keys()}
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors.pop(f"parameter {name}"))
@@ -81,14 +78,23 @@ class Checkpoint:
         optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
         return about["step"], about["log"]
 
-    def _check(self, kept: Mapping[str, Any]) -> None:
-        "Refuse other settings, by name."
+    def check(self) -> dict[str, Any]:  # the file's header; empty without a file
+        "Refuse a damaged file, and other settings by name; the header is enough for both."
+        if not self.path.exists():
+            return {}
+        try:
+            with safe_open(self.path, "pt") as file:  # compares the header with the file's size
+                about = {n: json.loads(v) for n, v in (file.metadata() or {}).items()}
+            kept = about["settings"]
+        except (SafetensorError, KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{self.path} is no checkpoint ({e}); remove it to start anew") from e
         for name, value in self.settings.items():
             if name in kept and kept[name] != value:
                 raise UserError(
                     f"{name} is {value!r}, but the unfinished training was begun with "
                     f"{kept[name]!r}; put it back to go on, or remove {self.path} to start anew"
                 )
+        return about
 
     def remove(self) -> None:
         "The training is finished."
@@ -126,11 +132,15 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = number
 
-    def leave(self) -> None:
+    def leave(
+        self,
+        sentence: str,  # what was reached and how to go on
+    ) -> None:
         "End as the signal asked: KeyboardInterrupt for Ctrl-C, else exit status 128 + signal."
         if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + self.signal)
+            raise KeyboardInterrupt(sentence)
+        print(f"alpagasus2: {sentence}", file=sys.stderr)
+        raise SystemExit(128 + (self.signal or signal.SIGTERM))  # 0: another process was asked
 
 
 @contextmanager

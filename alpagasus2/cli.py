@@ -207,7 +207,9 @@ def train(
 ) -> None:
     "Train a QLoRA adapter; run again to go on where it stopped."
     rows = _training_rows(data_path, data_type)[:limit]
-    repo = None if dry_run else _before_training(output_dir, hub_path, hub_private)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that `accelerate launch` starts
+    go = first and not dry_run
+    repo = _before_training(output_dir, hub_path, hub_private) if go else None
     from alpagasus2.quant_lora import load_tokenizer
     from alpagasus2.train import batch_schedule, encode_rows, preset_configs, split_rows
     from alpagasus2.train import train as train_adapter
@@ -220,6 +222,8 @@ def train(
         print(json_line({**counts, "steps": steps}))
         return
     result = train_adapter(base_model, rows, output_dir, settings, quant_lora, report_to=report_to)
+    if not first:
+        return
     print(
         f"{output_dir}: {result['steps']} steps over {result['rows']:,} rows, "
         f"loss {result['loss'][0]:.3f} to {result['loss'][-1]:.3f}, {result['seconds']:.0f} s"
@@ -703,7 +707,8 @@ def main(
     except (OSError, FloatingPointError) as e:  # a full disk; a loss that is not finite
         print(f"alpagasus2: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("alpagasus2: stopped; run the same command again to go on", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        said = str(e) or "stopped; run the same command again to go on"
+        print(f"alpagasus2: {said}", file=sys.stderr)
         return 130
     return 0

@@ -27,7 +27,7 @@ PERMANENT = {
     "quota": (429, "insufficient_quota", "You exceeded your current quota, check your plan."),
     "html": (200, "", "<html><body>Welcome to nginx!</body></html>"),
 }
-LENGTH = ("[over-long]", 400, "context_length_exceeded", "This model's maximum context length is 9.")
+LENGTH = ("[over-long]", 400, "context_length_exceeded", "The maximum context length is 9.")
 
 
 def options() -> argparse.ArgumentParser:
@@ -350,9 +350,7 @@ class Http(asyncio.Protocol):
 async def serve(args: argparse.Namespace) -> None:
     server = Server(args)
     loop = asyncio.get_running_loop()
-    listening = await loop.create_server(
-        lambda: Http(server), "127.0.0.1", args.port, backlog=1024
-    )
+    listening = await loop.create_server(lambda: Http(server), "127.0.0.1", args.port, backlog=1024)
     print(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}", flush=True)
     await listening.serve_forever()
 

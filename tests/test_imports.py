@@ -15,21 +15,25 @@ PACKAGE = Path(__file__).resolve().parents[1] / "alpagasus2"
 MAY_IMPORT = {
     "data": "",
     "runs": "",
-    "endpoint": "",
+    "prices": "",
+    "endpoint": "prices",
+    "batch": "prices endpoint",
     "quant_lora": "",
     "score": "data quant_lora",
     "train": "data quant_lora score",
-    "generate": "data endpoint quant_lora",
-    "judge": "data endpoint",
+    "generate": "data prices endpoint batch quant_lora",
+    "judge": "data prices endpoint",
     "leaderboard": "quant_lora",
     "analysis": "data",
     "report": "analysis",
-    "recipe": "data endpoint quant_lora score train generate judge leaderboard analysis report",
+    "recipe": "data prices endpoint batch quant_lora score train generate judge leaderboard "
+    "analysis report",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
-LIGHT = ["data", "runs", "endpoint", "generate", "judge", "analysis", "report"]  # without torch
+# without torch
+LIGHT = "data runs prices endpoint batch generate judge analysis report".split()
 
 
 def imported(source: str) -> Iterator[str]:

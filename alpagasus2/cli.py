@@ -493,13 +493,14 @@ def _parser(command: str) -> Any:
             f"--{name}", nargs="+", type=str, required=needed, default=None if needed else default
         )
     configs = [_config_class(path) for path in classes]
-    fields = {f for cls in configs for f in cls.__dataclass_fields__}
+    fields = {f: x.type for cls in configs for f, x in cls.__dataclass_fields__.items()}
     parser.add_function_arguments(function, as_group=False, skip={*lists, first or "", *fields})
     for cls in configs:
         notes |= docments(cls)
         parser.add_class_arguments(cls, as_group=False)
     for action in parser._actions:
-        if parameters.get(action.dest) and parameters[action.dest].annotation is bool:
+        declared = parameters.get(action.dest)
+        if bool in (fields.get(action.dest), declared.annotation if declared else None):
             action.nargs, action.const = "?", True  # --dry_run alone means yes
         if notes.get(action.dest):
             action.help = notes[action.dest].replace("%", "%%")

@@ -81,6 +81,8 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
         self.in_flight = self.most_in_flight = 0
+        self.let_in = {"requests": 0.0, "tokens": 0.0}
+        self.first = self.last = 0.0  # when a request came
 
     def stats(self) -> dict:
         return {
@@ -91,7 +93,13 @@ class Server:
             "answered_twice": sum(n > 1 for n in self.answered.values()),
             "most_in_flight": self.most_in_flight,
             "batches": len(self.batches),
+            "used": max(map(self.used, self.buckets), default=None),
         }
+
+    def used(self, kind: str) -> float:
+        """Share of what a limit would have let in, from the first request to the last."""
+        bucket = self.buckets[kind]
+        return self.let_in[kind] / (bucket.full + bucket.rate * (self.last - self.first))
 
     # --- the routes ------------------------------------------------------------------------
     def route(self, http: "Http", method: str, path: str, head: bytes, body: bytes) -> None:
@@ -119,6 +127,8 @@ class Server:
     def chat(self, http: "Http", head: bytes, body: bytes) -> None:
         args = self.args
         self.count += 1
+        self.last = time.monotonic()
+        self.first = self.first or self.last
         key = hashlib.sha256(body).hexdigest()[:24]
         self.asked[key] += 1
         request = json.loads(body)
@@ -149,7 +159,9 @@ class Server:
             bucket.refill()
             wait = max(wait, (need[name] - bucket.level) / bucket.rate)
         for name, bucket in self.buckets.items():
-            bucket.level -= need[name] if wait <= 0 else 0
+            if wait <= 0:
+                bucket.level -= need[name]
+                self.let_in[name] += need[name]
             if self.args.headers:
                 headers[f"x-ratelimit-limit-{name}"] = f"{bucket.rate * 60:.0f}"
                 headers[f"x-ratelimit-remaining-{name}"] = f"{max(0, bucket.level):.0f}"

@@ -7,7 +7,7 @@ __all__ = ['Request', 'Reply', 'read_completion', 'say', 'ReplyCache', 'is_loopb
            'Bucket', 'Ticket', 'Limits', 'Transient', 'retry_after', 'backoff', 'sort_failure', 'EndpointConfig',
            'Budget', 'Endpoint']
 
-# %% ../nbs/00b_endpoint.ipynb #cc2c4060
+# %% ../nbs/00b_endpoint.ipynb #dcbd9b5e
 import asyncio
 import hashlib
 import ipaddress
@@ -30,6 +30,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from .prices import FREE, Estimate, Price, dollars, find_price, load_prices, prompt_tokens
 from .runs import UserError, dumps, now
 
-# %% ../nbs/00b_endpoint.ipynb #b77566b5
+# %% ../nbs/00b_endpoint.ipynb #adeb1d42
 @dataclass(frozen=True)
 class Request:
     "One question to a chat model."
@@ -58,7 +59,7 @@ class Reply:
     cached: bool = False  # True: no call was made, and usd is 0
     error: str | None = None  # the reason, for a request that got no answer
 
-# %% ../nbs/00b_endpoint.ipynb #dcc60978
+# %% ../nbs/00b_endpoint.ipynb #9ecb982c
 def read_completion(
     raw: str,  # the body of an answer
     model: str = "",  # the name to record where the server gives none
@@ -77,7 +78,7 @@ def read_completion(
         return Reply("", "error", served, usage, error=why)
     return Reply(text, reason, served, usage)
 
-# %% ../nbs/00b_endpoint.ipynb #5f0510f6
+# %% ../nbs/00b_endpoint.ipynb #a48665ab
 _BORN = os.urandom(4).hex()  # tells this process from an earlier one with its number
 _COLUMNS = {
     "key": "TEXT PRIMARY KEY", "base_url": "TEXT", "model": "TEXT", "text": "TEXT",
@@ -145,7 +146,7 @@ def _is_damage(error: sqlite3.DatabaseError) -> bool:
     code = getattr(error, "sqlite_errorname", "")
     return isinstance(error, _Damaged) or code.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
 
-# %% ../nbs/00b_endpoint.ipynb #fbea3445
+# %% ../nbs/00b_endpoint.ipynb #aaf4dafa
 def _readable(path: Path) -> Iterator[tuple]:
     "The replies of a damaged file, read from both ends as far as they can be."
     for order in ("ASC", "DESC"):
@@ -203,7 +204,7 @@ def say(
     "Tell the user, without breaking a progress bar."
     tqdm.write(text, file=sys.stderr)
 
-# %% ../nbs/00b_endpoint.ipynb #c34595b1
+# %% ../nbs/00b_endpoint.ipynb #8532126d
 class ReplyCache:
     "Replies in SQLite, keyed by endpoint, model, messages, sampling parameters and vote."
 
@@ -295,7 +296,7 @@ class ReplyCache:
         "Close the file."
         self._db.close()
 
-# %% ../nbs/00b_endpoint.ipynb #451b1fdd
+# %% ../nbs/00b_endpoint.ipynb #07572263
 def is_loopback(
     base_url: str,  # for example http://localhost:8000/v1
 ) -> bool:  # True: the rows stay on this machine
@@ -325,13 +326,15 @@ def check_reachable(
 ) -> None:
     "Raise `UserError` unless something listens there."
     parts = urlsplit(check_address(base_url))
+    if getproxies() and not is_loopback(base_url):
+        return  # the proxy knows the way, this machine need not
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((parts.hostname or "", port), timeout).close()
     except OSError as e:
         raise UserError(f"base_url {base_url}: nothing answers there ({e})") from None
 
-# %% ../nbs/00b_endpoint.ipynb #9df845ac
+# %% ../nbs/00b_endpoint.ipynb #0e6cfa39
 _GAIN = 0.2  # share of the difference between our level and the server's that is taken over
 
 
@@ -445,7 +448,7 @@ class Limits:
         self._refused_at = time.monotonic()
         self._resume_at = max(self._resume_at, self._refused_at + seconds)
 
-# %% ../nbs/00b_endpoint.ipynb #334b4623
+# %% ../nbs/00b_endpoint.ipynb #1041a387
 class Transient(Exception):
     "A failure that the next try may not meet."
 
@@ -512,7 +515,7 @@ def sort_failure(
         return UserError(f"does not take {param}: {reason}")
     return None
 
-# %% ../nbs/00b_endpoint.ipynb #8496954a
+# %% ../nbs/00b_endpoint.ipynb #805c077a
 @dataclass
 class EndpointConfig:
     "How hard an endpoint may be asked, and what that may cost."
@@ -551,7 +554,7 @@ class EndpointConfig:
         own = load_prices(self.prices) if self.prices else {}
         return find_price(model, own) if model in own or not is_loopback(base_url) else FREE
 
-# %% ../nbs/00b_endpoint.ipynb #a66ca7bb
+# %% ../nbs/00b_endpoint.ipynb #02f1bf43
 class Budget:
     "Money spent and set aside; unlimited without a `limit`."
 
@@ -590,7 +593,7 @@ class Budget:
         self._aside = max(0.0, self._aside - reserved)
         self.spent += spent
 
-# %% ../nbs/00b_endpoint.ipynb #96a60daa
+# %% ../nbs/00b_endpoint.ipynb #247320e0
 _GRACE = 10.0  # seconds that calls in flight are given when a run stops: they are paid for
 _LONGEST_WAIT = 3600.0  # seconds; a server that wants to be left alone for longer ends the run
 _LOST = 10  # requests given up one after another, with no success between, that end the run
@@ -724,14 +727,16 @@ class Endpoint:
         limit: int = 300,  # characters
     ) -> str:  # on one line and without the key
         "A server's own words, fit to be shown and stored."
-        return self.without_key(" ".join(text.split()))[:limit]
+        text = " ".join(text.split())
+        return (text.replace(self._api_key, "***") if self._api_key else text)[:limit]
 
     def without_key(
         self,
-        text: str,  # anything
+        text: str,  # of a reply
     ) -> str:
         "Some servers repeat the key that they were given: it is stored nowhere."
-        return text.replace(self._api_key, "***") if self._api_key else text
+        secret = len(self._api_key) >= 16  # EMPTY, none: what one writes where no key is needed
+        return text.replace(self._api_key, "***") if secret else text
 
     def priced(
         self,
@@ -746,7 +751,7 @@ class Endpoint:
         return Reply(self.without_key(reply.text), reply.finish_reason, reply.model, usage,
                      error=reply.error)  # fmt: skip
 
-# %% ../nbs/00b_endpoint.ipynb #4402bba5
+# %% ../nbs/00b_endpoint.ipynb #273d4ad5
 class _Asking:
     "One run of `Endpoint.complete`: its workers, in a loop of their own."
 
@@ -829,7 +834,7 @@ class _Asking:
 
     async def ask(self, key: str, request: Request) -> Reply:
         "Ask until it is answered, refused or given up."
-        endpoint, tries = self.endpoint, 0
+        endpoint, failed, tries = self.endpoint, 0, 0
         if self.client is None:
             self.connect()
         elif not self.first.is_set():  # the first call goes alone, unless it hangs
@@ -840,8 +845,8 @@ class _Asking:
             try:
                 return await self.attempt(key, request)
             except Transient as e:
-                tries += not e.limited  # who waits for the limit has not failed
-                wait = backoff(max(1, tries), e.wait)
+                failed, tries = failed + 1, tries + (not e.limited)  # to wait for a limit is no try
+                wait = backoff(failed, e.wait)
                 if e.limited and time.monotonic() + wait > patience:
                     raise UserError(f"{endpoint.base_url} wants {wait / 60:.0f} more minutes of "
                                     f"rest: {e}; run again then to go on") from None  # fmt: skip

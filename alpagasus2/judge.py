@@ -447,10 +447,10 @@ def reread(
     changed = 0
     for line in plan.lines:
         old = journal.get(line)
-        if old is None or old["status"] == "error":
+        if old is None or old["status"] == "error" or not isinstance(old.get("review"), str):
             continue
-        values = plan.read(line, Reply(old["review"], usage=old["usage"]))
-        if any(old[k] != v for k, v in values.items()):
+        values = plan.read(line, Reply(old["review"], usage=old.get("usage")))
+        if any(old.get(k) != v for k, v in values.items()):
             status = _status(Reply(old["review"]), [*values.values()][-1])
             journal.append({**old, **values, "status": status})
             changed += 1

@@ -109,7 +109,7 @@ def test_every_row_is_rated_once_whatever_fails(tmp_path, n):
 
 
 @pytest.mark.parametrize(
-    ("n", "kills"), [(1000, 3), pytest.param(8000, 20, marks=pytest.mark.slow)]
+    ("n", "kills"), [(1000, 3), pytest.param(4000, 20, marks=pytest.mark.slow)]
 )
 def test_a_kill_loses_no_reply(tmp_path, n, kills):
     workers, dice = 8, random.Random(n)

@@ -47,6 +47,7 @@ def options() -> argparse.ArgumentParser:
     add("--burst_every", type=int, default=0, help="after so many requests ...")
     add("--burst_length", type=int, default=0, help="... so many are answered 429")
     add("--permanent", choices=PERMANENT, help="answer everything with this refusal")
+    add("--reply", help="the text of every reply; default: one that fits the question")
     add("--echo_key", type=int, default=0, help="1: the key that came stands in every answer")
     add("--batch_seconds", type=float, default=0, help="how long a batch takes")
     add("--batch_max", type=int, default=50_000, help="requests that a batch may have")
@@ -185,7 +186,7 @@ class Server:
         elif fault == "500":
             http.send(500, refusal("server_error", f"The server had an error for {bearer}."))
         else:
-            body = completion(key, request, bearer)
+            body = completion(key, request, bearer, args.reply)
             http.after(delay, fault, body, headers, lambda: self.answered.update([key]))
 
     # --- files and batches -----------------------------------------------------------------
@@ -262,7 +263,7 @@ class Server:
                 gone = {"code": "batch_expired", "message": "not executed in time"}
                 wrong.append(done | {"response": None, "error": gone})
             else:
-                answer = completion(key, line["body"], "***")
+                answer = completion(key, line["body"], "***", self.args.reply)
                 done["response"] = {"status_code": 200, "body": answer}
                 self.answered[key] += 1
                 right.append(done)
@@ -282,15 +283,18 @@ def prompt_tokens(request: dict) -> int:
     return sum(math.ceil(len(m["content"].encode()) / 4) for m in request["messages"])
 
 
-def completion(key: str, request: dict, bearer: str) -> dict:
-    """A reply that any of our readers can read, and that depends on the request alone."""
-    asked, n = request["messages"][-1]["content"], int(key[:6], 16)
+def fitting(asked: str, n: int, bearer: str) -> str:
+    """A reply that our readers can read, and that depends on the request alone."""
     if "separated by a space" in asked:
-        text = f"{n % 10 + 1} {n // 10 % 10 + 1}\nBoth are answers."
-    elif "Reply with only 1" in asked:
-        text = str(n % 3 + 1)
-    else:
-        text = f"{(3, 3.5, 4, 4.5, 5)[n % 5]}\nThe response is as good as {bearer} says."
+        return f"{n % 10 + 1} {n // 10 % 10 + 1}\nBoth are answers."
+    if "Reply with only 1" in asked:
+        return str(n % 3 + 1)
+    return f"{(3, 3.5, 4, 4.5, 5)[n % 5]}\nThe response is as good as {bearer} says."
+
+
+def completion(key: str, request: dict, bearer: str, text: str | None) -> dict:
+    """The body of a successful answer."""
+    text = text or fitting(request["messages"][-1]["content"], int(key[:6], 16), bearer)
     used = {"prompt_tokens": prompt_tokens(request), "completion_tokens": len(text) // 4 + 1}
     used["total_tokens"] = sum(used.values())
     message = {"role": "assistant", "content": text}

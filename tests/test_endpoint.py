@@ -330,3 +330,33 @@ def test_batches_behind_the_same_command(tmp_path):
         assert run(*words, cwd=tmp_path)[0] == 0  # without batches, from the same cache
         assert read(address)["requests"] == counts["requests"]
     assert {x["status"] for x in lines(tmp_path / "ratings.jsonl")} == {"ok"}
+
+
+def test_a_prompt_of_ones_own_and_a_rater_without_opinion(tmp_path):
+    write_rows(tmp_path, 20)
+    (tmp_path / "mine.txt").write_text("From 1 to 10, how good is {response} for {instruction}?")
+    with serving(reply="Score: 8") as address:
+        words = rate(address, tmp_path, "--prompt", "mine.txt", "--low", 1, "--high", 10)
+        status, said = run(*words, cwd=tmp_path)
+        assert status == 0 and "100% of the scores are 8" in said, said
+        status, said = run(*rate(address, tmp_path), cwd=tmp_path)  # AlpaGasus's prompt
+        assert status == 2 and "prompt was 'own-" in said, said
+    assert {x["score"] for x in lines(tmp_path / "ratings.jsonl")} == {8.0}
+
+
+def test_answers_of_a_server(tmp_path):
+    with serving(p500=0.1) as address:
+        words = [
+            "generate", "--questions", "sample_questions", "--limit", 10, "--output",
+            "responses.jsonl", "--base_model", "m", "--base_url", f"{address}/v1",
+            "--price_in", 1, "--price_out", 2,
+        ]  # fmt: skip
+        status, said = run(*words, "--dry_run", cwd=tmp_path)
+        assert status == 0 and "10 calls" in said and "about $" in said, said
+        assert read(address)["requests"] == 0
+        status, said = run(*words, cwd=tmp_path)
+        assert status == 0 and "10 answers" in said, said
+    answers = lines(tmp_path / "responses.jsonl")
+    assert len(answers) == 10 and all(x["response"] for x in answers)
+    entry = json.loads((tmp_path / "manifest.json").read_text())["outputs"]["responses.jsonl"]
+    assert entry["cost"]["usd"] == pytest.approx(sum(x["usage"]["usd"] for x in answers), abs=1e-6)

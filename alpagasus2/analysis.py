@@ -283,11 +283,18 @@ def judge_health(
 
 def canary_outcomes(
     lines: Sequence[Mapping],  # judgment lines of `canary_pairs`
-) -> dict[str, float]:  # gold_right, null_wins: shares of the verdicts that could be read
+) -> dict[
+    str, float
+]:  # gold_right, null_wins, itself_tied: shares of the verdicts that could be read
     "How the judge did on what is known."
     shares = {}
-    for name, model in (("gold_right", "gold"), ("null_wins", "null")):
-        verdicts = [x["verdict"] == "a" for x in lines if x["model_a"] == model and x["verdict"]]
+    known = (
+        ("gold_right", "gold", "a"),
+        ("null_wins", "null", "a"),
+        ("itself_tied", "itself", "tie"),
+    )
+    for name, model, what in known:
+        verdicts = [x["verdict"] == what for x in lines if x["model_a"] == model and x["verdict"]]
         if verdicts:
             shares[name] = sum(verdicts) / len(verdicts)
     return shares

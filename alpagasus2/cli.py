@@ -80,13 +80,19 @@ def select(
     print(f"{output}: kept {len(kept):,} of {len(rows):,} rows{unscored}")
 
 # %% ../nbs/07_cli.ipynb #fe5dbbce
+def _sorted_out(values: Mapping[str, Any], *classes: Any) -> list[Any]:
+    "One config of each class, from the options that are its fields."
+    return [c(**{k: v for k, v in values.items() if k in c.__dataclass_fields__}) for c in classes]
+
+
 def _ask(
-    backend: str, model: str, base_url: str | None, output: str, config: Any, calls: int,
-    dry_run: bool, digits: bool = False,
+    backend: str, model: str, base_url: str | None, settings: Any, limits: Any,
+    plans: Mapping[Path, Any], retry: bool, dry_run: bool, digits: bool = False,
 ) -> Any:  # fmt: skip
-    "What answers requests; None on a dry run. The host is named before rows leave this machine."
+    "What answers the plans' questions; None on a dry run. Host and price are named before."
     if backend == "local":
-        print(f"{calls:,} prompts for {model} on this machine", file=sys.stderr)
+        prompts = sum(len(p.lines) for p in plans.values())
+        print(f"{prompts:,} prompts for {model} on this machine", file=sys.stderr)
         if dry_run:
             return None
         from alpagasus2.quant_lora import QuantLoraConfig
@@ -94,14 +100,28 @@ def _ask(
 
         models = Models(model, QuantLoraConfig())
         return local_ask(models.load, "012345", True) if digits else local_ask(models.load)
-    from alpagasus2.endpoint import Endpoint
-
-    client = Endpoint(
-        model, base_url, Path(output).parent / "cache.sqlite", config.workers, config.timeout,
-        temperature=config.temperature, max_tokens=config.max_tokens,
+    requests = (r for path, plan in plans.items() for r in plan.requests(path, retry))
+    client = _client(
+        model, base_url, [*plans], limits, requests,
+        temperature=settings.temperature, max_tokens=settings.max_tokens,
     )  # fmt: skip
-    print(f"{calls:,} calls of {model} at {client.base_url}", file=sys.stderr)
-    return None if dry_run else client.complete
+    from alpagasus2.batch import asker
+
+    return None if dry_run else asker(client)
+
+
+def _client(
+    model: str, base_url: str | None, outputs: Sequence[Path], limits: Any, requests: Any,
+    **sampling: Any,
+) -> Any:  # fmt: skip
+    "An endpoint, after saying what these requests will cost there."
+    from alpagasus2.endpoint import Endpoint
+    from alpagasus2.prices import spent_on
+
+    cache, spent = outputs[0].parent / "cache.sqlite", spent_on(*outputs)
+    client = Endpoint(model, base_url, cache, limits, spent, **sampling)
+    print(client.estimate(requests), file=sys.stderr)
+    return client
 
 
 def rate(
@@ -111,6 +131,9 @@ def rate(
     model: str = "",  # the endpoint's model; for local raters a base model (smollm2-135m)
     base_url: str | None = None,  # the endpoint; default: OPENAI_BASE_URL, else OpenAI's
     backend: Literal["endpoint", "local"] = "endpoint",  # where an llm runs
+    prompt: str | None = None,  # a file with your own prompt: {instruction} {input} {response}
+    low: float = 0.0,  # lowest score that your prompt asks for
+    high: float = 5.0,  # highest score that your prompt asks for
     template: Literal["alpaca", "chat"] = "chat",  # the text in which local signals read a row
     retry: bool = False,  # ask again where a reply was unreadable or a refusal
     limit: int | None = None,  # only the first so many rows
@@ -119,8 +142,8 @@ def rate(
 ) -> None:
     "Score every row of a data set, with a judge or with a local model's likelihoods."
     from alpagasus2.data import dropped, load_examples
-    from alpagasus2.judge import JudgeConfig
-    from alpagasus2.judge import rate as rate_rows
+    from alpagasus2.endpoint import EndpointConfig
+    from alpagasus2.judge import JudgeConfig, RatingPrompt, carry_out, load_prompt, rating_plan
 
     rows, problems = load_examples(data)
     if problems:
@@ -131,11 +154,15 @@ def rate(
         return
     if not model:
         raise UserError("--model: name the model that rates (with --rater llm)")
-    settings = JudgeConfig(**config)
-    calls = len(rows) * settings.votes
-    ask = _ask(backend, model, base_url, output, settings, calls, dry_run, digits=True)
+    settings, limits = _sorted_out(config, JudgeConfig, EndpointConfig)
+    own = load_prompt(prompt, low, high) if prompt else RatingPrompt()
+    plan = rating_plan(rows, settings, model, own)
+    plans = {Path(output): plan}
+    ask = _ask(backend, model, base_url, settings, limits, plans, retry, dry_run, digits=True)
     if ask:
-        _say_status(output, rate_rows(rows, ask, output, settings, model, retry))
+        lines = carry_out(plan, ask, output, retry)
+        _say_status(output, lines)
+        _say_scores(lines)
 
 
 def _rate_locally(
@@ -155,41 +182,68 @@ def _rate_locally(
 def _say_status(output: str, lines: Sequence[Mapping]) -> None:
     "Count what became of the lines; a file of nothing but errors is a failure."
     from alpagasus2.judge import status_counts
+    from alpagasus2.prices import dollars, spent_on
 
-    counts = status_counts(lines)
-    print(f"{output}: " + ", ".join(f"{n:,} {status}" for status, n in counts.items()))
+    counts, usd = status_counts(lines), spent_on(output)
+    cost = f"; {dollars(usd)} spent" if usd else ""
+    print(f"{output}: " + ", ".join(f"{n:,} {status}" for status, n in counts.items()) + cost)
     if set(counts) == {"error"}:
         raise UserError(f"{output}: every call failed, the last with: {lines[-1]['review']}")
+
+
+def _say_scores(lines: Sequence[Mapping]) -> None:
+    "The distribution of the scores, and a warning where it tells nothing."
+    from alpagasus2.judge import drift, score_counts
+
+    counts = score_counts(lines)
+    total = sum(counts.values())
+    if len(counts) <= 30:  # a local rater's scores are no two alike
+        for score, n in counts.items():
+            print(f"{score:>6g}  {n:>7,}  {n / total:4.0%}  {'#' * round(40 * n / total)}")
+    if warning := drift(counts):
+        print(warning, file=sys.stderr)
 
 # %% ../nbs/07_cli.ipynb #0ade7c2c
 def judge(
     responses: list[str],  # one or more responses.jsonl
-    model_a: str,  # the arm whose wins are counted
-    model_b: str,  # the arm that it is compared with
     output: str,  # judgments.jsonl; resumed when it is there
+    model_a: str | None = None,  # the arm whose wins are counted; default: all pairs of arms
+    model_b: list[str] | None = None,  # the arms that it is compared with; default: all others
     model: str = "",  # the judge: an endpoint's model, or a base model with --backend local
     base_url: str | None = None,  # the endpoint; default: OPENAI_BASE_URL, else OpenAI's
     backend: Literal["endpoint", "local"] = "endpoint",  # where the judge runs
-    retry: bool = False,  # ask again where a reply was unreadable or a refusal
+    canaries: bool = True,  # also ask what is known, into canaries.jsonl beside the output
+    retry: bool = False,  # ask again where the reply was unreadable or a refusal
     limit: int | None = None,  # only the first so many pairs
     dry_run: bool = False,  # say what would be done
     **config: Any,
 ) -> None:
-    "Compare the answers of two models, in both orders."
-    from alpagasus2.judge import JudgeConfig, compare, pair_responses
+    "Compare the answers of two or more models, in both orders."
+    from alpagasus2.endpoint import EndpointConfig
+    from alpagasus2.judge import (
+        JudgeConfig,
+        canaries_path,
+        canary_pairs,
+        carry_out,
+        comparison_plan,
+        pair_arms,
+    )  # fmt: skip
     from alpagasus2.runs import read_jsonl
 
     if not model:
         raise UserError("--model: name the model that judges")
     lines = [line for path in responses for line in read_jsonl(path)]
-    pairs = pair_responses(lines, model_a, model_b)[:limit]
+    pairs = pair_arms(lines, model_a, model_b)[:limit]
     if backend == "local":
         config["protocol"] = "verdict"
-    settings = JudgeConfig(**config)
-    calls = 2 * len(pairs) * settings.votes
-    ask = _ask(backend, model, base_url, output, settings, calls, dry_run)
-    if ask:
-        _say_status(output, compare(pairs, ask, output, settings, model, retry))
+    settings, limits = _sorted_out(config, JudgeConfig, EndpointConfig)
+    asked = {Path(output): pairs}
+    if canaries and pairs:
+        asked[canaries_path(output)] = canary_pairs(lines, pairs[0]["model_a"])
+    plans = {path: comparison_plan(todo, settings, model) for path, todo in asked.items()}
+    ask = _ask(backend, model, base_url, settings, limits, plans, retry, dry_run)
+    for path, plan in plans.items() if ask else ():
+        _say_status(str(path), carry_out(plan, ask, path, retry))
 
 # %% ../nbs/07_cli.ipynb #17ba0791
 def train(
@@ -412,13 +466,13 @@ def generate(
     replicate: int = 0,  # index of the training seed
     base_url: str | None = None,  # ask this OpenAI-compatible server instead of a local model
     load_in_4bit: bool = True,  # quantise the base; false: 16 bits
-    workers: int = 16,  # calls in flight at once, with --base_url
     limit: int | None = None,  # only the first so many questions of each set
     dry_run: bool = False,  # say what would be done
     **config: Any,
 ) -> None:
     "Answer test questions with a base model, its adapters, or a server."
     from alpagasus2.data import load_questions
+    from alpagasus2.endpoint import EndpointConfig
     from alpagasus2.generate import GenerateConfig
     from alpagasus2.generate import generate as answer
 
@@ -426,15 +480,15 @@ def generate(
         raise UserError("--base_model: name the model that answers")
     if base_url and adapters:
         raise UserError("--adapters: a server's adapters are models of their own; use --base_model")
-    settings = GenerateConfig(**config)
+    settings, limits = _sorted_out(config, GenerateConfig, EndpointConfig)
     asked = [q for source in questions for q in load_questions(source)[:limit]]
     paths = dict(_named_path(a) for a in adapters or [])
     print(f"{len(asked):,} questions for {', '.join([name, *paths])}", file=sys.stderr)
+    if base_url:
+        models = {name: _server(base_model, base_url, output, settings, limits, asked)}
     if dry_run:
         return
-    if base_url:
-        models = {name: _server(base_model, base_url, output, settings, workers)}
-    else:
+    if not base_url:
         from alpagasus2.recipe import local_arms
 
         models = local_arms(base_model, paths, settings, load_in_4bit, name)
@@ -452,12 +506,13 @@ def _named_path(text: str) -> tuple[str, str]:
     return name, path
 
 
-def _server(model: str, base_url: str, output: str, settings: Any, workers: int) -> Any:
-    from alpagasus2.endpoint import Endpoint
-    from alpagasus2.generate import endpoint_answers
+def _server(
+    model: str, base_url: str, output: str, settings: Any, limits: Any, questions: Sequence
+) -> Any:
+    from alpagasus2.generate import endpoint_answers, endpoint_requests
 
-    client = Endpoint(
-        model, base_url, Path(output).parent / "cache.sqlite", workers,
+    client = _client(
+        model, base_url, [Path(output)], limits, endpoint_requests(questions),
         temperature=settings.temperature, max_tokens=settings.max_new_tokens,
         top_p=settings.top_p, seed=settings.seed,
     )  # fmt: skip
@@ -500,11 +555,15 @@ def report(
 
 
 def _canaries(judgments: str) -> dict[str, float]:
-    "The judge's canaries, when the folder is a run's."
+    "The judge's canaries: of a run's folder, or beside a file of judgments."
     from alpagasus2.analysis import canary_outcomes
+    from alpagasus2.judge import canaries_path
     from alpagasus2.runs import latest
 
-    return canary_outcomes(latest(Path(judgments) / "canaries.jsonl"))
+    path = Path(judgments)
+    return canary_outcomes(
+        latest(path / "canaries.jsonl" if path.is_dir() else canaries_path(path))
+    )
 
 
 def _control(models: set[str], model_a: str | None, default: str | None) -> str | None:
@@ -554,14 +613,14 @@ COMMANDS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "run": (run, ()),
     "fetch": (fetch, ()),
     "check": (check, ()),
-    "rate": (rate, ("judge.JudgeConfig",)),
+    "rate": (rate, ("judge.JudgeConfig", "endpoint.EndpointConfig")),
     "select": (select, ()),
     "preview": (preview, ("train.TrainConfig",)),
     "estimate": (estimate, ("train.TrainConfig", "quant_lora.QuantLoraConfig")),
     "train": (train, ("train.TrainConfig", "quant_lora.QuantLoraConfig")),
     "merge": (merge, ()),
-    "generate": (generate, ("generate.GenerateConfig",)),
-    "judge": (judge, ("judge.JudgeConfig",)),
+    "generate": (generate, ("generate.GenerateConfig", "endpoint.EndpointConfig")),
+    "judge": (judge, ("judge.JudgeConfig", "endpoint.EndpointConfig")),
     "report": (report, ()),
     "doctor": (doctor, ()),
 }  # the function, and the config classes whose fields its **config takes
@@ -604,13 +663,14 @@ def _parser(command: str) -> Any:
             f"--{name}", nargs="+", type=str, required=needed, default=None if needed else default
         )
     configs = [_config_class(path) for path in classes]
-    fields = {f for cls in configs for f in cls.__dataclass_fields__}
+    fields = {f: x.type for cls in configs for f, x in cls.__dataclass_fields__.items()}
     parser.add_function_arguments(function, as_group=False, skip={*lists, first or "", *fields})
     for cls in configs:
         notes |= docments(cls)
         parser.add_class_arguments(cls, as_group=False)
     for action in parser._actions:
-        if parameters.get(action.dest) and parameters[action.dest].annotation is bool:
+        declared = parameters.get(action.dest)
+        if bool in (fields.get(action.dest), declared.annotation if declared else None):
             action.nargs, action.const = "?", True  # --dry_run alone means yes
         if notes.get(action.dest):
             action.help = notes[action.dest].replace("%", "%%")

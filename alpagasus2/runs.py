@@ -321,5 +321,9 @@ def recorded(
     entry = {"ended": None, "started": now(), **known, **environment()}
     _update_manifest(output.parent, output.name, {**entry, "config": config, "inputs": hashes})
     result: dict = {}
-    yield result
+    try:
+        yield result
+    except BaseException:  # what was counted until then is kept; the output has not ended
+        _update_manifest(output.parent, output.name, result)
+        raise
     _update_manifest(output.parent, output.name, {"ended": now(), **result})

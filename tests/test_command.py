@@ -82,7 +82,7 @@ def test_endpoint_without_key_or_server(tmp_path, rows):
     local = (*rate, "--base_url", "http://127.0.0.1:9/v1")
     fails_with(alpagasus2(*local, cwd=tmp_path), "nothing answers there")
     dry = alpagasus2(*local, "--dry_run", "true", cwd=tmp_path)
-    assert dry.returncode == 0 and "2 calls of m" in dry.stderr
+    assert dry.returncode == 0 and "m at http://127.0.0.1:9/v1: 2 calls" in dry.stderr
 
 
 def test_a_secret_is_neither_printed_nor_kept(tmp_path, rows):

@@ -15,7 +15,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "alpagasus2"
 MAY_IMPORT = {
     "data": "",
     "runs": "",
-    "endpoint": "",
+    "prices": "",
+    "endpoint": "prices",
+    "batch": "prices endpoint",
     "quant_lora": "",
     "forward": "data",
     "score": "data forward",
@@ -26,18 +28,19 @@ MAY_IMPORT = {
     "train": "data quant_lora forward checkpoint",
     "preview": "forward train",
     "share": "data",
-    "generate": "data endpoint quant_lora",
-    "judge": "data endpoint",
+    "generate": "data prices endpoint batch quant_lora",
+    "judge": "data prices endpoint",
     "leaderboard": "quant_lora",
     "analysis": "data",
     "report": "analysis",
-    "recipe": "data endpoint quant_lora forward score checkpoint train generate judge "
+    "recipe": "data prices endpoint batch quant_lora forward score checkpoint train generate judge "
     "leaderboard analysis report",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
-LIGHT = ["data", "runs", "endpoint", "doctor", "share", "generate", "judge", "analysis", "report"]
+# without torch
+LIGHT = "data runs prices endpoint batch doctor share generate judge analysis report".split()
 
 
 def imported(source: str) -> Iterator[str]:

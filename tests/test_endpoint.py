@@ -1,0 +1,362 @@
+"""The client against a server that fails: nothing lost, nothing asked twice, nothing given away.
+
+Each test has a short form that always runs and, where that says more, a long one marked slow.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+
+SERVER = Path(__file__).with_name("faulty_server.py")
+KEY = "sk-test-1234567890abcdef"
+
+
+@contextmanager
+def serving(**options: Any) -> Iterator[str]:
+    """Start the server; its address."""
+    words = [w for k, v in options.items() for w in (f"--{k}", str(v))]
+    server = subprocess.Popen([sys.executable, SERVER, *words], stdout=subprocess.PIPE, text=True)
+    try:
+        yield server.stdout.readline().strip()
+    finally:
+        server.kill()
+        server.wait()
+
+
+def read(address: str, route: str = "stats") -> dict:
+    with urlopen(f"{address}/{route}") as answer:
+        return json.load(answer)
+
+
+def command(*words: object, cwd: Path, **environ: str) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")} | environ
+    return subprocess.Popen(
+        [sys.executable, "-m", "alpagasus2", *map(str, words)], cwd=cwd, env=env,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def run(*words: object, cwd: Path, **environ: str) -> tuple[int, str]:
+    """Run a command; its status and all that it said."""
+    process = command(*words, cwd=cwd, **environ)
+    said, _ = process.communicate(timeout=900)
+    return process.returncode, said
+
+
+def write_rows(folder: Path, n: int) -> Path:
+    rows = [
+        {"id": f"r{i}", "instruction": f"Name {i} things.", "input": "", "output": "One. " * 20}
+        for i in range(n)
+    ]
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def rate(address: str, folder: Path, *words: object) -> list:
+    return [
+        "rate", "--data", folder / "rows.json", "--output", folder / "ratings.jsonl",
+        "--model", "judge", "--base_url", f"{address}/v1", *words,
+    ]  # fmt: skip
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def committed(cache: Path) -> set[str]:
+    """Hashes of the requests whose replies a killed run had committed."""
+    if not cache.exists():
+        return set()
+    with closing(sqlite3.connect(cache)) as db:
+        try:
+            found = db.execute("SELECT raw FROM replies").fetchall()
+        except sqlite3.OperationalError:  # killed before the table was made
+            return set()
+    return {re.search(r"chatcmpl-(\w+)", raw)[1] for (raw,) in found}
+
+
+FAULTS = {"p429": 0.1, "p500": 0.05, "phang": 0.01, "preset": 0.01, "phalf": 0.01}
+
+
+@pytest.mark.parametrize("n", [600, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_every_row_is_rated_once_whatever_fails(tmp_path, n):
+    write_rows(tmp_path, n)
+    with serving(latency=0.02, pmalformed=0.005, pduplicate=0.01, **FAULTS) as address:
+        words = rate(address, tmp_path, "--workers", 32, "--timeout", 5)
+        status, said = run(*words, cwd=tmp_path)
+        counts = read(address)
+    assert status == 0, said
+    rated = lines(tmp_path / "ratings.jsonl")
+    assert sorted(x["id"] for x in rated) == sorted(f"r{i}" for i in range(n))
+    assert {x["status"] for x in rated} == {"ok"}
+    assert counts["requests"] <= 1.25 * n, counts
+    cost = json.loads((tmp_path / "manifest.json").read_text())["outputs"]["ratings.jsonl"]["cost"]
+    assert cost["calls"] == n and cost["usd"] == 0.0  # a model on this machine
+
+
+@pytest.mark.parametrize(
+    ("n", "kills"), [(1000, 3), pytest.param(4000, 20, marks=pytest.mark.slow)]
+)
+def test_a_kill_loses_no_reply(tmp_path, n, kills):
+    workers, dice = 8, random.Random(n)
+    write_rows(tmp_path, n)
+    seen: list[tuple[set[str], dict]] = []
+    with serving(latency=0.03) as address:
+        words = rate(address, tmp_path, "--workers", workers)
+        for _ in range(kills):
+            before = read(address)["requests"]
+            process = command(*words, cwd=tmp_path)
+            while read(address)["requests"] == before and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(dice.uniform(0, 0.8))
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL, "it had finished before it was killed"
+            process.stdout.close()
+            time.sleep(0.1)  # what was in flight is answered, to nobody
+            seen.append((committed(tmp_path / "cache.sqlite"), read(address, "hashes")))
+        status, said = run(*words, cwd=tmp_path)
+        assert status == 0, said
+        counts, hashes = read(address), read(address, "hashes")
+    assert len(lines(tmp_path / "ratings.jsonl")) == n
+    for kept, then in seen:
+        again = [h for h in kept if hashes[h][0] > then[h][0]]
+        assert not again, f"{len(again)} committed replies were asked for again"
+    assert len(seen[-1][0]) > len(seen[0][0]) > 0
+    assert counts["contents"] == n
+    assert counts["requests"] - n <= kills * workers, counts
+
+
+def test_two_processes_share_a_cache_and_the_work(tmp_path):
+    n = 600
+    write_rows(tmp_path, n)
+    with serving(latency=0.05) as address:
+        words = rate(address, tmp_path, "--workers", 8)
+        other = [str(w).replace("ratings.jsonl", "others.jsonl") for w in words]
+        both = [command(*w, cwd=tmp_path) for w in (words, other)]
+        said = [p.communicate(timeout=300)[0] for p in both]
+        counts = read(address)
+    assert [p.returncode for p in both] == [0, 0], said
+    assert len(lines(tmp_path / "ratings.jsonl")) == len(lines(tmp_path / "others.jsonl")) == n
+    assert counts["requests"] == n, counts  # not one was paid for twice
+    assert not any("locked" in text for text in said)
+
+
+@pytest.mark.parametrize("n", [400, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("limit", [{"rpm": 3000}, {"tpm": 1_200_000}])
+def test_the_endpoints_limit_is_used_and_kept(tmp_path, n, limit):
+    write_rows(tmp_path, n)
+    with serving(latency=0.05, window=3, **limit) as address:
+        status, said = run(*rate(address, tmp_path, "--workers", 32), cwd=tmp_path)
+        counts = read(address)
+    assert status == 0, said
+    assert counts["statuses"].get("429", 0) < 0.01 * n, counts
+    least = 0.95 if n > 1000 else 0.4  # a short run on a busy machine starts slowly
+    assert counts["used"] > least, counts
+
+
+def test_a_limit_of_the_users_own(tmp_path):
+    write_rows(tmp_path, 40)
+    with serving() as address:
+        started = time.monotonic()
+        words = rate(address, tmp_path, "--workers", 32, "--requests_per_minute", 600)
+        status, said = run(*words, cwd=tmp_path)
+    assert status == 0, said
+    assert time.monotonic() - started > 2.9  # ten at once, then ten a second
+
+
+@pytest.mark.parametrize(
+    ("refusal", "says"),
+    [
+        ("401", "refuses the key in OPENAI_API_KEY"),
+        ("403", "does not allow this"),
+        ("404", "The model `judge` does not exist"),
+        ("quota", "has no money left"),
+        ("html", "does the address lack its /v1?"),
+    ],
+)
+def test_what_meets_every_call_stops_the_run_at_once(tmp_path, refusal, says):
+    write_rows(tmp_path, 50)
+    with serving(permanent=refusal, echo_key=1) as address:
+        status, said = run(*rate(address, tmp_path), cwd=tmp_path, OPENAI_API_KEY=KEY)
+        asked = read(address)["requests"]
+    assert status == 2 and says in said.splitlines()[-1], said
+    assert said.count("alpagasus2: ") == 1 and "Traceback" not in said
+    assert asked == 1 and KEY not in said
+
+
+def test_one_long_row_does_not_stop_the_others(tmp_path):
+    path = write_rows(tmp_path, 20)
+    rows = json.loads(path.read_text())
+    rows[3]["output"] = "[over-long]"
+    path.write_text(json.dumps(rows))
+    with serving() as address:
+        for _ in range(2):  # also when it is all that is left
+            status, said = run(*rate(address, tmp_path), cwd=tmp_path)
+            assert status == 0, said
+        asked = read(address)["requests"]
+    status = {x["id"]: (x["status"], x["review"]) for x in lines(tmp_path / "ratings.jsonl")}
+    assert status["r3"][0] == "error" and "context length" in status["r3"][1]
+    assert sum(s == "ok" for s, _ in status.values()) == 19
+    assert asked == 21  # the refused one is tried again by the second run
+
+
+def test_a_secret_is_kept_nowhere(tmp_path):
+    write_rows(tmp_path, 60)
+    with serving(echo_key=1, p500=0.2) as address:
+        words = rate(address, tmp_path)
+        secret = {"OPENAI_API_KEY": KEY, "OPENAI_LOG": "debug"}
+        status, said = run(*words, cwd=tmp_path, **secret)
+    assert status == 0, said
+    assert "Sending HTTP Request" in said, "the openai client's own log was on"
+    kept = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert KEY not in said and KEY.encode() not in kept
+    assert b"as good as ***" in kept  # the server had repeated the key in each answer
+    status, said = run(*rate("http://me:" + KEY + "@x", tmp_path), cwd=tmp_path)
+    assert status == 2 and KEY not in said and "OPENAI_API_KEY" in said
+
+
+def test_money(tmp_path):
+    write_rows(tmp_path, 100)
+    prices = tmp_path / "prices.json"
+    prices.write_text('{"judge": {"price_in": 100, "price_out": 200}}')
+    with serving() as address:
+        words = rate(address, tmp_path, "--workers", 4, "--prices", prices)
+        status, said = run(*words, "--dry_run", cwd=tmp_path)
+        assert status == 0 and "100 calls" in said and "about $" in said, said
+        assert read(address)["requests"] == 0
+        status, said = run(*words, "--max_cost", 1.0, cwd=tmp_path)
+        assert status == 2 and "max_cost of $1.00 reached" in said.splitlines()[-1], said
+        entry = json.loads((tmp_path / "manifest.json").read_text())["outputs"]["ratings.jsonl"]
+        assert entry["ended"] is None and 0.85 < entry["cost"]["usd"] <= 1.0
+        asked = read(address)["requests"]
+        status, said = run(*words, "--max_cost", 1.0, cwd=tmp_path)  # the money is spent
+        assert status == 2 and read(address)["requests"] == asked, said
+        status, said = run(*words, "--max_cost", 50, cwd=tmp_path)
+        assert status == 0 and read(address)["requests"] == 100, said
+        assert "spent" in said
+    entry = json.loads((tmp_path / "manifest.json").read_text())["outputs"]["ratings.jsonl"]
+    paid = sum(x["usage"]["usd"] for x in lines(tmp_path / "ratings.jsonl"))
+    assert entry["ended"] and entry["cost"]["usd"] == pytest.approx(paid)
+    status, said = run(*rate("https://example.com", tmp_path, "--max_cost", 1), cwd=tmp_path,
+                       OPENAI_API_KEY=KEY)  # fmt: skip
+    assert status == 2 and "price of judge is not known" in said
+
+
+def test_a_damaged_cache_is_set_aside(tmp_path):
+    write_rows(tmp_path, 40)
+    with serving() as address:
+        assert run(*rate(address, tmp_path), cwd=tmp_path)[0] == 0
+        cache = tmp_path / "cache.sqlite"
+        os.truncate(cache, cache.stat().st_size // 2)
+        (tmp_path / "ratings.jsonl").unlink()
+        status, said = run(*rate(address, tmp_path), cwd=tmp_path)
+        assert status == 0 and "was damaged" in said, said
+        assert read(address)["requests"] <= 80
+    assert len(lines(tmp_path / "ratings.jsonl")) == 40
+
+
+def test_ratings_are_rebuilt_without_a_call(tmp_path):
+    write_rows(tmp_path, 30)
+    with serving(p500=0.1) as address:
+        words = rate(address, tmp_path, "--votes", 2, "--temperature", 0.7)
+        assert run(*words, cwd=tmp_path)[0] == 0
+        asked, first = read(address)["requests"], lines(tmp_path / "ratings.jsonl")
+        (tmp_path / "ratings.jsonl").unlink()
+        status, said = run(*words, cwd=tmp_path)
+        assert status == 0 and read(address)["requests"] == asked, said
+        assert "nothing to pay" in said
+    again = lines(tmp_path / "ratings.jsonl")
+    assert len(again) == 60
+
+    def scores(rows: list[dict]) -> list:
+        return sorted((x["id"], x["vote"], x["score"]) for x in rows)
+
+    assert scores(again) == scores(first)
+
+
+def test_several_arms_and_the_canaries_in_one_command(tmp_path):
+    answers = [
+        {"id": f"q{i}", "test_set": "t", "category": None, "instruction": f"Why {i}?", "input": "",
+         "model": m, "replicate": 0, "response": f"{m} says so {i}."}
+        for i in range(6) for m in ("best", "base", "random")
+    ]  # fmt: skip
+    (tmp_path / "responses.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    with serving() as address:
+        words = [
+            "judge", "--responses", tmp_path / "responses.jsonl", "--output",
+            tmp_path / "judgments.jsonl", "--model", "judge", "--base_url", f"{address}/v1",
+        ]  # fmt: skip
+        status, said = run(*words, "--model_a", "best", "--model_b", "base", cwd=tmp_path)
+        assert status == 0, said
+        assert len(lines(tmp_path / "judgments.jsonl")) == 12
+        status, said = run(*words, cwd=tmp_path)  # all pairs of arms
+        assert status == 0, said
+    judged = lines(tmp_path / "judgments.jsonl")
+    pairs = {(x["model_a"], x["model_b"]) for x in judged}
+    assert pairs == {("best", "base"), ("best", "random"), ("base", "random")}
+    assert len(judged) == 3 * 6 * 2
+    known = lines(tmp_path / "canaries.jsonl")
+    assert {x["model_a"] for x in known} == {"gold", "null", "itself"}
+    words = ["report", "--judgments", tmp_path / "judgments.jsonl", "--output", tmp_path / "out"]
+    status, said = run(*words, "--model_a", "best", cwd=tmp_path)
+    assert status == 0, said
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert set(results["canaries"]) == {"gold_right", "null_wins", "itself_tied"}
+
+
+def test_batches_behind_the_same_command(tmp_path):
+    write_rows(tmp_path, 30)
+    with serving(p500=0.1) as address:
+        words = rate(address, tmp_path, "--price_in", 2, "--price_out", 2)
+        status, said = run(*words, "--batch", cwd=tmp_path)
+        assert status == 0, said
+        counts = read(address)
+        assert counts["batches"] >= 1 and counts["answered_twice"] == 0
+        (tmp_path / "ratings.jsonl").unlink()
+        assert run(*words, cwd=tmp_path)[0] == 0  # without batches, from the same cache
+        assert read(address)["requests"] == counts["requests"]
+    assert {x["status"] for x in lines(tmp_path / "ratings.jsonl")} == {"ok"}
+
+
+def test_a_prompt_of_ones_own_and_a_rater_without_opinion(tmp_path):
+    write_rows(tmp_path, 20)
+    (tmp_path / "mine.txt").write_text("From 1 to 10, how good is {response} for {instruction}?")
+    with serving(reply="Score: 8") as address:
+        words = rate(address, tmp_path, "--prompt", "mine.txt", "--low", 1, "--high", 10)
+        status, said = run(*words, cwd=tmp_path)
+        assert status == 0 and "100% of the scores are 8" in said, said
+        status, said = run(*rate(address, tmp_path), cwd=tmp_path)  # AlpaGasus's prompt
+        assert status == 2 and "prompt was 'own-" in said, said
+    assert {x["score"] for x in lines(tmp_path / "ratings.jsonl")} == {8.0}
+
+
+def test_answers_of_a_server(tmp_path):
+    with serving(p500=0.1) as address:
+        words = [
+            "generate", "--questions", "sample_questions", "--limit", 10, "--output",
+            "responses.jsonl", "--base_model", "m", "--base_url", f"{address}/v1",
+            "--price_in", 1, "--price_out", 2,
+        ]  # fmt: skip
+        status, said = run(*words, "--dry_run", cwd=tmp_path)
+        assert status == 0 and "10 calls" in said and "about $" in said, said
+        assert read(address)["requests"] == 0
+        status, said = run(*words, cwd=tmp_path)
+        assert status == 0 and "10 answers" in said, said
+    answers = lines(tmp_path / "responses.jsonl")
+    assert len(answers) == 10 and all(x["response"] for x in answers)
+    entry = json.loads((tmp_path / "manifest.json").read_text())["outputs"]["responses.jsonl"]
+    assert entry["cost"]["usd"] == pytest.approx(sum(x["usage"]["usd"] for x in answers), abs=1e-6)

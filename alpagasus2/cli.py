@@ -261,9 +261,10 @@ def train(
 ) -> None:
     "Train a QLoRA adapter; run again to go on where it stopped."
     rows = _training_rows(data_path, data_type)[:limit]
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that `accelerate launch` starts
-    go = first and not dry_run
-    repo = _before_training(output_dir, hub_path, hub_private) if go else None
+    first = _is_first_process()
+    repo = None
+    if first and not dry_run:
+        repo = _before_training(output_dir, hub_path, hub_private)
     from alpagasus2.quant_lora import load_tokenizer
     from alpagasus2.train import batch_schedule, encode_rows, preset_configs, split_rows
     from alpagasus2.train import train as train_adapter
@@ -294,6 +295,11 @@ def _training_rows(data_path: str, data_type: str) -> list[dict]:
     if problems:
         print(dropped(problems), file=sys.stderr)
     return rows
+
+
+def _is_first_process() -> bool:
+    "Of the processes that `accelerate launch` or torchrun started; or the only one."
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _before_training(output_dir: str, hub_path: str | None, private: bool) -> str | None:
@@ -393,6 +399,7 @@ def merge(
     from alpagasus2.merge import merge_table, training_settings
     from alpagasus2.quant_lora import load_tokenizer
     from alpagasus2.score import target_logprobs
+    from alpagasus2.share import write_card
 
     trained = training_settings(adapter)
     rows = [row for row in load_examples(data_path)[0] if not row.get("flaw")][:limit]
@@ -404,6 +411,7 @@ def merge(
     result = merge_adapter(
         adapter, output_dir, held, target_logprobs, base_model, merge_base, compare
     )
+    write_card(output_dir)
     print(*merge_table(result), sep="\n")
     print(f"{output_dir}: the {merge_base} merge, loaded again and compared")
 

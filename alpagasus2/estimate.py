@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'STEPS', 'DEVICES', 'load_config', 'Shape', 'shape_of', 'StepMemory', 'default_step', 'activation_bytes',
-           'adapted', 'Device', 'find_device', 'matrix_rate', 'Estimate', 'weight_bits', 'estimate', 'advice',
-           'report_lines']
+           'quantised', 'adapted', 'Device', 'find_device', 'matrix_rate', 'Estimate', 'weight_bits', 'estimate',
+           'advice', 'report_lines']
 
 # %% ../nbs/01b_estimate.ipynb #54b6b459
 import difflib
@@ -13,7 +13,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,15 @@ def shape_of(
 class StepMemory:
     "How a training step uses memory; retune here when the step changes."
 
-    unpacked: bool = False  # linear weights dequantised once and held in 16 bits
+    unpacked: bool = False  # 4-bit weights are held in 16 bits, unless the config says otherwise
     inputs_kept: bool = False  # frozen linear layers keep their input (always so in 8 bits)
     checkpointing: bool = False  # keep each layer's input only, recompute the rest
     norm_bytes: int = 4  # a number in a norm's kept input
+    row_attention: bool = False  # attention row by row in fp32; its weights are not kept
     lora_input_bytes: int = 4  # a number in an adapted layer's kept input
     dropout_mask_bytes: int = 1  # a number in a kept dropout mask
     logit_bytes: int = 12  # bytes for each target and vocabulary entry at the peak
-    logit_chunk: int | None = None  # target positions whose logits exist at once; None: all
+    logit_chunk: int | None = 256  # targets whose logits exist at once; None: all
     target_share: float = 0.5  # targets among the tokens; 52% of characters in Alpaca rows
     checkpoint_mapped: bool = False  # the checkpoint's linear weights stay mapped in memory
     fragmentation: float = 1.0  # memory taken from the system over memory in use, activations
@@ -130,14 +131,15 @@ class StepMemory:
 
 
 STEPS = {
-    # measured below: glibc's heap, 4-byte masks, a mapped checkpoint
+    # measured below: glibc's heap, a mapped checkpoint, libraries
     "cpu": StepMemory(
-        dropout_mask_bytes=4, checkpoint_mapped=True, fragmentation=1.7, runtime=0.54e9
+        unpacked=True, row_attention=True, checkpoint_mapped=True, fragmentation=2.0,
+        runtime=0.54e9,
     ),
     # not measured by us: a CUDA context of 0.5 GB, 0.3 GB of workspaces, 5% in the allocator;
     # Transformers' published 2,415 tokens/s for 7B are 21% of an A100, Unsloth's 3,726 32%
     "cuda": StepMemory(fragmentation=1.05, runtime=0.8e9),
-}
+}  # fmt: skip
 
 
 def default_step(
@@ -154,17 +156,32 @@ def activation_bytes(
     width: int = 2,  # bytes of the compute type: 2 in bf16, 4 in fp32
 ) -> int:  # bytes
     "Kept for the backward pass by one decoder layer for one token."
-    attention = shape.heads * shape.head_dim
     norms = 2 * (step.norm_bytes * shape.hidden + 4)
-    sdpa = 2 * width * (attention + shape.kv_heads * shape.head_dim) + 4 * shape.heads
     mlp = 3 * width * shape.ffn
     mask = step.dropout_mask_bytes if quant_lora.lora_dropout else 0
     per_input = step.lora_input_bytes + mask
     targets = adapted(shape, quant_lora)
     lora = sum(n * (i * per_input + 4 * quant_lora.lora_r) for (_, i, _), n in targets.items())
     kept = width * (2 * shape.hidden + shape.ffn)  # before attention, before and inside the MLP
-    frozen = kept if step.inputs_kept or quant_lora.load_in_8bit else 0
-    return norms + sdpa + mlp + frozen + round(lora / shape.layers)
+    in_8bit = quant_lora.load_in_8bit and quantised(quant_lora, step)
+    frozen = kept if step.inputs_kept or in_8bit else 0
+    attention = _attention_bytes(shape, step, width)
+    return norms + attention + mlp + frozen + round(lora / shape.layers)
+
+
+def _attention_bytes(shape: Shape, step: StepMemory, width: int) -> int:
+    "Kept by the attention of one layer for one token."
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return 4 * (q + 2 * kv) if step.row_attention else 2 * width * (q + kv) + 4 * shape.heads
+
+
+def quantised(
+    quant_lora: QuantLoraConfig,  # 4 bits, 8 bits or none; unpacked
+    step: StepMemory,  # what `unpacked=None` means on the device
+) -> bool:
+    "Whether the linear layers hold quantised weights while they train."
+    unpacked = step.unpacked if quant_lora.unpacked is None else quant_lora.unpacked
+    return (quant_lora.load_in_4bit or quant_lora.load_in_8bit) and not unpacked
 
 
 def adapted(
@@ -193,17 +210,18 @@ class Device:
     source: str = "data sheet"  # where the figures come from
 
 
+# NVIDIA's documents; "half" where they print the bf16 rate with 2:4 sparsity, which is twice ours
 DEVICES = {
-    "T4": Device(16e9, 8.1e12, 4),
-    "L4": Device(24e9, 121e12),
-    "A10": Device(24e9, 125e12),
-    "RTX 3090": Device(24e9, 71e12),
-    "RTX 4090": Device(24e9, 165e12),
-    "L40S": Device(48e9, 362e12),
-    "A100-40GB": Device(40e9, 312e12),
-    "A100-80GB": Device(80e9, 312e12),
-    "H100": Device(80e9, 989e12),  # SXM
-    "H200": Device(141e9, 989e12),
+    "T4": Device(16e9, 8.1e12, 4),  # T4 Tensor Core GPU Datasheet, single precision
+    "L4": Device(24e9, 121e12),  # L4 Tensor Core GPU Datasheet, half
+    "A10": Device(24e9, 125e12),  # A10 Tensor Core GPU Datasheet
+    "RTX 3090": Device(24e9, 71e12),  # Ampere GA102 GPU Architecture Whitepaper, fp32 accumulate
+    "RTX 4090": Device(24e9, 165e12),  # Ada GPU Architecture Whitepaper, fp32 accumulate
+    "L40S": Device(48e9, 362e12),  # L40S GPU Datasheet
+    "A100-40GB": Device(40e9, 312e12),  # A100 Tensor Core GPU Datasheet
+    "A100-80GB": Device(80e9, 312e12),  # A100 Tensor Core GPU Datasheet
+    "H100": Device(80e9, 989e12),  # H100 Tensor Core GPU Datasheet, SXM, half
+    "H200": Device(141e9, 989e12),  # H200 Tensor Core GPU Datasheet, half
 }
 
 
@@ -252,12 +270,12 @@ class Estimate:
     other_weights: float  # embeddings, output layer, norms: 16 bits
     mapped_checkpoint: float  # pages of the weights' file; the system may drop them
     adapter: float  # weights, gradient, Adam's two moments: fp32
-    activations: float  # kept for the backward pass of one micro-batch
-    logits: float  # at target positions, with their gradients
+    activations: float  # kept for the backward pass of one pack
+    logits: float  # of one chunk of targets, with their gradients
     allocator: float  # taken from the system and lying idle between those
-    dequantised_layer: float  # the largest layer in the compute type
+    dequantised_layer: float  # the largest layer in the compute type; 0: all are unpacked
     runtime: float  # libraries, CUDA context
-    micro_batch: int  # padded tokens in the largest micro-batch
+    micro_batch: int  # computed tokens in the largest pack
     tokens: int  # real tokens of the whole training
     seconds: float | None  # of the whole training; None: the device's rate is unknown
     memory: float  # the device's, bytes
@@ -293,7 +311,7 @@ def estimate(
     base_model: str | Path | Shape,  # one of SHAPES, a local folder, a hub id; or its shape
     rows: int = 9229,  # training rows
     mean_tokens: float = 132.0,  # mean length of a row, at most cutoff_len
-    token_budget: int = 2048,  # padded tokens a forward pass
+    token_budget: int = 2048,  # computed tokens a forward pass
     cutoff_len: int = 256,  # tokens of the longest row
     num_epochs: int = 3,  # passes over the rows
     micro_batch_size: int | None = None,  # at most this many rows a forward pass
@@ -324,9 +342,9 @@ def estimate(
 def _weights(
     shape: Shape, quant_lora: QuantLoraConfig, step: StepMemory, width: int
 ) -> dict[str, float]:
-    "The parts that do not depend on the micro-batch."
-    packed = quant_lora.load_in_4bit and not step.unpacked
-    bits = weight_bits(quant_lora) if packed or quant_lora.load_in_8bit else 8 * width
+    "The parts that do not depend on the pack."
+    in_4bit = quant_lora.load_in_4bit and quantised(quant_lora, step)
+    bits = weight_bits(quant_lora) if quantised(quant_lora, step) else 8 * width
     trained = sum(
         n * quant_lora.lora_r * (i + o) for (_, i, o), n in adapted(shape, quant_lora).items()
     )
@@ -335,14 +353,14 @@ def _weights(
         "other_weights": (shape.parameters - shape.quantised) * width,
         "mapped_checkpoint": shape.quantised * 2 if step.checkpoint_mapped else 0,
         "adapter": 16 * trained,
-        "dequantised_layer": max(i * o for _, i, o in shape.linear) * width if packed else 0,
+        "dequantised_layer": max(i * o for _, i, o in shape.linear) * width if in_4bit else 0,
     }
 
 
 def _kept(
     shape: Shape, quant_lora: QuantLoraConfig, step: StepMemory, width: int, tokens: int
 ) -> dict[str, float]:
-    "The parts that grow with the micro-batch."
+    "The parts that grow with the pack."
     layer = activation_bytes(shape, quant_lora, step, width)
     inputs = shape.layers * width * shape.hidden
     kept = inputs + layer if step.checkpointing else shape.layers * layer
@@ -370,8 +388,12 @@ def advice(
         if estimate(shape, **{**settings, "token_budget": budget}).fits:
             return f"It does not fit: about {taken}; set token_budget to {budget}."
         budget //= 2
-    quantised = (settings.get("quant_lora") or QuantLoraConfig()).load_in_4bit
-    change = "a smaller base model, or a device with more memory" if quantised else "load_in_4bit"
+    step = settings.get("step") or default_step(settings.get("device", "cuda"))
+    lean = settings | {"step": replace(step, checkpointing=True)}
+    if estimate(shape, **lean).fits:
+        return f"It does not fit: about {taken}, at any token_budget; set gradient_checkpointing."
+    in_4bit = (settings.get("quant_lora") or QuantLoraConfig()).load_in_4bit
+    change = "a smaller base model, or a device with more memory" if in_4bit else "load_in_4bit"
     return f"It does not fit: about {taken}, at any token_budget; choose {change}."
 
 
@@ -381,7 +403,7 @@ def report_lines(
     "The parts in GB, the total, and the time."
     named = {name.replace("_", " "): size for name, size in found.parts.items()}
     lines = [f"{name:<20}{size / 1e9:>8.2f} GB" for name, size in named.items() if size >= 5e6]
-    lines += [f"{'total':<20}{found.total / 1e9:>8.2f} GB  (micro-batch {found.micro_batch:,})"]
+    lines += [f"{'total':<20}{found.total / 1e9:>8.2f} GB  ({found.micro_batch:,} tokens a pass)"]
     if found.seconds is None:
         return [*lines, f"{found.tokens:,} tokens"]
     minutes, speed = found.seconds / 60, found.tokens / found.seconds

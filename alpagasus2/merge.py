@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer, unpack
+from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
 from .runs import UserError, build, read_json, read_manifest, recorded, write_json
 
 MergeBase = Literal["dequantised", "original"]
@@ -56,7 +56,8 @@ def merged_model(
     if merge_base == "original":
         config = dataclasses.replace(config, load_in_4bit=False, load_in_8bit=False)
     try:
-        model = load_adapters(unpack(load_base(base_model, config)), {"default": adapter})
+        config = dataclasses.replace(config, unpacked=True)
+        model = load_adapters(load_base(base_model, config), {"default": adapter})
     except RuntimeError as e:
         reason = str(e).split("\n")[-1].strip()
         raise UserError(f"{adapter} does not fit the base {base_model}: {reason}") from e
@@ -108,13 +109,16 @@ def merge(
     if output.exists() and any(output.iterdir()) and not (output / "merge_result.json").exists():
         raise UserError(f"{output} holds something that is no merged model; choose another folder")
     settings = {"adapter": str(adapter), "base_model": base, "merge_base": merge_base}
-    with recorded(output, settings, [Path(adapter) / "adapter_model.safetensors"]):
+    described = training_settings(adapter) | settings
+    with recorded(output, described, [Path(adapter) / "adapter_model.safetensors"]):
         part = output.with_name(f".{output.name}.part")
         _save(merged_model(adapter, base, config, merge_base), adapter, part)
-        trained = load_adapters(load_base(base, config), {"default": adapter}).eval()
+        trained = _trained(adapter, base, config)
         plain = dataclasses.replace(config, load_in_4bit=False, load_in_8bit=False)
         kinds = {merge_base: divergence(trained, load_base(part, plain).eval(), rows, logprobs)}
-        apart = load_adapters(unpack(load_base(base, config)), {"default": adapter}).eval()
+        packed = getattr(trained.get_base_model(), "is_quantized", False)
+        other_form = dataclasses.replace(config, unpacked=packed)
+        apart = _trained(adapter, base, other_form)
         floor = divergence(trained, apart, rows, logprobs)["kl"]
         del apart
         if compare:
@@ -127,6 +131,11 @@ def merge(
     return result
 
 
+def _trained(adapter: str | Path, base: str, config: QuantLoraConfig) -> Any:
+    "The base as it was trained on, with the adapter."
+    return load_adapters(load_base(base, config), {"default": adapter}).eval()
+
+
 def _save(model: Any, adapter: str | Path, part: Path) -> None:
     "Write the model and the adapter's tokenizer into an empty folder."
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +145,9 @@ def _save(model: Any, adapter: str | Path, part: Path) -> None:
         raise UserError(f"{part.parent}: {need / 1e9:.1f} GB needed and {free / 1e9:.1f} GB free")
     model.save_pretrained(part)  # safetensors, config, generation config
     load_tokenizer(adapter).save_pretrained(part)
+    for record in ("train_result.json", "data.json"):
+        if (Path(adapter) / record).exists():
+            shutil.copyfile(Path(adapter) / record, part / record)
 
 
 def _replace(part: Path, output: Path) -> None:

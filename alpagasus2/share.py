@@ -272,14 +272,15 @@ def card_for(
         adapter = folder / "adapter_config.json"
         model = read_json(adapter).get("base_model_name_or_path") if adapter.exists() else None
         settings = {"base_model": model or "an unrecorded base model", **settings}
-    inputs = list(entry.get("inputs", {}).items())
+    merged = not (folder / "adapter_config.json").exists()
+    inputs = [] if merged else list(entry.get("inputs", {}).items())  # a merge reads an adapter
     data = dict(zip(("file", "sha256"), inputs[0], strict=True)) if inputs else {}
     if (folder / DATA_FILE).exists():
         data = read_json(folder / DATA_FILE)
     hashes = {p.name: file_sha256(p) for p in _weights(folder)}
     return model_card(
         read_json(result) if result.exists() else {}, settings, data, name, entry, hashes,
-        base_revision(str(settings["base_model"])), not (folder / "adapter_config.json").exists(),
+        base_revision(str(settings["base_model"])), merged,
     )  # fmt: skip
 
 

@@ -128,3 +128,23 @@ def test_an_output_folder_that_cannot_be_written_is_found_first(tmp_path, base, 
     (tmp_path / "out").write_text("a file")
     done = train(tmp_path, base, endpoint=hub.endpoint)
     assert done.returncode == 2 and "cannot be written" in last_line(done)
+
+
+def test_a_merged_model_names_its_base_its_recipe_and_its_rows(tmp_path, base):
+    assert train(tmp_path, base, endpoint="http://127.0.0.1:9").returncode == 0
+    words = [sys.executable, "-m", "alpagasus2", "merge", "--adapter", "out/mine",
+             "--output_dir", "out/whole", "--limit", "2", "--compare"]  # fmt: skip
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "dequantised" in done.stdout and "original" in done.stdout
+    entry = json.loads((tmp_path / "out/manifest.json").read_text())["outputs"]["whole"]
+    assert entry["ended"] and entry["config"]["base_model"] == str(base)
+    card = (tmp_path / "out/whole/README.md").read_text()
+    for part in (
+        "Merged weights of a LoRA adapter of **tiny-llama**",
+        "| learning_rate | 0.001 |",
+        "| file | rows.json |",
+        'AutoModelForCausalLM.from_pretrained("whole"',
+    ):
+        assert part in card, card
+    assert "home-of-ada" not in card

@@ -29,6 +29,7 @@ from alpagasus2.quant_lora import (
     add_lora,
     load_base,
     load_tokenizer,
+    pick_device,
 )
 from .runs import UserError, recorded, write_json
 
@@ -357,7 +358,7 @@ def train(
     "Train an adapter and save it with its tokenizer and `train_result.json`; run again to resume."
     config, quant_lora = config or TrainConfig(), quant_lora or QuantLoraConfig()
     output_dir = Path(output_dir).resolve()
-    main = accelerate.PartialState().is_main_process
+    main = accelerate.PartialState(cpu=pick_device() == "cpu").is_main_process
     _check_optimizer(config)
     if main:
         _check_output(output_dir)
@@ -435,7 +436,9 @@ def _tracking(
     folder = output_dir.with_name(f"{output_dir.name}-logs")
     plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
     try:
-        accelerator = accelerate.Accelerator(log_with=name, project_dir=folder)
+        accelerator = accelerate.Accelerator(
+            cpu=pick_device() == "cpu", log_with=name, project_dir=folder
+        )
         accelerator.init_trackers("alpagasus2", plain)
     except (ValueError, ImportError) as e:
         raise UserError(f"report_to={name}: {e}; is the package installed?") from e

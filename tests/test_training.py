@@ -27,7 +27,7 @@ from alpagasus2.runs import UserError
 
 STEPS = 24  # 24 rows, 4 a step, 4 epochs
 FEW = {"batch_size": 4, "num_epochs": 4, "learning_rate": 1e-2}
-LAUNCH = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 "
+LAUNCH = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
 LAUNCH += "--mixed_precision no --dynamo_backend no"
 # `alpagasus2` in a launched process, which also notes what it trained on and wrote.
 SPY = """
@@ -264,7 +264,7 @@ def test_two_processes_train_as_one(begun, bench, rows, tmp_path):
     assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
     ours, theirs = (load_file(p / "adapter_model.safetensors") for p in (two, one))
     for name, weight in theirs.items():
-        assert (ours[name] - weight).abs().max() < 1e-3 * weight.abs().max() + 1e-6, name
+        assert (ours[name] - weight).abs().max() < 1e-2 * weight.abs().max(), name
 
     seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
     times = Counter(seen[0]["rows"] + seen[1]["rows"])

@@ -188,7 +188,7 @@ def test_the_objective_does_not_depend_on_micro_batches(base, encoded):
     model = tuned(base)
     with torch.no_grad():
         means = [float(target_nll(model, [e])[0].mean()) for e in encoded]
-    assert abs(sum(means) / len(means) - a) > 0.02 * a  # the mean of means is another objective
+    assert abs(sum(means) / len(means) - a) > 0.01 * a  # the mean of means is another objective
 
 
 def test_embeddings_and_norms_are_not_upcast(base):

@@ -402,11 +402,11 @@ def merge(
     from alpagasus2.share import write_card
 
     trained = training_settings(adapter)
-    rows = [row for row in load_examples(data_path)[0] if not row.get("flaw")][:limit]
+    rows = [row for row in load_examples(data_path)[0] if not row.get("flaw")]
     tokenizer = load_tokenizer(adapter)
     length, template = trained.get("cutoff_len", 512), trained.get("template", "alpaca")
     held = [encode(row, tokenizer, length, template) for row in rows]
-    held = [e for e in held if e.n_targets]
+    held = [e for e in held if e.n_targets][:limit]
     print(f"comparing on {len(held)} rows of {data_path}", file=sys.stderr)
     result = merge_adapter(
         adapter, output_dir, held, target_logprobs, base_model, merge_base, compare

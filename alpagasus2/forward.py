@@ -281,7 +281,7 @@ def hidden_at(
         )  # fmt: skip
     finally:
         _PACKED.reset(token)
-    return lm, out.last_hidden_state[0, torch.tensor(wanted, device=lm.device)]
+    return lm, out.last_hidden_state[0, torch.tensor(wanted, dtype=torch.long, device=lm.device)]
 
 
 def _own_attention(lm: Any) -> bool:
@@ -292,15 +292,15 @@ def _own_attention(lm: Any) -> bool:
 
 def target_nll(
     model: Any,  # a causal LM, with or without adapters
-    batch: Sequence[Encoded],  # rows of one pack, at least one of them with a target
+    batch: Sequence[Encoded],  # rows of one pack; one without a target gives none
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (targets,) fp32, (targets,) position in `batch`
     "Negative log-probability of every target token, in natural log; differentiable."
     order = sorted(range(len(batch)), key=lambda i: (batch[i].ids, i))
     pack = [batch[i] for i in order]
     lm, hidden = hidden_at(model, pack, [range(e.n_prompt - 1, len(e.ids) - 1) for e in pack])
-    targets = torch.tensor([t for e in pack for t in e.ids[e.n_prompt :]], device=lm.device)
-    row_of = torch.tensor([i for i in order for _ in range(batch[i].n_targets)])
-    return _TargetLoss.apply(hidden, targets, output_head(lm)), row_of.to(lm.device)
+    targets = torch.tensor([t for e in pack for t in e.ids[e.n_prompt :]], dtype=torch.long)
+    row_of = torch.tensor([i for i in order for _ in range(batch[i].n_targets)], dtype=torch.long)
+    return _TargetLoss.apply(hidden, targets.to(lm.device), output_head(lm)), row_of.to(lm.device)
 
 # %% ../nbs/01a_forward.ipynb #bc33ea4e
 @torch.no_grad()

@@ -133,7 +133,7 @@ def test_an_output_folder_that_cannot_be_written_is_found_first(tmp_path, base, 
 def test_a_merged_model_names_its_base_its_recipe_and_its_rows(tmp_path, base):
     assert train(tmp_path, base, endpoint="http://127.0.0.1:9").returncode == 0
     words = [sys.executable, "-m", "alpagasus2", "merge", "--adapter", "out/mine",
-             "--output_dir", "out/whole", "--limit", "2", "--compare"]  # fmt: skip
+             "--output_dir", "out/whole", "--data_path", "rows.json", "--compare"]  # fmt: skip
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "dequantised" in done.stdout and "original" in done.stdout

@@ -7,14 +7,21 @@ __all__ = ['MergeBase', 'LogProbs', 'training_settings', 'merged_model', 'diverg
 
 # %% ../nbs/01c_merge.ipynb #cee42e52
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
-from .runs import UserError, build, read_json, read_manifest, recorded, write_json
+from alpagasus2.runs import (
+    UserError,
+    build,
+    read_json,
+    read_manifest,
+    recorded,
+    replace_folder,
+    write_json,
+)
 
 MergeBase = Literal["dequantised", "original"]
 
@@ -127,7 +134,7 @@ def merge(
             kinds[other] = divergence(trained, model, rows, logprobs)
         result = {**settings, "rows": len(rows), "kinds": kinds, "rounding_kl": floor}
         write_json(part / "merge_result.json", result)
-        _replace(part, output)
+        replace_folder(part, output)
     return result
 
 
@@ -148,16 +155,6 @@ def _save(model: Any, adapter: str | Path, part: Path) -> None:
     for record in ("train_result.json", "data.json"):
         if (Path(adapter) / record).exists():
             shutil.copyfile(Path(adapter) / record, part / record)
-
-
-def _replace(part: Path, output: Path) -> None:
-    "Give the finished folder its name; what was there goes only then."
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.replace(output, old)
-    os.replace(part, output)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def merge_table(

@@ -9,7 +9,6 @@ __all__ = ['INDIFFERENT', 'PRESETS', 'TOKEN_BUDGET', 'GO_ON', 'TrainConfig', 'pr
 # %% ../nbs/02_train.ipynb #77de68da
 import json
 import math
-import os
 import random
 import shutil
 import time
@@ -31,7 +30,7 @@ from alpagasus2.quant_lora import (
     load_tokenizer,
     pick_device,
 )
-from .runs import UserError, recorded, write_json
+from .runs import UserError, recorded, replace_folder, write_json
 
 # %% ../nbs/02_train.ipynb #1b645389
 import accelerate
@@ -476,13 +475,9 @@ def save_adapter(
 ) -> None:
     "Save beside the target and rename: a kill leaves a whole adapter, if only as `.NAME.old`."
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    part, old = _beside(output_dir, "part"), _beside(output_dir, "old")
+    part = _beside(output_dir, "part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     write_json(part / "train_result.json", result)
-    shutil.rmtree(old, ignore_errors=True)
-    if output_dir.exists():
-        os.replace(output_dir, old)
-    os.replace(part, output_dir)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(part, output_dir)

@@ -36,7 +36,6 @@ from .runs import UserError, recorded, replace_folder, write_json
 import accelerate
 import bitsandbytes as bnb
 import torch
-import transformers
 from tqdm import tqdm
 
 # %% ../nbs/02_train.ipynb #902ba3cd
@@ -315,9 +314,15 @@ def _optimizer(parameters: Mapping[str, torch.Tensor], config: TrainConfig) -> A
 
 
 def _rates(optimizer: Any, config: TrainConfig, steps: int, done: int) -> Any:
-    "Linear warm-up from zero, then half a cosine to zero; taken up after `done` steps."
-    warmup, last = math.ceil(config.warmup_ratio * steps), done - 1
-    return transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps, last_epoch=last)
+    "Linear warm-up, then half a cosine towards zero; taken up after `done` steps."
+    warmup = math.ceil(config.warmup_ratio * steps)
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share, last_epoch=done - 1)
 
 
 def _bar(schedule: Sequence[Sequence[int]], done: int, shown: bool) -> tqdm:

@@ -30,10 +30,6 @@ from alpagasus2.analysis import (
     heldout_summary,
     load_judgments,
     orient,
-    plot_heldout,
-    plot_outcomes,
-    plot_scores,
-    plot_slots,
 )
 from .batch import asker
 from alpagasus2.data import (
@@ -61,6 +57,7 @@ from alpagasus2.judge import (
     score_counts,
     write_ratings,
 )
+from .plots import plot_heldout, plot_outcomes, plot_scores, plot_slots
 from .prices import cost_of, spent_on
 from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
 from .report import write_report

@@ -578,7 +578,8 @@ def label_statistics(
     labels: Sequence[Mapping],  # from `load_labels`; those of several persons are summed
 ) -> list[dict[str, Any]]:  # one entry a pair of models that was labelled
     "Agreement, kappa, and the win rate that uses both; `UserError` when no label fits."
-    replicates = [int(c.removeprefix("first_")) for c in prompts if str(c).startswith("first_")]
+    columns = [str(c) for c in prompts if str(c).startswith("first_")]
+    replicates = [int(c.removeprefix("first_")) for c in columns]
     judge = pd.concat([
         prompts[list(_PAIR)].assign(
             replicate=r,
@@ -602,7 +603,7 @@ def label_statistics(
 def _agreement(pair: pd.DataFrame) -> dict[str, Any]:
     "The judge beside the person on one pair of models; the unit of the win rate is the prompt."
     both = pair.dropna(subset="person")
-    kappa, kappa_ci95 = kappa_with_interval(both["person"], both["judge"])
+    kappa, kappa_ci95 = kappa_with_interval(both["person"].to_numpy(), both["judge"].to_numpy())
     question = ["test_set", "id"]
     points = (both.groupby(question)[["person", "judge"]].mean() + 1) / 2
     of_all = (pair.groupby(question)["judge"].mean() + 1) / 2
@@ -701,7 +702,7 @@ def rank_models(
         orders = [prompts[["d1"]].to_numpy(float), prompts[["d2"]].to_numpy(float)]
     sums = np.full((2, len(keys), len(names), orders[0].shape[1]), np.nan)
     sums[:, question, pair] = np.stack(orders)
-    return ranking(list(names), *sums, np.array([k[0] for k in keys]), seed)
+    return ranking(list(names), sums[0], sums[1], np.array([k[0] for k in keys]), seed)
 
 
 def _warnings(pairs: Sequence[Mapping], pooled: Sequence[Mapping]) -> list[str]:

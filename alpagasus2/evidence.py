@@ -160,7 +160,9 @@ def holm(
 ) -> list[float | None]:  # None stays None
     "Holm's correction over the tests that were made (statsmodels)."
     made = [p for p in p_values if p is not None]
-    corrected = iter(multipletests(made, method="holm")[1] if made else [])
+    if len(made) < 2:  # statsmodels collects all garbage at each call: 0.2 s for nothing
+        return list(p_values)
+    corrected = iter(multipletests(made, method="holm")[1])
     return [None if p is None else float(next(corrected)) for p in p_values]
 
 # %% ../nbs/04b_evidence.ipynb #422981b6
@@ -398,8 +400,8 @@ def elo(
 
 # %% ../nbs/04b_evidence.ipynb #d63950a6
 def kappa_with_interval(
-    one: Sequence[int],  # -1, 0 or 1 of one rater
-    other: Sequence[int],  # of the other, the same pairs
+    one: Sequence[int] | np.ndarray,  # -1, 0 or 1 of one rater
+    other: Sequence[int] | np.ndarray,  # of the other, the same pairs
 ) -> tuple[float | None, list[float] | None]:  # kappa, its 95% interval; None where undefined
     "Cohen's kappa over win, tie, lose with the large-sample interval (statsmodels)."
     table = np.zeros((3, 3), int)

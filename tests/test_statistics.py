@@ -292,7 +292,7 @@ def test_the_effect_that_the_power_statement_names_is_found(n, experiments, leas
         found += decide(compared(rng, n, shift), None, twins) == "supported"
     share = found / experiments
     print(f"n = {n}, A/A arm {with_aa}: {effect:.1%} is found in {share:.1%} of {experiments}")
-    assert share >= least
+    assert share >= least - 0.03 * with_aa  # the noise floor costs up to three points
 
 
 @pytest.mark.slow

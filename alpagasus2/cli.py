@@ -535,7 +535,8 @@ def report(
     margin: float | None = None,  # non-inferiority margin in win rate, if one was fixed
 ) -> None:
     "Make the page and results.json from verdicts or answers."
-    from alpagasus2.analysis import analyse, load_judgments, orient, plot_outcomes, plot_slots
+    from alpagasus2.analysis import analyse, load_judgments, orient
+    from alpagasus2.plots import plot_outcomes, plot_slots
     from alpagasus2.report import write_report
     from alpagasus2.runs import read_jsonl
 

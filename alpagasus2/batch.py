@@ -16,18 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alpagasus2.endpoint import (
-    Endpoint,
-    Reply,
-    Request,
-    Transient,
-    backoff,
-    check_reachable,
-    read_completion,
-    say,
-)  # fmt: skip
+from .cache import Reply, Request, read_completion
+from .endpoint import Endpoint, Transient, backoff, check_reachable
 from .prices import BATCH_DISCOUNT, dollars
-from .runs import UserError, dumps
+from .runs import UserError, dumps, say
 
 # %% ../nbs/00c_batch.ipynb #be118482
 class Spool:

@@ -22,8 +22,8 @@ from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
 
+from .cache import Reply, Request
 from .data import dataset_path, question_of, response_of
-from .endpoint import Reply, Request
 from .prices import cost_of, dollars
 from .runs import Journal, UserError, latest, read_jsonl, recorded, row_key
 

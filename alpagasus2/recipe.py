@@ -36,6 +36,7 @@ from alpagasus2.analysis import (
     plot_slots,
 )
 from .batch import asker
+from .cache import Reply, Request
 from alpagasus2.data import (
     Template,
     dropped,
@@ -44,7 +45,7 @@ from alpagasus2.data import (
     load_scores,
     select,
 )
-from .endpoint import Endpoint, EndpointConfig, Reply, Request
+from .endpoint import Endpoint, EndpointConfig
 from .generate import Answers, Backend, GenerateConfig, generate, local_answers
 from alpagasus2.judge import (
     Ask,

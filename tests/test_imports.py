@@ -16,8 +16,9 @@ MAY_IMPORT = {
     "data": "",
     "runs": "",
     "prices": "",
-    "endpoint": "prices",
-    "batch": "prices endpoint",
+    "cache": "",
+    "endpoint": "prices cache",
+    "batch": "prices cache endpoint",
     "quant_lora": "",
     "forward": "data",
     "score": "data forward",
@@ -28,19 +29,19 @@ MAY_IMPORT = {
     "train": "data quant_lora forward checkpoint",
     "preview": "forward train",
     "share": "data",
-    "generate": "data prices endpoint batch quant_lora",
-    "judge": "data prices endpoint",
+    "generate": "data prices cache endpoint batch quant_lora",
+    "judge": "data prices cache",
     "leaderboard": "quant_lora",
     "analysis": "data",
     "report": "analysis",
-    "recipe": "data prices endpoint batch quant_lora forward score checkpoint train generate judge "
-    "leaderboard analysis report",
+    "recipe": "data prices cache endpoint batch quant_lora forward score checkpoint train generate "
+    "judge leaderboard analysis report",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 # without torch
-LIGHT = "data runs prices endpoint batch doctor share generate judge analysis report".split()
+LIGHT = "data runs prices cache endpoint batch doctor share generate judge analysis report".split()
 
 
 def imported(source: str) -> Iterator[str]:

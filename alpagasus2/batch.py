@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from .cache import Reply, Request, read_completion
-from .endpoint import Endpoint, Transient, backoff, check_reachable
+from .endpoint import Endpoint, check_reachable
+from .limits import Transient, backoff
 from .prices import BATCH_DISCOUNT, dollars
 from .runs import UserError, dumps, say
 

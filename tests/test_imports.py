@@ -17,8 +17,9 @@ MAY_IMPORT = {
     "runs": "",
     "prices": "",
     "cache": "",
-    "endpoint": "prices cache",
-    "batch": "prices cache endpoint",
+    "limits": "",
+    "endpoint": "prices cache limits",
+    "batch": "prices cache limits endpoint",
     "quant_lora": "",
     "forward": "data",
     "score": "data forward",
@@ -34,14 +35,15 @@ MAY_IMPORT = {
     "leaderboard": "quant_lora",
     "analysis": "data",
     "report": "analysis",
-    "recipe": "data prices cache endpoint batch quant_lora forward score checkpoint train generate "
-    "judge leaderboard analysis report",
+    "recipe": "data prices cache limits endpoint batch quant_lora forward score checkpoint train "
+    "generate judge leaderboard analysis report",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 # without torch
-LIGHT = "data runs prices cache endpoint batch doctor share generate judge analysis report".split()
+LIGHT = "data runs prices cache limits endpoint batch doctor share generate judge".split()
+LIGHT += ["analysis", "report"]
 
 
 def imported(source: str) -> Iterator[str]:

@@ -16,16 +16,16 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from .cache import Reply, ReplyCache, Request, read_completion
-from .limits import Limits, Ticket, Transient, backoff, retry_after, sort_failure
+from .limits import Limits, Transient, backoff, retry_after, sort_failure
 from .prices import FREE, Estimate, Price, dollars, find_price, load_prices, prompt_tokens
 from .runs import UserError, dumps, say
 
@@ -145,16 +145,97 @@ class Budget:
         self._aside = max(0.0, self._aside - reserved)
         self.spent += spent
 
-# %% ../nbs/00b_endpoint.ipynb #247320e0
+# %% ../nbs/00b_endpoint.ipynb #c7f01716
 _GRACE = 10.0  # seconds that calls in flight are given when a run stops: they are paid for
-_LONGEST_WAIT = 3600.0  # seconds; a server that wants to be left alone for longer ends the run
-_LOST = 10  # requests given up one after another, with no success between, that end the run
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class _Stopped(Exception):
     "Somebody else ended the run."
 
 
+class _Pool:
+    "Workers in an event loop and a thread of their own."
+
+    def __init__(
+        self,
+        workers: int,  # how many items are worked on at once
+    ):
+        self.workers, self.exits = workers, AsyncExitStack()  # exits: what is closed in the end
+        self._ready: queue.Queue = queue.Queue()  # results, and then None or what went wrong
+        self._stop = threading.Event()
+
+    def map(
+        self,
+        work: Callable[[_Item], Awaitable[_Result]],  # done for every item, in the pool's loop
+        items: Iterable[_Item],  # in any number: they are taken as they are needed
+    ) -> Iterator[tuple[int, _Result]]:  # (position in `items`, result), in order of completion
+        "Work on all items; what the first failing worker raised is raised here."
+        thread = threading.Thread(target=self._run, args=(work, enumerate(items)), daemon=True)
+        thread.start()
+        try:
+            while (item := self._ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            self._stop.set()
+            thread.join()
+
+    def _run(self, work: Callable, waiting: Iterator) -> None:
+        try:
+            asyncio.run(self._all(work, waiting))
+            self._ready.put(None)
+        except BaseException as e:  # raised again in the caller's thread
+            self._ready.put(e)
+
+    async def _all(self, work: Callable, waiting: Iterator) -> None:
+        "Run the workers; when one fails, the others may finish what they have begun."
+        tasks = [asyncio.create_task(self._worker(work, waiting)) for _ in range(self.workers)]
+        pending, seconds = set(tasks), 0.5
+        async with self.exits:
+            while pending:
+                first = asyncio.FIRST_EXCEPTION
+                _, pending = await asyncio.wait(pending, timeout=seconds, return_when=first)
+                if pending and self._stop.is_set():
+                    _, pending = await asyncio.wait(pending, timeout=_GRACE)
+                    for task in pending:
+                        task.cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+        for error in ended:  # the others ended because this one had failed
+            if error and not isinstance(error, (_Stopped, asyncio.CancelledError)):
+                raise error
+
+    async def _worker(self, work: Callable, waiting: Iterator) -> None:
+        "Take items until there are none."
+        try:
+            while not self._stop.is_set():
+                while self._ready.qsize() >= 4 * self.workers:  # nobody takes the results
+                    await self.sleep(0.01)
+                if (item := next(waiting, None)) is None:
+                    return
+                self._ready.put((item[0], await work(item[1])))
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def check(self) -> None:
+        "Raise `_Stopped` when the run has ended: nothing new is begun."
+        if self._stop.is_set():
+            raise _Stopped
+
+    async def sleep(
+        self,
+        seconds: float,  # at most; less when the run ends
+    ) -> None:
+        "Sleep, but not when the run has ended."
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.check()
+            await asyncio.sleep(min(left, 0.25))
+
+# %% ../nbs/00b_endpoint.ipynb #247320e0
 class Endpoint:
     "A model behind an OpenAI-compatible address: bounded concurrency, retries, a durable cache."
 
@@ -242,19 +323,8 @@ class Endpoint:
         requests: Iterable[Request],  # questions, in any number: they are taken as they are needed
     ) -> Iterator[tuple[int, Reply]]:  # (position in `requests`, reply), in order of completion
         "Answer all requests; raises `UserError` when the endpoint refuses all of them."
-        ready: queue.Queue = queue.Queue()
-        stop = threading.Event()
-        asking = _Asking(self, enumerate(requests), ready, stop)
-        thread = threading.Thread(target=asking.run, daemon=True)
-        thread.start()  # a thread of its own: notebooks already run an event loop in this one
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            thread.join()
+        pool = _Pool(self.config.workers)
+        yield from pool.map(_Asking(self, pool).reply, requests)
 
     def failure(
         self,
@@ -303,7 +373,74 @@ class Endpoint:
         return Reply(self.without_key(reply.text), reply.finish_reason, reply.model, usage,
                      error=reply.error)  # fmt: skip
 
+# %% ../nbs/00b_endpoint.ipynb #b4d61ee6
+class _Refused(Exception):
+    "The server will not answer this one request."
+
+
+class _Connection:
+    "Sends single calls at the pace of the limits, and says what a failure means."
+
+    def __init__(self, endpoint: Endpoint, pool: _Pool):
+        import openai  # takes half a second, and a run that is all cache never needs it
+
+        self.endpoint, self.pool, config = endpoint, pool, endpoint.config
+        self.limits = Limits(config.requests_per_minute, config.tokens_per_minute)
+        check_reachable(endpoint.base_url)
+        self.client = openai.AsyncOpenAI(
+            base_url=endpoint.base_url, api_key=endpoint._api_key or "none",
+            timeout=config.timeout, max_retries=0,
+        )  # fmt: skip
+        pool.exits.push_async_callback(self.client.close)
+
+    async def send(self, request: Request) -> tuple[str, float]:
+        "Make one call; returns the answer's text and the seconds it took."
+        import openai
+
+        endpoint, passed = self.endpoint, False
+        headers: Mapping[str, str] = {}
+        tokens = prompt_tokens(request.messages) + (endpoint.sampling.get("max_tokens") or 0)
+        ticket = await self.limits.enter(tokens, self.pool.sleep)
+        endpoint.spent.update(tries=1)
+        began = time.monotonic()
+        try:
+            answer = await self.post(endpoint.body(request))
+            headers, passed = answer.headers, True
+        except openai.APIStatusError as e:
+            headers = e.response.headers
+            raise self.refusal(e.status_code, e.body, headers) from None
+        finally:
+            self.limits.leave(ticket, headers, passed)
+        if "html" in headers.get("content-type", ""):
+            raise UserError(f"{endpoint.base_url}: a web page answers there, no model; "
+                            "does the address lack its /v1?")  # fmt: skip
+        return answer.text, time.monotonic() - began
+
+    async def post(self, body: dict[str, Any]) -> Any:
+        "The answer as it came; none at all may come the next time, but may be on the bill."
+        import openai
+        from httpx2 import Response  # openai's own HTTP client
+
+        seconds = self.endpoint.config.timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await self.client.post("/chat/completions", cast_to=Response, body=body)
+        except (TimeoutError, openai.APITimeoutError):
+            raise Transient(f"no answer in {seconds:g} s", billed=True) from None
+        except openai.APIConnectionError as e:
+            reason = self.endpoint.masked(f"connection lost ({e.__cause__ or e})")
+            raise Transient(reason, billed=True) from None
+
+    def refusal(self, status: int, body: Any, headers: Mapping[str, str]) -> Exception:
+        "What a refusal means; one that names a pause holds all calls back."
+        found = self.endpoint.failure(status, body, headers)
+        if isinstance(found, Transient) and found.limited and found.wait:
+            self.limits.refused(found.wait)
+        return _Refused(found) if isinstance(found, str) else found
+
 # %% ../nbs/00b_endpoint.ipynb #273d4ad5
+_LONGEST_WAIT = 3600.0  # seconds; a server that wants to be left alone for longer ends the run
+_LOST = 10  # requests given up one after another, with no success between, that end the run
 _OF_ONE = re.compile(  # what is wrong with one request and says nothing of the others
     r"context.(?:length|size|window)|too (?:long|many tokens)|maximum.*tokens|content.(?:filter|"
     r"policy|management)", re.I,
@@ -311,68 +448,14 @@ _OF_ONE = re.compile(  # what is wrong with one request and says nothing of the 
 
 
 class _Asking:
-    "One run of `Endpoint.complete`: its workers, in a loop of their own."
+    "One run of `Endpoint.complete`: what is done for each request."
 
-    def __init__(self, endpoint: Endpoint, waiting: Iterator, ready: queue.Queue, stop: Any):
-        self.endpoint, self.waiting, self.ready, self.stop = endpoint, waiting, ready, stop
-        config = endpoint.config
-        self.limits = Limits(config.requests_per_minute, config.tokens_per_minute)
-        self.client: Any = None
+    def __init__(self, endpoint: Endpoint, pool: _Pool):
+        self.endpoint, self.pool = endpoint, pool
+        self.connection: _Connection | None = None  # a run that is all cache needs none
+        self.reached = False  # whether the first call has come back
         self.lost = self.answered = 0  # requests given up since the last success; successes
         self.told_until = 0.0  # a long wait is announced once
-
-    def run(self) -> None:
-        "Answer everything, then put None; an exception is put too, for the caller's thread."
-        try:
-            asyncio.run(self.all())
-            self.ready.put(None)
-        except BaseException as e:
-            self.ready.put(e)
-
-    async def all(self) -> None:
-        "Run the workers; when one fails, the calls in flight may finish."
-        self.first = asyncio.Event()  # set when the first call has come back
-        tasks = {asyncio.create_task(self.worker()) for _ in range(self.endpoint.config.workers)}
-        pending = tasks
-        while pending:
-            _, pending = await asyncio.wait(
-                pending, timeout=0.5, return_when=asyncio.FIRST_EXCEPTION
-            )
-            if pending and self.stop.is_set():
-                _, pending = await asyncio.wait(pending, timeout=_GRACE)
-                for task in pending:
-                    task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
-        if self.client is not None:
-            await self.client.close()
-        quiet = (_Stopped, asyncio.CancelledError)  # ended because another one had failed
-        if errors := [
-            e for e in ended if isinstance(e, BaseException) and not isinstance(e, quiet)
-        ]:
-            raise errors[0]
-
-    async def worker(self) -> None:
-        "Take requests until there are none."
-        most = 4 * self.endpoint.config.workers
-        try:
-            while not self.stop.is_set():
-                while self.ready.qsize() >= most:  # nobody takes the replies: draw no more
-                    await self.sleep(0.01)
-                if (item := next(self.waiting, None)) is None:
-                    return
-                self.ready.put((item[0], await self.reply(item[1])))
-        except BaseException:
-            self.stop.set()  # no new call
-            self.first.set()
-            raise
-
-    async def sleep(self, seconds: float) -> None:
-        "Sleep, but not when the run has ended."
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            if self.stop.is_set():
-                raise _Stopped
-            await asyncio.sleep(min(left, 0.25))
 
     async def reply(self, request: Request) -> Reply:
         "From the cache, from whoever is asking it already, or from the endpoint."
@@ -383,7 +466,7 @@ class _Asking:
                 return found
             if cache.claim(key):
                 break
-            await self.sleep(0.1)
+            await self.pool.sleep(0.1)
         try:  # it may have come between the look and the claim
             found = None if request.fresh else cache.get(key)
             return found or await self.ask(key, request)
@@ -392,83 +475,79 @@ class _Asking:
 
     async def ask(self, key: str, request: Request) -> Reply:
         "Ask until it is answered, refused or given up."
-        endpoint, failed, tries = self.endpoint, 0, 0
-        if self.client is None:
-            self.connect()
-        elif not self.first.is_set():  # the first call goes alone, unless it hangs
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.first.wait(), 5)
-        patience = time.monotonic() + _LONGEST_WAIT
+        connection, failed, tries = await self.connected(), 0, 0
+        until = time.monotonic() + _LONGEST_WAIT
         while True:
             try:
-                return await self.attempt(key, request)
-            except Transient as e:
-                failed, tries = failed + 1, tries + (not e.limited)  # to wait for a limit is no try
-                wait = backoff(failed, e.wait)
-                if e.limited and time.monotonic() + wait > patience:
-                    raise UserError(f"{endpoint.base_url} wants {wait / 60:.0f} more minutes of "
-                                    f"rest: {e}; run again then to go on") from None  # fmt: skip
-                if tries > endpoint.config.max_retries:
-                    return self.given_up(f"given up after {tries} tries: {e}")
-                self.announce(wait, str(e))
-                await self.sleep(wait)
+                return await self.attempt(connection, key, request)
             except _Refused as e:
                 return self.given_up(str(e), bool(_OF_ONE.search(str(e)) or self.answered))
+            except Transient as e:
+                failed, tries = failed + 1, tries + (not e.limited)  # to wait for a limit is no try
+                if tries > self.endpoint.config.max_retries:
+                    return self.given_up(f"given up after {tries} tries: {e}")
+                await self.rest(backoff(failed, e.wait), e, until)
+
+    async def connected(self) -> _Connection:
+        "The connection; whoever needs it while the first call is out waits, unless that hangs."
+        if self.connection is None:
+            self.connection = _Connection(self.endpoint, self.pool)
+            return self.connection
+        until = time.monotonic() + 5
+        while not self.reached and time.monotonic() < until:
+            await self.pool.sleep(0.02)
+        return self.connection
+
+    async def rest(self, wait: float, after: Transient, until: float) -> None:
+        "Wait before the next call; raise `UserError` when the server wants too long a pause."
+        end = time.monotonic() + wait
+        if after.limited and end > until:
+            raise UserError(f"{self.endpoint.base_url} wants {wait / 60:.0f} more minutes of "
+                            f"rest: {after}; run again then to go on") from None  # fmt: skip
+        if wait >= 30 and time.monotonic() > self.told_until:
+            self.told_until = end
+            say(f"{self.endpoint.base_url}: waiting {wait:.0f} s: {after}")
+        await self.pool.sleep(wait)
 
     def given_up(self, reason: str, alone: bool = False) -> Reply:
         "A request without an answer; when none at all gets one any more, the run ends."
+        self.reached = True
         self.lost += not alone
-        self.first.set()
         if self.lost >= _LOST:
             endpoint = self.endpoint
             raise UserError(f"{endpoint.base_url}, model {endpoint.model}: {self.lost} requests "
                             f"in a row failed, the last: {reason}")  # fmt: skip
         return Reply("", "error", self.endpoint.model, error=reason)
 
-    def announce(self, wait: float, reason: str) -> None:
-        if wait >= 30 and time.monotonic() > self.told_until:
-            self.told_until = time.monotonic() + wait
-            say(f"{self.endpoint.base_url}: waiting {wait:.0f} s: {reason}")
-
-    async def attempt(self, key: str, request: Request) -> Reply:
-        "One call, within the limits and the budget; a success is committed before it is returned."
+    async def attempt(self, connection: _Connection, key: str, request: Request) -> Reply:
+        "One call within the budget; a success is committed before it is returned."
+        self.pool.check()
         endpoint, budget = self.endpoint, self.endpoint._budget
-        if self.stop.is_set():
-            raise _Stopped
-        longest = endpoint.sampling.get("max_tokens") or 0
-        usd = budget.most(request.messages, longest)
+        usd = budget.most(request.messages, endpoint.sampling.get("max_tokens") or 0)
         await self.afford(usd)
         spent = 0.0
         try:
-            tokens = prompt_tokens(request.messages) + longest
-            ticket = await self.limits.enter(tokens, self.sleep)
-            raw, seconds = await self.send(endpoint.body(request), ticket)
-            try:
-                reply = endpoint.priced(read_completion(raw, endpoint.model))
-            except ValueError as e:
-                raise Transient(endpoint.masked(str(e)), billed=True) from None
+            raw, seconds = await connection.send(request)
+            reply = self.read(raw)
             spent = (reply.usage or {}).get("usd") or 0.0
         except Transient as e:
             spent = usd if e.billed else 0.0
             raise
         finally:
             budget.settle(usd, spent)
-        self.lost, self.answered = 0, self.answered + 1
+        self.reached, self.lost, self.answered = True, 0, self.answered + 1
         if not reply.error:
             raw = endpoint.without_key(raw)
             endpoint.cache.put(key, endpoint.base_url, reply, raw, seconds, endpoint.model)
-        self.first.set()
         return reply
 
-    def connect(self) -> None:
-        import openai  # takes half a second, and a run that is all cache never needs it
-
+    def read(self, raw: str) -> Reply:
+        "The reply in an answer, with its price; what cannot be read is asked for again."
         endpoint = self.endpoint
-        check_reachable(endpoint.base_url)
-        self.client = openai.AsyncOpenAI(
-            base_url=endpoint.base_url, api_key=endpoint._api_key or "none",
-            timeout=endpoint.config.timeout, max_retries=0,
-        )  # fmt: skip
+        try:
+            return endpoint.priced(read_completion(raw, endpoint.model))
+        except ValueError as e:
+            raise Transient(endpoint.masked(str(e)), billed=True) from None
 
     async def afford(self, usd: float) -> None:
         "Wait until the budget allows a call; raise `UserError` when it never will."
@@ -479,45 +558,4 @@ class _Asking:
                     f"max_cost of {dollars(budget.limit or 0)} reached: {dollars(budget.spent)} "
                     "spent; what was answered is kept, a larger --max_cost goes on from there"
                 )
-            await self.sleep(0.05)
-
-    async def send(self, body: dict, ticket: Ticket) -> tuple[str, float]:
-        "Send one call; returns the answer's text and the seconds it took."
-        import openai
-        from httpx2 import Response  # openai's own HTTP client: the answer as it came
-
-        headers: Mapping[str, str] = {}
-        passed, began = False, time.monotonic()
-        self.endpoint.spent.update(tries=1)
-        try:
-            async with asyncio.timeout(self.endpoint.config.timeout):
-                answer = await self.client.post("/chat/completions", cast_to=Response, body=body)
-            headers, passed = answer.headers, True
-            if "html" in headers.get("content-type", ""):
-                raise UserError(f"{self.endpoint.base_url}: a web page answers there, no model; "
-                                "does the address lack its /v1?")  # fmt: skip
-            return answer.text, time.monotonic() - began
-        except openai.APIStatusError as e:
-            headers = e.response.headers
-            raise self.refusal(e.status_code, e.body, headers) from None
-        except (TimeoutError, openai.APITimeoutError):
-            raise Transient(
-                f"no answer in {self.endpoint.config.timeout:g} s", billed=True
-            ) from None
-        except openai.APIConnectionError as e:
-            reason = self.endpoint.masked(f"connection lost ({e.__cause__ or e})")
-            raise Transient(reason, billed=True) from None
-        finally:
-            self.limits.leave(ticket, headers, passed)
-
-    def refusal(self, status: int, body: Any, headers: Mapping[str, str]) -> Exception:
-        found = self.endpoint.failure(status, body, headers)
-        if isinstance(found, str):
-            return _Refused(found)
-        if isinstance(found, Transient) and found.limited and found.wait:
-            self.limits.refused(found.wait)
-        return found
-
-
-class _Refused(Exception):
-    "The server will not answer this one request."
+            await self.pool.sleep(0.05)

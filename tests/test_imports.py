@@ -31,18 +31,19 @@ MAY_IMPORT = {
     "preview": "forward train",
     "share": "data",
     "generate": "data prices cache endpoint batch quant_lora",
-    "judge": "data prices cache",
+    "replies": "",
+    "judge": "data prices cache replies",
     "leaderboard": "quant_lora",
     "analysis": "data",
     "report": "analysis",
     "recipe": "data prices cache limits endpoint batch quant_lora forward score checkpoint train "
-    "generate judge leaderboard analysis report",
+    "generate replies judge leaderboard analysis report",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 # without torch
-LIGHT = "data runs prices cache limits endpoint batch doctor share generate judge".split()
+LIGHT = "data runs prices cache limits endpoint batch doctor share generate replies judge".split()
 LIGHT += ["analysis", "report"]
 
 

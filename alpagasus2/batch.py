@@ -106,7 +106,7 @@ class Batches:
             spool = Spool(Path(folder) / "requests.jsonl")
             for position, request in enumerate(requests):
                 key = self.endpoint.key(request)
-                if key not in wanted and not request.fresh and (found := cache.get(key)):
+                if key not in wanted and (found := cache.get(key, request.since)):
                     self.endpoint.spent.update(cached=1)
                     yield position, found
                     continue

@@ -296,7 +296,7 @@ class Endpoint:
         keys: set[str] = set()
         for request in requests:
             key = self.key(request)
-            if key in keys or (not request.fresh and self.cache.get(key)):
+            if key in keys or self.cache.get(key, request.since):
                 cached += 1
                 continue
             keys.add(key)
@@ -461,15 +461,14 @@ class _Asking:
         "From the cache, from whoever is asking it already, or from the endpoint."
         cache, key = self.endpoint.cache, self.endpoint.key(request)
         while True:
-            if not request.fresh and (found := cache.get(key)):
+            if found := cache.get(key, request.since):
                 self.endpoint.spent.update(cached=1)
                 return found
             if cache.claim(key):
                 break
             await self.pool.sleep(0.1)
         try:  # it may have come between the look and the claim
-            found = None if request.fresh else cache.get(key)
-            return found or await self.ask(key, request)
+            return cache.get(key, request.since) or await self.ask(key, request)
         finally:
             cache.release(key)
 

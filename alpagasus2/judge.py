@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from .cache import Reply, Request
+from .cache import Reply, Request, moment
 from .data import dataset_path, question_of, response_of
 from .prices import cost_of, dollars
 from .replies import Verdict, parse_pair, parse_rating, parse_verdict
-from .runs import Journal, UserError, latest, read_jsonl, recorded, row_key
+from .runs import Journal, UserError, latest, read_jsonl, read_manifest, recorded, row_key
 
 # %% ../nbs/04_judge.ipynb #b750c6e8
 @dataclass
@@ -210,15 +210,21 @@ class Plan:
         retry: bool = False,  # also where the reply was unreadable or a refusal
     ) -> Iterator[Request]:
         "The questions that `carry_out` will ask, for an estimate."
-        there = {row_key(x): x for x in latest(output)}
+        there, since = {row_key(x): x for x in latest(output)}, _asked_since(output, retry)
         for line in self.todo(lambda x: there.get(row_key(x)), retry):
-            yield _request(self, line, there.get(row_key(line)))
+            yield _request(self, line, there.get(row_key(line)), since)
 
 
-def _request(plan: Plan, line: Mapping, old: Mapping | None) -> Request:
-    "An unreadable reply that is asked for again must not come from the cache."
+def _asked_since(output: str | Path, retry: bool) -> str:
+    "When the asking again began: one that was stopped goes on, so that nothing is paid for twice."
+    entry = read_manifest(Path(output).parent).get("outputs", {}).get(Path(output).name, {})
+    return (entry.get("retry") or moment()) if retry else ""
+
+
+def _request(plan: Plan, line: Mapping, old: Mapping | None, since: str) -> Request:
+    "An unreadable reply that is asked for again must not be the stored one."
     again = old is not None and old["status"] != "error"
-    return replace(plan.ask(line), fresh=again)
+    return replace(plan.ask(line), since=since if again else "")
 
 
 def carry_out(
@@ -229,12 +235,14 @@ def carry_out(
     progress: bool = True,  # show a bar, with the cost where there is one
 ) -> list[dict]:  # all lines of the file
     "Ask what is open, append each answer, resume where the file stops."
-    with recorded(output, plan.settings) as entry, Journal(output) as journal:
+    since = _asked_since(output, retry)
+    note = {"retry": since} if since else {}
+    with recorded(output, plan.settings, **note) as entry, Journal(output) as journal:
         try:
             _refuse_other_answers(plan.lines, journal)
             reread(plan, journal)
             todo = plan.todo(journal.get, retry)
-            requests = (_request(plan, x, journal.get(x)) for x in todo)
+            requests = (_request(plan, x, journal.get(x), since) for x in todo)
             with tqdm(total=len(todo), unit=plan.unit, disable=not progress) as bar:
                 usd = 0.0
                 for i, reply in ask(requests):
@@ -243,6 +251,7 @@ def carry_out(
                     usd += line["usage"].get("usd") or 0.0
                     bar.set_postfix_str(dollars(usd) if usd else "", refresh=False)
                     bar.update()
+            entry |= {"retry": None} if since else {}  # the next one begins anew
         finally:  # a run that was stopped has its cost, too
             entry["counts"] = status_counts(journal.rows())
             entry["cost"] = cost_of(read_jsonl(output))

@@ -333,6 +333,7 @@ def recorded(
     output: str | Path,  # the file or folder about to be written
     config: Mapping,  # the resolved settings, JSON only, no secrets
     inputs: Sequence[str | Path] = (),  # files read; their hashes are kept
+    **notes: Any,  # what else is known at the start, and a kill must not lose
 ) -> Iterator[dict]:  # put what is known at the end here: cost, counts
     "Describe `output` in the manifest beside it; raises `UserError` on a changed setting."
     output = Path(output)
@@ -344,7 +345,8 @@ def recorded(
     hashes = {Path(p).name: file_sha256(p) for p in inputs if Path(p).is_file()}
     known = {} if change else {"started": entry.get("started", now())}
     entry = {"ended": None, "started": now(), **known, **environment()}
-    _update_manifest(output.parent, output.name, {**entry, "config": config, "inputs": hashes})
+    entry |= {"config": config, "inputs": hashes, **notes}
+    _update_manifest(output.parent, output.name, entry)
     result: dict = {}
     try:
         yield result

@@ -114,13 +114,25 @@ def load_prompt(
     return RatingPrompt(text, version, low, high)
 
 
+def _rated_question(row: Mapping) -> tuple[str, str]:  # instruction, input
+    "What a row asks; a system turn opens the instruction, since the response had to follow it."
+    if "messages" not in row:
+        return question_of(row)
+    system = [m["content"] for m in row["messages"] if m["role"] == "system"]
+    turns = [m for m in row["messages"] if m["role"] not in ("system", "assistant")]
+    if len(turns) != 1:
+        raise UserError(f"row {row.get('id')}: {len(turns)} turns of the user; the rating prompt "
+                        "holds one instruction, so leave such rows out")  # fmt: skip
+    return "\n\n".join([*system, turns[0]["content"]]), ""
+
+
 def rating_messages(
     row: Mapping,  # an Alpaca-schema or messages row
     dimension: str = "accuracy",  # what is rated
     prompt: RatingPrompt = RatingPrompt(),  # AlpaGasus's, or your own
 ) -> list[dict[str, str]]:  # chat messages
     "Ask for the score of one row."
-    instruction, context = question_of(row)
+    instruction, context = _rated_question(row)
     response = response_of(row)
     tag = _tag(instruction, context, response)
     framed = f"[Response {tag}]\n{response}\n[End of response {tag}]"

@@ -30,7 +30,7 @@ from alpagasus2.quant_lora import (
     load_tokenizer,
     pick_device,
 )
-from .runs import UserError, recorded, replace_folder, write_json
+from .runs import UserError, check_names, recorded, replace_folder, write_json
 
 # %% ../nbs/02_train.ipynb #1b645389
 import accelerate
@@ -102,6 +102,8 @@ def preset_configs(
     "The two configs of a named recipe."
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; use {', '.join(PRESETS)}")
+    known = [*TrainConfig.__dataclass_fields__, *QuantLoraConfig.__dataclass_fields__]
+    check_names(changes, known, f"preset {name}")
     values = {**PRESETS[name], **changes}
     ours = {k: values.pop(k) for k in list(values) if k in TrainConfig.__dataclass_fields__}
     return TrainConfig(**ours), QuantLoraConfig(**values)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['T', 'KEYS', 'LIBRARIES', 'UserError', 'check_names', 'build', 'say', 'atomic', 'dumps', 'write_json', 'write_jsonl',
-           'replace_folder', 'read_json', 'read_jsonl', 'row_key', 'latest', 'Journal', 'cache_dir', 'file_sha256',
-           'environment', 'now', 'read_manifest', 'changed_setting', 'is_complete', 'recorded']
+           'replace_folder', 'standing', 'check_output', 'read_json', 'read_jsonl', 'row_key', 'latest', 'Journal',
+           'cache_dir', 'file_sha256', 'environment', 'now', 'read_manifest', 'changed_setting', 'is_complete',
+           'recorded']
 
 # %% ../nbs/00a_runs.ipynb #77de68da
 import dataclasses
@@ -129,6 +130,27 @@ def replace_folder(
         os.replace(output, old)
     os.replace(part, output)
     shutil.rmtree(old, ignore_errors=True)
+
+# %% ../nbs/00a_runs.ipynb #0418c496
+def standing(
+    folder: str | Path,  # need not be there yet
+) -> Path:  # absolute
+    "The folder itself, or the nearest one above it that is there."
+    path = Path(folder).absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def check_output(
+    folder: str | Path,  # where the result will go; need not be there yet
+) -> None:
+    "Raise `UserError` when nothing can be written there. Leaves nothing behind."
+    place = standing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as e:
+        where = folder if place == Path(folder).absolute() else f"{folder} (in {place})"
+        raise UserError(f"output {where} cannot be written: {e.strerror}; choose another") from None
 
 # %% ../nbs/00a_runs.ipynb #bd307a3e
 def read_json(

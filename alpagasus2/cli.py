@@ -304,7 +304,8 @@ def _is_first_process() -> bool:
 
 def _before_training(output_dir: str, hub_path: str | None, private: bool) -> str | None:
     "Everything that could refuse the result, asked while nothing has been spent on it."
-    from alpagasus2.share import check_disk, check_output, check_push
+    from alpagasus2.runs import check_output
+    from alpagasus2.share import check_disk, check_push
 
     check_output(output_dir)
     check_disk(output_dir, 2**29)  # twice an fp32 adapter of a 13B at r=16 on all linear layers

@@ -193,8 +193,7 @@ def detectable_effect(
     most = (1 - ties) / 2
     if n == 0 or most == 0 or sign_test_power(most, n, ties, level) < power:
         return None
-    excess = lambda effect: sign_test_power(effect, n, ties, level) - power
-    return float(brentq(excess, 0.0, most, xtol=1e-6))
+    return float(brentq(lambda x: sign_test_power(x, n, ties, level) - power, 0.0, most, xtol=1e-6))
 
 # %% ../nbs/04b_evidence.ipynb #09f6145a
 def noise_floor(

@@ -34,6 +34,7 @@ from alpagasus2.analysis import (
     read_claim,
 )
 from .batch import asker
+from .cache import Reply, Request
 from alpagasus2.data import (
     Template,
     dropped,
@@ -42,7 +43,7 @@ from alpagasus2.data import (
     load_scores,
     select,
 )
-from .endpoint import Endpoint, EndpointConfig, Reply, Request
+from .endpoint import Endpoint, EndpointConfig
 from .evidence import check_margin
 from .generate import Answers, Backend, GenerateConfig, generate, local_answers
 from alpagasus2.judge import (

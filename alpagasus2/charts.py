@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Effect', 'effect', 'effect_chart', 'effects_chart', 'categories_chart', 'ranking_chart', 'charts']
 
-# %% ../nbs/05a0_charts.ipynb #c21e881d
+# %% ../nbs/05a0_charts.ipynb #2332f641
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-# %% ../nbs/05a0_charts.ipynb #9ba01838
+# %% ../nbs/05a0_charts.ipynb #497d8ddc
 class Effect(NamedTuple):
     "One dot of a chart."
 
@@ -39,7 +39,7 @@ def effect(
     name = name if len(name) <= 60 else f"{name[:59]}…"
     return Effect(name, value, ends[0], ends[1], total)
 
-# %% ../nbs/05a0_charts.ipynb #0911d987
+# %% ../nbs/05a0_charts.ipynb #da1b62d5
 _INK, _SOFT, _BAND = "black", "#4d4d4d", "#e3e7ee"  # the page maps these to its light and dark ones
 
 
@@ -53,7 +53,7 @@ def effect_chart(
     "Dots with their 95% intervals. Raises ValueError without an effect."
     if not effects:
         raise ValueError("no effect to draw")
-    figure = Figure(figsize=(7, 0.9 + 0.36 * len(effects)))
+    figure = Figure(figsize=(5.6, 0.9 + 0.34 * len(effects)))
     with mpl.rc_context({"text.parse_math": False}):
         axes = figure.subplots()
         if band:
@@ -76,7 +76,7 @@ def effect_chart(
     sns.despine(ax=axes, left=True)
     return figure
 
-# %% ../nbs/05a0_charts.ipynb #2713e2f4
+# %% ../nbs/05a0_charts.ipynb #d552e82c
 _MOST = 24  # rows of a chart
 
 
@@ -103,12 +103,13 @@ def effects_chart(
     label = f"win rate of {label}, ties half"
     return effect_chart(effects[:_MOST], label, 0.5, band, True) if effects else None
 
-# %% ../nbs/05a0_charts.ipynb #1cc99980
+# %% ../nbs/05a0_charts.ipynb #8039c599
 def categories_chart(
     results: Mapping,  # results.json's content
 ) -> Figure | None:
-    "Win rate by category of the first comparison that has categories, the best on top."
+    "Win rate by category against the arm called random, else of the first comparison."
     compared = [*(results.get("pooled") or []), *(results.get("pairs") or [])]
+    compared.sort(key=lambda p: p["model_b"] != "random")
     for p in (p for p in compared if len(p.get("categories") or []) > 1):
         rows = sorted(p["categories"], key=lambda c: -c["n"])[:_MOST]
         named = [(f"{c.get('category') or 'no category'}, n = {c['n']:,}", c) for c in rows]
@@ -128,7 +129,7 @@ def ranking_chart(
     label = "strength (log-odds against the mean of all models)"
     return effect_chart(effects, label, 0.0) if effects else None
 
-# %% ../nbs/05a0_charts.ipynb #30d88c3c
+# %% ../nbs/05a0_charts.ipynb #f1b38c6e
 def charts(
     results: Mapping,  # results.json's content; keys may be absent or null
 ) -> dict[str, tuple[str, Figure]]:  # place in the page -> caption, figure

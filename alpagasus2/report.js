@@ -279,7 +279,7 @@ function renderBlind(pair) {
   const texts = pair.answers.map(answer => answer.text);
   if (turned(pair)) texts.reverse();
   return [questionCard(pair),
-    columns(answerCard("Answer 1", texts[0]), answerCard("Answer 2", texts[1]))];
+    columns(card("Answer 1", prose(texts[0])), card("Answer 2", prose(texts[1])))];
 }
 
 function give(said) {  // "1", "2", "3", or "" for a skip

@@ -98,23 +98,38 @@ def facts(
         rows += facts(value, (), f"{name}: ") if nested else [(name, as_text(value))]
     return rows
 
-# %% ../nbs/05a_report.ipynb #5634472c
+# %% ../nbs/05a_report.ipynb #b1098c67
+def _grid(
+    keys: Sequence[str], name: str, first: str, rows: Mapping[str, Mapping]
+) -> dict[str, Any]:
+    "A table whose columns are the names that any row has."
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    heads = [str(c).replace("_", " ") for c in columns]
+    body = [(name, [row.get(c) for c in columns]) for name, row in rows.items()]
+    return {"of": list(keys), "name": name, "first": first, "columns": heads, "rows": body}
+
+
 def grids(
     values: Any,  # a mapping; null has no tables
     skip: Sequence[str] = (),  # keys that are shown elsewhere
-) -> list[dict[str, Any]]:  # key, name, first (head of the names), columns, rows of (name, values)
-    "The tables among the values: mappings of mappings, and lists of mappings."
-    found = []
+) -> list[dict[str, Any]]:  # of (the keys), name, first (head of the names), columns, rows
+    "The tables among the values: counts by arm beside each other, and nested mappings or lists."
+    found: list[dict[str, Any]] = []
+    by_arm: dict[str, Mapping] = {}
     for key, value in (values or {}).items():
-        items = list(enumerate(value, 1)) if isinstance(value, list) else []
-        items = list(value.items()) if isinstance(value, Mapping) else items
-        if key in skip or not items or not all(isinstance(x, Mapping) for _, x in items):
+        rows = {str(n): x for n, x in enumerate(value, 1)} if isinstance(value, list) else value
+        if key in skip or not isinstance(rows, Mapping) or not rows:
             continue
-        columns = list(dict.fromkeys(name for _, x in items for name in x))
-        rows = [(str(name), [x.get(c) for c in columns]) for name, x in items]
-        heads = [c.replace("_", " ") for c in columns]
-        name = key.replace("_", " ").capitalize()
-        found.append({"key": key, "name": name, "first": "", "columns": heads, "rows": rows})
+        if all(isinstance(x, Mapping) for x in rows.values()):
+            words = key.replace("_", " ")
+            first = words.rpartition(" by ")[2] if " by " in words else "name"
+            found.append(_grid([key], words.capitalize(), first, rows))
+        elif rows is value and all(isinstance(x, int | float) for x in rows.values()):
+            by_arm[key] = rows
+    if len(by_arm) > 1:
+        arms = dict.fromkeys(arm for counts in by_arm.values() for arm in counts)
+        rows = {arm: {key: counts.get(arm) for key, counts in by_arm.items()} for arm in arms}
+        found.insert(0, _grid(list(by_arm), "By arm", "arm", rows))
     return found
 
 
@@ -133,18 +148,18 @@ def canary_rows(
         (_CANARIES.get(k, k.replace("_", " ")), as_percent(v)) for k, v in (canaries or {}).items()
     ]
 
-# %% ../nbs/05a_report.ipynb #aadad0c8
+# %% ../nbs/05a_report.ipynb #7ee84a24
 def _deciding(results: Mapping) -> Mapping:
     "The comparison that the claim is about: with the arm called random, else the first."
     compared = [*(results.get("pooled") or []), *(results.get("pairs") or [])]
     return next((p for p in compared if p["model_b"] == "random"), compared[0] if compared else {})
 
 
-def _tile(name: str, value: str, *notes: str) -> dict[str, str]:
-    return {"name": name, "value": value, "note": ", ".join(n for n in notes if n and n != DASH)}
+def _tile(name: str, value: str, *notes: str) -> dict[str, Any]:
+    return {"name": name, "value": value, "notes": [n for n in notes if n and n != DASH]}
 
 
-def _effect_tiles(results: Mapping) -> list[dict[str, str]]:
+def _effect_tiles(results: Mapping) -> list[dict[str, Any]]:
     "Win rate of the deciding comparison, noise floor, and held-out loss."
     p, aa, shown = _deciding(results), results.get("aa") or {}, []
     if p.get("win_rate") is not None:
@@ -164,7 +179,7 @@ def _effect_tiles(results: Mapping) -> list[dict[str, str]]:
         shown.append(_tile(name, f"{held['difference']:+.3f}", ends, "nats a token"))
     return shown
 
-# %% ../nbs/05a_report.ipynb #82d12f57
+# %% ../nbs/05a_report.ipynb #fcd5ed70
 def _spent(cost: Any) -> float | None:
     "US dollars: the total where it is given, else the sum of all parts; None where none is known."
     if not isinstance(cost, Mapping):
@@ -178,7 +193,7 @@ def _spent(cost: Any) -> float | None:
 
 def tiles(
     results: Mapping,  # results.json's content
-) -> list[dict[str, str]]:  # name, value, note
+) -> list[dict[str, Any]]:  # name, value, notes
     "The figures that decide the claim, as far as a run has them."
     shown = _effect_tiles(results)
     checks = (results.get("judge_health") or {}).get("checks") or []
@@ -275,7 +290,7 @@ def viewer_pairs(
     pairs = [_pair(list(lines.values())) for lines in judged.values()]
     return pairs + [_unjudged(by_model) for by_model in answered.values()]
 
-# %% ../nbs/05a_report.ipynb #3bc04e07
+# %% ../nbs/05a_report.ipynb #cf9d20b0
 def pair_name(
     line: Mapping,  # a judgment line, or one of results.json's failures
 ) -> str:  # what follows #pair/ in a link
@@ -325,7 +340,7 @@ def figure_files(
         files[caption] = ("_".join([f"figure_{n}", *words]) + ".png", buffer.getvalue())
     return files
 
-# %% ../nbs/05a_report.ipynb #7a7d277f
+# %% ../nbs/05a_report.ipynb #1d1ecf9c
 _COLOURS = {"#000000": "var(--ink)", "#4c4c4c": "var(--soft)", "#4d4d4d": "var(--soft)",
             "#e3e7ee": "var(--band)", "#0173b2": "var(--win)", "#de8f05": "var(--lose)",
             "#949494": "var(--tie)"}  # fmt: skip
@@ -348,7 +363,7 @@ def inline_svg(
     head = f'<svg viewBox="{size}" role="img" aria-label="{escape(caption)}"'
     return Markup(f'{head} style="--width: {float(width) * 4 / 3:.0f}px">{drawn.split(">", 3)[3]}')
 
-# %% ../nbs/05a_report.ipynb #b7cf38b0
+# %% ../nbs/05a_report.ipynb #ecefd2a0
 class Drawing(NamedTuple):
     "A figure as the page has it."
 

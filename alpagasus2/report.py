@@ -98,38 +98,52 @@ def facts(
         rows += facts(value, (), f"{name}: ") if nested else [(name, as_text(value))]
     return rows
 
-# %% ../nbs/05a_report.ipynb #b1098c67
+# %% ../nbs/05a_report.ipynb #edfadc37
 def _grid(
-    keys: Sequence[str], name: str, first: str, rows: Mapping[str, Mapping]
+    name: str, first: str, rows: Mapping[str, Mapping], of: Sequence[str], bars: bool = False
 ) -> dict[str, Any]:
-    "A table whose columns are the names that any row has."
+    "A table whose columns are the names that any row has; a wide one is turned on its side."
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    if len(columns) > max(6, len(rows)):
+        turned = {str(c): {n: row.get(c) for n, row in rows.items()} for c in columns}
+        return _grid(name, name.rpartition(" by ")[2], turned, of)
     heads = [str(c).replace("_", " ") for c in columns]
     body = [(name, [row.get(c) for c in columns]) for name, row in rows.items()]
-    return {"of": list(keys), "name": name, "first": first, "columns": heads, "rows": body}
+    most = max(x for row in rows.values() for x in row.values()) if bars else None
+    shape = {"first": first, "columns": heads, "rows": body, "most": most}
+    return {"of": list(of), "name": name, **shape}
+
+
+def _are(kind: Any, values: Mapping) -> bool:
+    return all(isinstance(x, kind) for x in values.values())
 
 
 def grids(
     values: Any,  # a mapping; null has no tables
     skip: Sequence[str] = (),  # keys that are shown elsewhere
-) -> list[dict[str, Any]]:  # of (the keys), name, first (head of the names), columns, rows
-    "The tables among the values: counts by arm beside each other, and nested mappings or lists."
+) -> list[dict[str, Any]]:  # of (the keys), name, first (head of the names), columns, rows, most
+    "The tables among the values: counts by arm beside each other, histograms, nested mappings."
     found: list[dict[str, Any]] = []
     by_arm: dict[str, Mapping] = {}
+    arms = set((values or {}).get("kept") or {})
     for key, value in (values or {}).items():
         rows = {str(n): x for n, x in enumerate(value, 1)} if isinstance(value, list) else value
         if key in skip or not isinstance(rows, Mapping) or not rows:
             continue
-        if all(isinstance(x, Mapping) for x in rows.values()):
-            words = key.replace("_", " ")
-            first = words.rpartition(" by ")[2] if " by " in words else "name"
-            found.append(_grid([key], words.capitalize(), first, rows))
-        elif rows is value and all(isinstance(x, int | float) for x in rows.values()):
-            by_arm[key] = rows
+        name = key.replace("_", " ").capitalize()
+        if _are(Mapping, rows):
+            first = "arm" if arms and set(rows) <= arms else name.partition(" by ")[2] or "name"
+            found.append(_grid(name, first, rows, [key]))
+        elif rows is value and _are(int | float, rows):
+            if arms & set(rows):
+                by_arm[key] = rows
+            elif len(rows) > 2:
+                counts = {n: {"rows": x} for n, x in rows.items()}
+                found.append(_grid(name, "name", counts, [key], bars=True))
     if len(by_arm) > 1:
-        arms = dict.fromkeys(arm for counts in by_arm.values() for arm in counts)
-        rows = {arm: {key: counts.get(arm) for key, counts in by_arm.items()} for arm in arms}
-        found.insert(0, _grid(list(by_arm), "By arm", "arm", rows))
+        named = dict.fromkeys(arm for counts in by_arm.values() for arm in counts)
+        rows = {arm: {key: counts.get(arm) for key, counts in by_arm.items()} for arm in named}
+        found.insert(0, _grid("By arm", "arm", rows, list(by_arm)))
     return found
 
 
@@ -148,7 +162,7 @@ def canary_rows(
         (_CANARIES.get(k, k.replace("_", " ")), as_percent(v)) for k, v in (canaries or {}).items()
     ]
 
-# %% ../nbs/05a_report.ipynb #7ee84a24
+# %% ../nbs/05a_report.ipynb #d67610b7
 def _deciding(results: Mapping) -> Mapping:
     "The comparison that the claim is about: with the arm called random, else the first."
     compared = [*(results.get("pooled") or []), *(results.get("pairs") or [])]
@@ -179,7 +193,7 @@ def _effect_tiles(results: Mapping) -> list[dict[str, Any]]:
         shown.append(_tile(name, f"{held['difference']:+.3f}", ends, "nats a token"))
     return shown
 
-# %% ../nbs/05a_report.ipynb #fcd5ed70
+# %% ../nbs/05a_report.ipynb #fe47ad1f
 def _spent(cost: Any) -> float | None:
     "US dollars: the total where it is given, else the sum of all parts; None where none is known."
     if not isinstance(cost, Mapping):
@@ -290,7 +304,7 @@ def viewer_pairs(
     pairs = [_pair(list(lines.values())) for lines in judged.values()]
     return pairs + [_unjudged(by_model) for by_model in answered.values()]
 
-# %% ../nbs/05a_report.ipynb #cf9d20b0
+# %% ../nbs/05a_report.ipynb #0f65bc2a
 def pair_name(
     line: Mapping,  # a judgment line, or one of results.json's failures
 ) -> str:  # what follows #pair/ in a link
@@ -340,7 +354,7 @@ def figure_files(
         files[caption] = ("_".join([f"figure_{n}", *words]) + ".png", buffer.getvalue())
     return files
 
-# %% ../nbs/05a_report.ipynb #1d1ecf9c
+# %% ../nbs/05a_report.ipynb #857a814e
 _COLOURS = {"#000000": "var(--ink)", "#4c4c4c": "var(--soft)", "#4d4d4d": "var(--soft)",
             "#e3e7ee": "var(--band)", "#0173b2": "var(--win)", "#de8f05": "var(--lose)",
             "#949494": "var(--tie)"}  # fmt: skip
@@ -363,7 +377,7 @@ def inline_svg(
     head = f'<svg viewBox="{size}" role="img" aria-label="{escape(caption)}"'
     return Markup(f'{head} style="--width: {float(width) * 4 / 3:.0f}px">{drawn.split(">", 3)[3]}')
 
-# %% ../nbs/05a_report.ipynb #ecefd2a0
+# %% ../nbs/05a_report.ipynb #eb94202c
 class Drawing(NamedTuple):
     "A figure as the page has it."
 

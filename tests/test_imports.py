@@ -31,16 +31,20 @@ MAY_IMPORT = {
     "generate": "data prices endpoint batch quant_lora",
     "judge": "data prices endpoint",
     "leaderboard": "quant_lora",
+    "forms": "judge",
     "analysis": "data",
-    "report": "analysis",
+    "charts": "",
+    "report": "analysis forms charts",
     "recipe": "data prices endpoint batch quant_lora forward score checkpoint train generate judge "
-    "leaderboard analysis report",
+    "leaderboard analysis forms charts report",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 # without torch
-LIGHT = "data runs prices endpoint batch doctor share generate judge analysis report".split()
+LIGHT = (
+    "data runs prices endpoint batch doctor share generate judge forms analysis charts report"
+).split()
 
 
 def imported(source: str) -> Iterator[str]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Effect', 'effect', 'effect_chart', 'noise_band', 'effects_chart', 'categories_chart', 'ranking_chart', 'charts']
 
-# %% ../nbs/05a0_charts.ipynb #7dc44f28
+# %% ../nbs/05a0_charts.ipynb #4637efe3
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-# %% ../nbs/05a0_charts.ipynb #c20b29d1
+# %% ../nbs/05a0_charts.ipynb #59c4d89c
 class Effect(NamedTuple):
     "One dot of a chart."
 
@@ -39,7 +39,7 @@ def effect(
     name = name if len(name) <= 60 else f"{name[:59]}…"
     return Effect(name, value, ends[0], ends[1], total)
 
-# %% ../nbs/05a0_charts.ipynb #788536ce
+# %% ../nbs/05a0_charts.ipynb #d7c42cd4
 _INK, _SOFT, _BAND = "black", "#4d4d4d", "#e3e7ee"  # the page maps these to its light and dark ones
 
 
@@ -71,14 +71,14 @@ def effect_chart(
         axes.set_ylim(len(effects) - 0.5, -0.5)
         axes.set_xlabel(label)
         if percent:
-            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.xaxis.set_major_formatter(PercentFormatter(1))
         if band:
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderpad=0)
     axes.tick_params(axis="y", length=0)
     sns.despine(ax=axes, left=True)
     return figure
 
-# %% ../nbs/05a0_charts.ipynb #cf8cf028
+# %% ../nbs/05a0_charts.ipynb #fe4d4982
 _MOST = 24  # rows of a chart
 
 
@@ -102,8 +102,10 @@ def effects_chart(
 ) -> Figure | None:
     "Win rate of every comparison before the noise floor of the A/A arm."
     pairs, pooled = results.get("pairs") or [], results.get("pooled") or []
-    if len({p.get("test_set") for p in pairs}) == 1 or len(pairs) + len(pooled) > _MOST:
-        pairs, pooled = ([], pooled) if pooled and len(pairs) > 1 else (pairs or pooled, [])
+    if len({p.get("test_set") for p in pairs}) == 1:
+        pooled = []
+    elif len(pairs) + len(pooled) > _MOST and pooled:
+        pairs = []
     rows = [(p, False) for p in pairs] + [(p, True) for p in pooled]
     several = len({(p["model_a"], p["model_b"]) for p, _ in rows}) > 1
     found = [effect(_compared(p, several), p, "win_rate", total=t) for p, t in rows]
@@ -114,7 +116,7 @@ def effects_chart(
     label = f"win rate of {label}, ties half"
     return effect_chart(effects[:_MOST], label, 0.5, band, True) if effects else None
 
-# %% ../nbs/05a0_charts.ipynb #a44ae83e
+# %% ../nbs/05a0_charts.ipynb #7565781d
 def categories_chart(
     results: Mapping,  # results.json's content
 ) -> Figure | None:
@@ -140,14 +142,14 @@ def ranking_chart(
     label = "strength (log-odds against the mean of all models)"
     return effect_chart(effects, label, 0.0) if effects else None
 
-# %% ../nbs/05a0_charts.ipynb #3d65bb62
+# %% ../nbs/05a0_charts.ipynb #c6e8b8ef
 def charts(
     results: Mapping,  # results.json's content; keys may be absent or null
 ) -> dict[str, tuple[str, Figure]]:  # place in the page -> caption, figure
     "The charts that these results can fill."
     drawn: dict[str, tuple[str, Any]] = {
         "effects": (
-            "Win rates with 95% intervals over prompts; a diamond pools all test sets.",
+            "Win rates with 95% intervals. A diamond pools all test sets.",
             effects_chart(results),
         ),
         "categories": ("Win rate by category, with 95% intervals.", categories_chart(results)),

@@ -6,7 +6,7 @@
 __all__ = ['ONE_ORDER', 'read_annotations', 'read_reviews', 'load_other_forms', 'in_both_orders', 'without_orders',
            'comparison_rows', 'comparison_csv', 'model_index', 'model_index_block', 'write_forms']
 
-# %% ../nbs/04c_forms.ipynb #75a87e22
+# %% ../nbs/04c_forms.ipynb #53671926
 import csv
 import hashlib
 import io
@@ -21,7 +21,7 @@ import yaml
 from .judge import parse_verdict
 from .runs import UserError, atomic, dumps, read_json, read_jsonl
 
-# %% ../nbs/04c_forms.ipynb #7946456b
+# %% ../nbs/04c_forms.ipynb #3553631c
 def _question_id(*parts: str) -> str:
     "As the id of a row: the first digits of its text's hash."
     return hashlib.sha256(dumps(parts).encode()).hexdigest()[:16]
@@ -29,8 +29,10 @@ def _question_id(*parts: str) -> str:
 
 def _judgment(**fields: Any) -> dict[str, Any]:
     "A line of judgments.jsonl; `verdict` decides its status."
-    shared = {"category": None, "input": "", "replicate": 0, "vote": 0, "score_a": None,
-              "score_b": None, "protocol": "verdict", "usage": {}}  # fmt: skip
+    shared: dict[str, Any] = {
+        "category": None, "input": "", "replicate": 0, "vote": 0, "score_a": None,
+        "score_b": None, "protocol": "verdict", "usage": {},
+    }  # fmt: skip
     status = "ok" if fields["verdict"] else "unparsed"
     return {**shared, "status": status, **fields}
 
@@ -42,7 +44,7 @@ def _preferred(value: Any) -> tuple[str | None, float | None]:
     share = 0.5 if value == 0 else value - 1
     return "tie" if share == 0.5 else "a" if share > 0.5 else "b", share
 
-# %% ../nbs/04c_forms.ipynb #09f30b76
+# %% ../nbs/04c_forms.ipynb #5d65204f
 _ANNOTATED = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "preference")
 
 
@@ -68,7 +70,7 @@ def read_annotations(
         ))  # fmt: skip
     return lines
 
-# %% ../nbs/04c_forms.ipynb #479a091a
+# %% ../nbs/04c_forms.ipynb #ae1917f9
 _SUFFIX = re.compile(r"[-_]reviewer[-_]threeclass$")
 _NAME = re.compile(
     r"(?P<one>.+?)[-_]vs[-_](?P<two>.+?)(?:[-_](?P<judge>(?:gpt|claude)[-\w.]*))?"
@@ -97,7 +99,7 @@ def read_reviews(
     path = Path(path)
     one, two, judge = _review_name(path).group("one", "two", "judge")
     swap = two < one
-    names = {1: "ba"[not swap], 2: "ab"[not swap], 3: "tie"}
+    names: dict[Any, str] = {1: "ba"[not swap], 2: "ab"[not swap], 3: "tie"}
     lines = []
     for n, row in enumerate(read_jsonl(path), 1):
         key = row.get("question_id", row.get("id"))
@@ -112,7 +114,7 @@ def read_reviews(
         ))  # fmt: skip
     return lines
 
-# %% ../nbs/04c_forms.ipynb #b4f0bffe
+# %% ../nbs/04c_forms.ipynb #036956ba
 def _is_annotations(path: Path) -> bool:
     if path.suffix != ".json":
         return False
@@ -133,7 +135,7 @@ def load_other_forms(
     lines = [line for p in reviewed for line in read_reviews(p)]
     return lines + [line for p in annotated for line in read_annotations(p)]
 
-# %% ../nbs/04c_forms.ipynb #e6c4a907
+# %% ../nbs/04c_forms.ipynb #3b3f1eef
 ONE_ORDER = (
     "These verdicts were asked in one order, or in one that nobody recorded: a preference for a "
     "slot cannot be told from a better answer."
@@ -159,7 +161,7 @@ def in_both_orders(
             full.append({**line, "first": first})
     return full, len(full) > len(lines)
 
-# %% ../nbs/04c_forms.ipynb #6786f9fc
+# %% ../nbs/04c_forms.ipynb #89b03889
 _OF_ORDERS = ("consistency", "kappa_between_orders", "first_slot_wins", "second_slot_wins",
               "flips_to_first", "flips_to_second")  # fmt: skip
 
@@ -191,7 +193,7 @@ def without_orders(
     pairs = [cleared(p) for p in results["pairs"]]
     return {**results, "claim": claim, "pairs": pairs, "pooled": pooled, "judge_health": health}
 
-# %% ../nbs/04c_forms.ipynb #0c4a1366
+# %% ../nbs/04c_forms.ipynb #4510ce7b
 def comparison_rows(
     results: Mapping,  # results.json's content
 ) -> list[dict[str, Any]]:  # flat, one row a comparison
@@ -222,7 +224,7 @@ def comparison_csv(
     writer.writerows(rows)
     return text.getvalue()
 
-# %% ../nbs/04c_forms.ipynb #1d751ec4
+# %% ../nbs/04c_forms.ipynb #3a60b38a
 def _metrics(p: Mapping) -> list[dict[str, Any]]:
     "A comparison as a metric of the block."
     against = f"Win rate against {p['model_b']}, judged in both orders, ties half"
@@ -269,7 +271,7 @@ def model_index_block(
     text = yaml.safe_dump({"model-index": found}, sort_keys=False, allow_unicode=True)
     return head + text
 
-# %% ../nbs/04c_forms.ipynb #e9e9e7a1
+# %% ../nbs/04c_forms.ipynb #a28fe63c
 def write_forms(
     results: Mapping,  # results.json's content
     output: str | Path,  # folder of the report

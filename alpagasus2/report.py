@@ -98,7 +98,7 @@ def facts(
         rows += facts(value, (), f"{name}: ") if nested else [(name, as_text(value))]
     return rows
 
-# %% ../nbs/05a_report.ipynb #edfadc37
+# %% ../nbs/05a_report.ipynb #2d873601
 def _grid(
     name: str, first: str, rows: Mapping[str, Mapping], of: Sequence[str], bars: bool = False
 ) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def canary_rows(
         (_CANARIES.get(k, k.replace("_", " ")), as_percent(v)) for k, v in (canaries or {}).items()
     ]
 
-# %% ../nbs/05a_report.ipynb #d67610b7
+# %% ../nbs/05a_report.ipynb #74559a50
 def _deciding(results: Mapping) -> Mapping:
     "The comparison that the claim is about: with the arm called random, else the first."
     compared = [*(results.get("pooled") or []), *(results.get("pairs") or [])]
@@ -193,7 +193,7 @@ def _effect_tiles(results: Mapping) -> list[dict[str, Any]]:
         shown.append(_tile(name, f"{held['difference']:+.3f}", ends, "nats a token"))
     return shown
 
-# %% ../nbs/05a_report.ipynb #fe47ad1f
+# %% ../nbs/05a_report.ipynb #de36da7b
 def _spent(cost: Any) -> float | None:
     "US dollars: the total where it is given, else the sum of all parts; None where none is known."
     if not isinstance(cost, Mapping):
@@ -304,7 +304,7 @@ def viewer_pairs(
     pairs = [_pair(list(lines.values())) for lines in judged.values()]
     return pairs + [_unjudged(by_model) for by_model in answered.values()]
 
-# %% ../nbs/05a_report.ipynb #0f65bc2a
+# %% ../nbs/05a_report.ipynb #972b8942
 def pair_name(
     line: Mapping,  # a judgment line, or one of results.json's failures
 ) -> str:  # what follows #pair/ in a link
@@ -354,7 +354,7 @@ def figure_files(
         files[caption] = ("_".join([f"figure_{n}", *words]) + ".png", buffer.getvalue())
     return files
 
-# %% ../nbs/05a_report.ipynb #857a814e
+# %% ../nbs/05a_report.ipynb #0167a44c
 _COLOURS = {"#000000": "var(--ink)", "#4c4c4c": "var(--soft)", "#4d4d4d": "var(--soft)",
             "#e3e7ee": "var(--band)", "#0173b2": "var(--win)", "#de8f05": "var(--lose)",
             "#949494": "var(--tie)"}  # fmt: skip
@@ -377,7 +377,7 @@ def inline_svg(
     head = f'<svg viewBox="{size}" role="img" aria-label="{escape(caption)}"'
     return Markup(f'{head} style="--width: {float(width) * 4 / 3:.0f}px">{drawn.split(">", 3)[3]}')
 
-# %% ../nbs/05a_report.ipynb #eb94202c
+# %% ../nbs/05a_report.ipynb #0934097a
 class Drawing(NamedTuple):
     "A figure as the page has it."
 

@@ -228,6 +228,8 @@ def test_hostile_answers_are_text(tab):
         shown = tab.locator("#pair .columns .prose").first
         assert shown.text_content() == answer
         assert tab.locator("#pair img, #pair script, #pair b").count() == 0
+        if answer.startswith("ש"):
+            assert shown.evaluate("x => getComputedStyle(x).direction") == "rtl"
     assert shown.evaluate("x => x.clientHeight < x.scrollHeight && x.clientHeight < 500")
 
 
@@ -289,6 +291,28 @@ def test_a_phone_never_scrolls_sideways(tab, scheme):
     for number in (1, *range(55, 61)):
         open_link(tab, number)
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_votes_replicates_and_answers_without_a_judge(browser, tmp_path):
+    voted = [x for v, says in enumerate(("ab", "aa")) for x in pair_lines(1, says, vote=v)]
+    again = pair_lines(1, "bb", replicate=1, model_b="longest")
+    asked = {"id": "q_9", "test_set": "koala", "instruction": "Name a prime.", "response": "7"}
+    responses = [{**asked, "model": m} for m in ("filtered", "random", "longest")]
+    page = write_report({}, tmp_path, [*voted[::-1], *again], responses)
+    tab = browser.new_page()
+    tab.goto(page.as_uri())
+    titles = tab.locator("#pair h4").all_text_contents()[3:]
+    shown = ["filtered shown first, vote 1", "filtered shown first, vote 2"]
+    assert titles == [*shown, *(x.replace("filtered", "random") for x in shown)]
+    assert tab.locator("#pair .tags").text_content().count("filtered wins") == 1
+    press(tab, "j")
+    assert "longest wins" in tab.text_content("#pair .tags")
+    assert "replicate 1" in tab.text_content("#pair .tags")
+    press(tab, "j")
+    assert tab.locator("#pair .columns .prose").all_text_contents() == ["7"] * 3
+    press(tab, "l")  # what no judge compared is not labelled
+    assert tab.text_content("#progress-text") == "0 of 2 labelled"
+    tab.close()
 
 
 def stored(tab):

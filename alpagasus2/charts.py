@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Effect', 'effect', 'effect_chart', 'noise_band', 'effects_chart', 'categories_chart', 'ranking_chart', 'charts']
 
-# %% ../nbs/05a0_charts.ipynb #4637efe3
+# %% ../nbs/05a0_charts.ipynb #27719d4d
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-# %% ../nbs/05a0_charts.ipynb #59c4d89c
+# %% ../nbs/05a0_charts.ipynb #e6a898b1
 class Effect(NamedTuple):
     "One dot of a chart."
 
@@ -39,7 +39,7 @@ def effect(
     name = name if len(name) <= 60 else f"{name[:59]}…"
     return Effect(name, value, ends[0], ends[1], total)
 
-# %% ../nbs/05a0_charts.ipynb #d7c42cd4
+# %% ../nbs/05a0_charts.ipynb #9556eb28
 _INK, _SOFT, _BAND = "black", "#4d4d4d", "#e3e7ee"  # the page maps these to its light and dark ones
 
 
@@ -78,7 +78,7 @@ def effect_chart(
     sns.despine(ax=axes, left=True)
     return figure
 
-# %% ../nbs/05a0_charts.ipynb #fe4d4982
+# %% ../nbs/05a0_charts.ipynb #d7c17d9b
 _MOST = 24  # rows of a chart
 
 
@@ -116,7 +116,7 @@ def effects_chart(
     label = f"win rate of {label}, ties half"
     return effect_chart(effects[:_MOST], label, 0.5, band, True) if effects else None
 
-# %% ../nbs/05a0_charts.ipynb #7565781d
+# %% ../nbs/05a0_charts.ipynb #ed44de56
 def categories_chart(
     results: Mapping,  # results.json's content
 ) -> Figure | None:
@@ -142,14 +142,14 @@ def ranking_chart(
     label = "strength (log-odds against the mean of all models)"
     return effect_chart(effects, label, 0.0) if effects else None
 
-# %% ../nbs/05a0_charts.ipynb #c6e8b8ef
+# %% ../nbs/05a0_charts.ipynb #19b60c5b
 def charts(
     results: Mapping,  # results.json's content; keys may be absent or null
 ) -> dict[str, tuple[str, Figure]]:  # place in the page -> caption, figure
     "The charts that these results can fill."
     drawn: dict[str, tuple[str, Any]] = {
         "effects": (
-            "Win rates with 95% intervals. A diamond pools all test sets.",
+            "Win rates of all comparisons, with 95% intervals.",
             effects_chart(results),
         ),
         "categories": ("Win rate by category, with 95% intervals.", categories_chart(results)),

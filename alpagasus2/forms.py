@@ -6,12 +6,13 @@
 __all__ = ['ONE_ORDER', 'read_annotations', 'read_reviews', 'load_other_forms', 'in_both_orders', 'without_orders',
            'comparison_rows', 'comparison_csv', 'model_index', 'model_index_block', 'write_forms']
 
-# %% ../nbs/04c_forms.ipynb #53671926
+# %% ../nbs/04c_forms.ipynb #3b23eba4
 import csv
 import hashlib
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import yaml
 from .judge import parse_verdict
 from .runs import UserError, atomic, dumps, read_json, read_jsonl
 
-# %% ../nbs/04c_forms.ipynb #3553631c
+# %% ../nbs/04c_forms.ipynb #71c9eee8
 def _question_id(*parts: str) -> str:
     "As the id of a row: the first digits of its text's hash."
     return hashlib.sha256(dumps(parts).encode()).hexdigest()[:16]
@@ -44,7 +45,7 @@ def _preferred(value: Any) -> tuple[str | None, float | None]:
     share = 0.5 if value == 0 else value - 1
     return "tie" if share == 0.5 else "a" if share > 0.5 else "b", share
 
-# %% ../nbs/04c_forms.ipynb #5d65204f
+# %% ../nbs/04c_forms.ipynb #ecc502ce
 _ANNOTATED = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "preference")
 
 
@@ -70,7 +71,7 @@ def read_annotations(
         ))  # fmt: skip
     return lines
 
-# %% ../nbs/04c_forms.ipynb #ae1917f9
+# %% ../nbs/04c_forms.ipynb #d9f32632
 _SUFFIX = re.compile(r"[-_]reviewer[-_]threeclass$")
 _NAME = re.compile(
     r"(?P<one>.+?)[-_]vs[-_](?P<two>.+?)(?:[-_](?P<judge>(?:gpt|claude)[-\w.]*))?"
@@ -114,7 +115,7 @@ def read_reviews(
         ))  # fmt: skip
     return lines
 
-# %% ../nbs/04c_forms.ipynb #036956ba
+# %% ../nbs/04c_forms.ipynb #d598342e
 def _is_annotations(path: Path) -> bool:
     if path.suffix != ".json":
         return False
@@ -135,7 +136,7 @@ def load_other_forms(
     lines = [line for p in reviewed for line in read_reviews(p)]
     return lines + [line for p in annotated for line in read_annotations(p)]
 
-# %% ../nbs/04c_forms.ipynb #3b3f1eef
+# %% ../nbs/04c_forms.ipynb #8c2bdc8c
 ONE_ORDER = (
     "These verdicts were asked in one order, or in one that nobody recorded: a preference for a "
     "slot cannot be told from a better answer."
@@ -145,7 +146,7 @@ ONE_ORDER = (
 def in_both_orders(
     lines: Sequence[Mapping],  # judgment lines
 ) -> tuple[list[dict], bool]:  # lines in both orders; whether any had to be copied
-    "Give each verdict whose other order is missing or unknown a copy in that order."
+    "Give each verdict whose other order is missing or unknown a copy, marked `copied`."
 
     def key(line: Mapping) -> tuple:
         models = sorted((line["model_a"], line["model_b"]))
@@ -154,14 +155,18 @@ def in_both_orders(
     orders: dict[tuple, set] = {}
     for line in lines:
         orders.setdefault(key(line), set()).add((line["model_a"], line["first"]))
+    asked: Counter[tuple] = Counter()
     full = []
     for line in lines:
-        alone = line["first"] is None or len(orders[key(line)]) == 1
-        for first in ("a", "b") if alone else (line["first"],):
-            full.append({**line, "first": first})
+        known, first = line["first"] is not None, line["first"] or "a"
+        vote = line["vote"] if known else asked[key(line)]  # of one pair in several files
+        asked[key(line)] += 1
+        full.append({**line, "first": first, "vote": vote, "order_known": known})
+        if not known or len(orders[key(line)]) == 1:
+            full.append({**full[-1], "first": "ab"[first == "a"], "copied": True})
     return full, len(full) > len(lines)
 
-# %% ../nbs/04c_forms.ipynb #89b03889
+# %% ../nbs/04c_forms.ipynb #cdedd7f2
 _OF_ORDERS = ("consistency", "kappa_between_orders", "first_slot_wins", "second_slot_wins",
               "flips_to_first", "flips_to_second")  # fmt: skip
 
@@ -193,7 +198,7 @@ def without_orders(
     pairs = [cleared(p) for p in results["pairs"]]
     return {**results, "claim": claim, "pairs": pairs, "pooled": pooled, "judge_health": health}
 
-# %% ../nbs/04c_forms.ipynb #4510ce7b
+# %% ../nbs/04c_forms.ipynb #17d97ba4
 def comparison_rows(
     results: Mapping,  # results.json's content
 ) -> list[dict[str, Any]]:  # flat, one row a comparison
@@ -224,7 +229,7 @@ def comparison_csv(
     writer.writerows(rows)
     return text.getvalue()
 
-# %% ../nbs/04c_forms.ipynb #3a60b38a
+# %% ../nbs/04c_forms.ipynb #a8ed0a63
 def _metrics(p: Mapping) -> list[dict[str, Any]]:
     "A comparison as a metric of the block."
     against = f"Win rate against {p['model_b']}, judged in both orders, ties half"
@@ -271,7 +276,7 @@ def model_index_block(
     text = yaml.safe_dump({"model-index": found}, sort_keys=False, allow_unicode=True)
     return head + text
 
-# %% ../nbs/04c_forms.ipynb #a28fe63c
+# %% ../nbs/04c_forms.ipynb #9cfe2f5b
 def write_forms(
     results: Mapping,  # results.json's content
     output: str | Path,  # folder of the report

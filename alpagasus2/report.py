@@ -98,7 +98,7 @@ def facts(
         rows += facts(value, (), f"{name}: ") if nested else [(name, as_text(value))]
     return rows
 
-# %% ../nbs/05a_report.ipynb #2d873601
+# %% ../nbs/05a_report.ipynb #313af335
 def _grid(
     name: str, first: str, rows: Mapping[str, Mapping], of: Sequence[str], bars: bool = False
 ) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def canary_rows(
         (_CANARIES.get(k, k.replace("_", " ")), as_percent(v)) for k, v in (canaries or {}).items()
     ]
 
-# %% ../nbs/05a_report.ipynb #74559a50
+# %% ../nbs/05a_report.ipynb #bc3e053e
 def _deciding(results: Mapping) -> Mapping:
     "The comparison that the claim is about: with the arm called random, else the first."
     compared = [*(results.get("pooled") or []), *(results.get("pairs") or [])]
@@ -193,7 +193,7 @@ def _effect_tiles(results: Mapping) -> list[dict[str, Any]]:
         shown.append(_tile(name, f"{held['difference']:+.3f}", ends, "nats a token"))
     return shown
 
-# %% ../nbs/05a_report.ipynb #de36da7b
+# %% ../nbs/05a_report.ipynb #8e48fb19
 def _spent(cost: Any) -> float | None:
     "US dollars: the total where it is given, else the sum of all parts; None where none is known."
     if not isinstance(cost, Mapping):
@@ -262,7 +262,9 @@ def _pair(
         "verdicts": [
             {k: x.get(k) for k in _SAID}
             | {"vote": x.get("vote") or 0, "judge": (x.get("judge") or {}).get("model")}
+            | ({} if x.get("order_known", True) else {"first": None})
             for x in sorted(lines, key=lambda x: (x["first"], x.get("vote") or 0))
+            if not x.get("copied")
         ],
     }
 
@@ -304,7 +306,7 @@ def viewer_pairs(
     pairs = [_pair(list(lines.values())) for lines in judged.values()]
     return pairs + [_unjudged(by_model) for by_model in answered.values()]
 
-# %% ../nbs/05a_report.ipynb #972b8942
+# %% ../nbs/05a_report.ipynb #f7ca78ac
 def pair_name(
     line: Mapping,  # a judgment line, or one of results.json's failures
 ) -> str:  # what follows #pair/ in a link
@@ -354,7 +356,7 @@ def figure_files(
         files[caption] = ("_".join([f"figure_{n}", *words]) + ".png", buffer.getvalue())
     return files
 
-# %% ../nbs/05a_report.ipynb #0167a44c
+# %% ../nbs/05a_report.ipynb #5bb180aa
 _COLOURS = {"#000000": "var(--ink)", "#4c4c4c": "var(--soft)", "#4d4d4d": "var(--soft)",
             "#e3e7ee": "var(--band)", "#0173b2": "var(--win)", "#de8f05": "var(--lose)",
             "#949494": "var(--tie)"}  # fmt: skip
@@ -377,7 +379,7 @@ def inline_svg(
     head = f'<svg viewBox="{size}" role="img" aria-label="{escape(caption)}"'
     return Markup(f'{head} style="--width: {float(width) * 4 / 3:.0f}px">{drawn.split(">", 3)[3]}')
 
-# %% ../nbs/05a_report.ipynb #0934097a
+# %% ../nbs/05a_report.ipynb #f3b3d82b
 class Drawing(NamedTuple):
     "A figure as the page has it."
 

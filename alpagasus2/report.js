@@ -65,8 +65,9 @@ function questionCard(pair) {
 }
 
 function answerCard(title, text) {
-  return card(title, el("p", "muted", `${[...text].length.toLocaleString("en")} characters`),
-    prose(text));
+  const n = [...text].length;
+  const length = `${n.toLocaleString("en")} character${n === 1 ? "" : "s"}`;
+  return card(title, el("p", "muted", length), prose(text));
 }
 
 function columns(...cards) {

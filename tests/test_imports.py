@@ -34,20 +34,22 @@ MAY_IMPORT = {
     "replies": "",
     "judge": "data prices cache replies",
     "leaderboard": "quant_lora",
+    "forms": "replies judge",
     "evidence": "",
     "analysis": "data evidence",
     "plots": "",
-    "report": "analysis",
+    "charts": "",
+    "report": "analysis forms charts",
     "recipe": "data prices cache limits endpoint batch quant_lora forward score checkpoint train "
-    "generate replies judge leaderboard evidence analysis plots report",
+    "generate replies judge leaderboard evidence analysis plots forms charts report",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 # without torch
 LIGHT = (
-    "data runs prices cache limits endpoint batch doctor share generate replies judge evidence "
-    "analysis plots report".split()
+    "data runs prices cache limits endpoint batch doctor share generate replies judge forms "
+    "evidence analysis plots charts report".split()
 )
 
 

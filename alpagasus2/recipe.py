@@ -26,13 +26,11 @@ from alpagasus2.analysis import (
     analyse,
     canary_outcomes,
     checkable,
-    filter_report,
     heldout_summary,
     load_judgments,
     orient,
     plot_heldout,
     plot_outcomes,
-    plot_scores,
     plot_slots,
 )
 from .batch import asker
@@ -45,6 +43,7 @@ from alpagasus2.data import (
     select,
 )
 from .endpoint import Endpoint, EndpointConfig, Reply, Request
+from .filtering import filter_report, plot_scores
 from .generate import Answers, Backend, GenerateConfig, generate, local_answers
 from alpagasus2.judge import (
     Ask,

@@ -33,14 +33,17 @@ MAY_IMPORT = {
     "leaderboard": "quant_lora",
     "analysis": "data",
     "report": "analysis",
+    "filtering": "data",
     "recipe": "data prices endpoint batch quant_lora forward score checkpoint train generate judge "
-    "leaderboard analysis report",
+    "leaderboard analysis report filtering",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 # without torch
-LIGHT = "data runs prices endpoint batch doctor share generate judge analysis report".split()
+LIGHT = (
+    "data runs prices endpoint batch doctor share generate judge analysis report filtering".split()
+)
 
 
 def imported(source: str) -> Iterator[str]:

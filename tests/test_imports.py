@@ -13,7 +13,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "alpagasus2"
 
 # DESIGN's table: a room and the rooms that it may import. Every room may import runs.
 MAY_IMPORT = {
-    "data": "",
+    "similarity": "",
+    "categories": "",
+    "data": "similarity categories",
     "runs": "",
     "prices": "",
     "endpoint": "prices",
@@ -42,8 +44,9 @@ NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 # without torch
 LIGHT = (
-    "data runs prices endpoint batch doctor share generate judge analysis report filtering".split()
-)
+    "similarity categories data runs prices endpoint batch doctor share generate judge "
+    "analysis report filtering"
+).split()
 
 
 def imported(source: str) -> Iterator[str]:

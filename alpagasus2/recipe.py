@@ -43,7 +43,7 @@ from alpagasus2.data import (
     select,
 )
 from .endpoint import Endpoint, EndpointConfig, Reply, Request
-from .filtering import filter_report, plot_scores
+from .filtering import filter_report, plot_categories, plot_lengths, plot_scores
 from .generate import Answers, Backend, GenerateConfig, generate, local_answers
 from alpagasus2.judge import (
     Ask,
@@ -115,6 +115,8 @@ class Arm:
     rows: int = 0  # how many; every arm must have the same number
     value: float | None = None  # of threshold or quantile: `rows` are drawn from what it keeps
     data: str | None = None  # instead of `select`: a file of its own, `rows` drawn at random
+    drop_near_duplicates: float | None = None  # similarity at which the better row stays: 0.7, say
+    quota: Any = None  # category -> share of the rows, or pool: the shares that the pool has
 
     def __post_init__(self) -> None:
         if (self.select is None) == (self.data is None) or self.rows < 1:
@@ -122,6 +124,13 @@ class Arm:
         if (self.select in ("threshold", "quantile")) != (self.value is not None):
             given = f"select={self.select}, value={self.value}"
             raise UserError(f"{given}: threshold and quantile need a value, the others take none")
+        if not 0 < (self.drop_near_duplicates or 1) <= 1:
+            given = self.drop_near_duplicates
+            raise UserError(f"drop_near_duplicates={given}: a similarity above 0 and up to 1")
+        shares = self.quota.values() if isinstance(self.quota, Mapping) else ()
+        named = self.quota in (None, "pool") or bool(shares)
+        if not named or not all(isinstance(s, int | float) and s >= 0 for s in shares):
+            raise UserError(f"quota={self.quota}: give `pool`, or a share for each category named")
 
 
 @dataclass
@@ -258,7 +267,10 @@ def _claimed(recipe: dict) -> dict:
     asked = {k: {n: v for n, v in recipe[k].items() if n not in costs} for k in ("rater", "judge")}
     new = {"prompt": None, "low": 0.0, "high": 5.0}  # claims made before these existed are as valid
     asked["rater"] = {n: v for n, v in asked["rater"].items() if n not in new or v != new[n]}
-    return {**recipe, **asked}
+    options = ("drop_near_duplicates", "quota")
+    arms = {n: {k: v for k, v in arm.items() if k not in options or v is not None}
+            for n, arm in recipe.get("arms", {}).items()}  # fmt: skip
+    return {**recipe, **asked, "arms": arms}
 
 
 def _same_claim(old: dict, new: dict) -> bool:
@@ -483,7 +495,10 @@ def _arm_rows(run: Run, arm: Arm, scores: Mapping[str, float], seed: int) -> lis
         pool = select(pool, scores, **limits)
     rule = arm.select if arm.select and arm.value is None else "random_k"
     size: dict[str, Any] = {rule: arm.rows}
-    return select(pool, scores, seed=seed, **size)
+    return select(
+        pool, scores, seed=seed, drop_near_duplicates=arm.drop_near_duplicates,
+        quota=arm.quota, **size,
+    )  # fmt: skip
 
 # %% ../nbs/06_recipe.ipynb #472b07b9
 def train_arms(run: Run, selected: Mapping[str, list[dict]]) -> None:
@@ -670,7 +685,7 @@ def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, li
         "filter": {
             "selector": selector if scores else "none: the arms came as files",
             "model": (rater.model or recipe.base_model) if scores else None,
-            **filter_report(run.rows, scores, selected),
+            **filter_report(run.rows, scores, selected, run.questions),
         },
         "cost": run_cost(run),
         "manifest": {"claim_sha256": run.claim["sha256"], **read_manifest(run.dir)},
@@ -686,12 +701,17 @@ def run_cost(run: Run) -> dict[str, Any]:
     return {"training_seconds": seconds, "endpoint": usage}
 
 
-def run_figures(run: Run, scores: Mapping[str, float], results: Mapping) -> dict[str, Any]:
-    "The pictures of a run, by caption."
+def run_figures(
+    run: Run, scores: Mapping[str, float], results: Mapping, selected: Mapping[str, list]
+) -> dict[str, Any]:
+    "The pictures of a run, by caption; of several replicates' selections the first."
+    arms = {n: selected[part_name(run.recipe, n, 0)] for n in run.recipe.arms}
     figures = {}
     if scores:
         selector = results["filter"]["selector"]
         figures[f"Scores of the {selector} selector"] = plot_scores(run.rows, scores, selector)
+    figures["Share kept by category"] = plot_categories(run.rows, arms)
+    figures["Length of the responses"] = plot_lengths(run.rows, arms)
     if results["heldout"]:
         figures["Held-out loss by arm"] = plot_heldout(results["heldout"])
     figures["Verdicts in both orders"] = plot_outcomes(results["pairs"])
@@ -707,7 +727,7 @@ def report_run(run: Run, scores: Mapping[str, float], selected: Mapping[str, lis
     if is_complete(output, inputs):
         return read_json(output / "results.json")
     results = run_results(run, scores, selected)
-    figures = run_figures(run, scores, results)
+    figures = run_figures(run, scores, results, selected)
     judgments = orient(latest(run.dir / "judgments.jsonl"), run.claim["model_a"])
     responses = latest(run.dir / "responses.jsonl")
     with recorded(output, inputs):

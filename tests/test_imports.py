@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "leaderboard": "quant_lora",
     "analysis": "data",
     "report": "analysis",
-    "filtering": "data",
+    "filtering": "similarity data",
     "recipe": "data prices endpoint batch quant_lora forward score checkpoint train generate judge "
     "leaderboard analysis report filtering",
 }

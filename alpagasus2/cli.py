@@ -75,6 +75,11 @@ def select(
     rows, problems = load_examples(data)
     if problems:
         print(dropped(problems), file=sys.stderr)
+    if (questions or compare) and not report:
+        raise UserError("--questions and --compare are for the page: add --report DIR")
+    others = {Path(path).stem: load_examples(path)[0] for path in compare or []}
+    if len({*others, Path(output).stem}) <= len(compare or []):
+        raise UserError("--compare: give the files names of their own, the page goes by them")
     found = load_scores(scores, rows, dimension, problems) if scores else None
     kept = select_rows(
         rows, found, threshold=threshold, top_k=top_k, quantile=quantile, random_k=random_k,
@@ -85,13 +90,8 @@ def select(
     unscored = f"; {sum(r['id'] not in found for r in rows):,} had no score" if found else ""
     print(f"{output}: kept {len(kept):,} of {len(rows):,} rows{unscored}")
     if report:
-        others = {Path(path).stem: load_examples(path)[0] for path in compare or []}
-        if len({*others, Path(output).stem}) <= len(compare or []):
-            raise UserError("--compare: give the files names of their own, the page goes by them")
         selected = {Path(output).stem: kept, **others}
         print(_filter_page(rows, found or {}, selected, questions or [], report))
-    elif questions or compare:
-        raise UserError("--questions and --compare are for the page: add --report DIR")
 
 
 def _shares(quota: Sequence[str] | None) -> Any:

@@ -320,7 +320,7 @@ def plot_categories(
         ax.axvline(overall, color=color, linestyle="--", linewidth=1)
     ax.set_yticks(range(len(names)), [f"{c}\n{counts[arm][c][1]:,} rows" for c in names])
     ax.set(xlabel="share kept", xlim=(0, None), title=f"what was kept of {len(rows):,} rows")
-    ax.invert_yaxis()
+    ax.set_ylim(len(names) - 0.5, -0.5)
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     sns.despine(ax=ax)
     fig.tight_layout()

@@ -125,8 +125,8 @@ class Arm:
             given = f"select={self.select}, value={self.value}"
             raise UserError(f"{given}: threshold and quantile need a value, the others take none")
         if not 0 < (self.drop_near_duplicates or 1) <= 1:
-            given = self.drop_near_duplicates
-            raise UserError(f"drop_near_duplicates={given}: a similarity above 0 and up to 1")
+            near = self.drop_near_duplicates
+            raise UserError(f"drop_near_duplicates={near}: a similarity above 0 and up to 1")
         shares = self.quota.values() if isinstance(self.quota, Mapping) else ()
         named = self.quota in (None, "pool") or bool(shares)
         if not named or not all(isinstance(s, int | float) and s >= 0 for s in shares):

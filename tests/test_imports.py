@@ -13,7 +13,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "alpagasus2"
 
 # DESIGN's table: a room and the rooms that it may import. Every room may import runs.
 MAY_IMPORT = {
-    "data": "",
+    "similarity": "",
+    "categories": "",
+    "data": "similarity categories",
     "runs": "",
     "prices": "",
     "cache": "",
@@ -40,16 +42,17 @@ MAY_IMPORT = {
     "plots": "",
     "charts": "",
     "report": "analysis forms charts",
+    "filtering": "similarity data evidence",
     "recipe": "data prices cache limits endpoint batch quant_lora forward score checkpoint train "
-    "generate replies judge leaderboard evidence analysis plots forms charts report",
+    "generate replies judge leaderboard evidence analysis plots forms charts report filtering",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 # without torch
 LIGHT = (
-    "data runs prices cache limits endpoint batch doctor share generate replies judge forms "
-    "evidence analysis plots charts report".split()
+    "similarity categories data runs prices cache limits endpoint batch doctor share generate "
+    "replies judge forms evidence analysis plots charts report filtering".split()
 )
 
 

@@ -318,10 +318,8 @@ def judge_health(
 
 def canary_outcomes(
     lines: Sequence[Mapping],  # judgment lines of `canary_pairs`
-) -> dict[
-    str, float
-]:  # gold_right, null_wins, itself_tied: shares of the verdicts that could be read
-    "How the judge did on what is known."
+) -> dict[str, float]:  # gold_right, of all replies; null_wins, itself_tied, of the readable ones
+    "How the judge did on what is known; a reply that names no winner of a gold pair is not right."
     shares = {}
     known = (
         ("gold_right", "gold", "a"),
@@ -329,9 +327,10 @@ def canary_outcomes(
         ("itself_tied", "itself", "tie"),
     )
     for name, model, what in known:
-        verdicts = [x["verdict"] == what for x in lines if x["model_a"] == model and x["verdict"]]
-        if verdicts:
-            shares[name] = sum(verdicts) / len(verdicts)
+        replies = [x for x in lines if x["model_a"] == model and x.get("status") != "error"]
+        counted = [x["verdict"] for x in replies if x["verdict"] or model == "gold"]
+        if counted:
+            shares[name] = counted.count(what) / len(counted)
     return shares
 
 

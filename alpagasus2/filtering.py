@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from .data import asked_of, category_of, response_of
+from .evidence import percentile_interval
 from .runs import UserError
 from .similarity import near_duplicates, ngrams
 
@@ -44,8 +45,7 @@ def auc_with_interval(
     "AUC with a percentile interval over rows."
     rng = np.random.default_rng(seed)
     draws = [auc(rng.choice(good, len(good)), rng.choice(bad, len(bad))) for _ in range(resamples)]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"auc": auc(good, bad), "ci95": [float(low), float(high)], "n": len(bad)}
+    return {"auc": auc(good, bad), "ci95": percentile_interval(np.array(draws)), "n": len(bad)}
 
 
 def auc_within_length(

@@ -26,12 +26,13 @@ MAY_IMPORT = {
     "train": "data quant_lora forward checkpoint",
     "preview": "forward train",
     "share": "data",
-    "generate": "data endpoint quant_lora",
+    "decode": "",
+    "generate": "data endpoint quant_lora decode",
     "judge": "data endpoint",
     "leaderboard": "quant_lora",
     "analysis": "data",
     "report": "analysis",
-    "recipe": "data endpoint quant_lora forward score checkpoint train generate judge "
+    "recipe": "data endpoint quant_lora forward score checkpoint train decode generate judge "
     "leaderboard analysis report",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"

@@ -217,7 +217,7 @@ def _shared_prefix(model: Any, prompts: Sequence[Sequence[int]]) -> Sequence[int
     "What all prompts begin with; none where attention counts columns, which padding shifts."
     if len(prompts) < 2 or getattr(_config(model), "sliding_window", None):
         return []
-    low, high = list(min(prompts)), list(max(prompts))
+    low, high = min(map(list, prompts)), max(map(list, prompts))
     most = min(map(len, prompts)) - 1  # a prompt's last token gives its first logits
     n = next((i for i in range(most) if low[i] != high[i]), most)
     return low[:n]

@@ -28,13 +28,14 @@ MAY_IMPORT = {
     "train": "data quant_lora forward checkpoint",
     "preview": "forward train",
     "share": "data",
-    "generate": "data prices endpoint batch quant_lora",
+    "decode": "",
+    "generate": "data prices endpoint batch quant_lora decode",
     "judge": "data prices endpoint",
     "leaderboard": "quant_lora",
     "analysis": "data",
     "report": "analysis",
-    "recipe": "data prices endpoint batch quant_lora forward score checkpoint train generate judge "
-    "leaderboard analysis report",
+    "recipe": "data prices endpoint batch quant_lora forward score checkpoint train decode "
+    "generate judge leaderboard analysis report",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}

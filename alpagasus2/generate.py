@@ -32,7 +32,7 @@ class GenerateConfig:
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0  # nucleus sampling, in (0, 1]
     template: Template = "alpaca"  # the text form of the training
-    token_budget: int = 16384  # most tokens in memory at once; changes speed, never the answers
+    token_budget: int = 32768  # most tokens in memory at once; changes speed, never the answers
     seed: int = 0  # for sampling; each question has numbers of its own
     truncate_prompt: bool = False  # cut the start of a prompt that does not fit; false: refuse it
 

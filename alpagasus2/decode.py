@@ -8,11 +8,15 @@ __all__ = ['Choose', 'COLUMNS', 'PREFILL', 'chooser', 'decode']
 # %% ../nbs/02c_decode.ipynb #d6e68498
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from .runs import UserError
 
@@ -42,6 +46,41 @@ def chooser(
         return (found if order is None else order.gather(-1, found))[:, 0].tolist()
 
     return sample
+
+# %% ../nbs/02c_decode.ipynb #423172ca
+def _attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    "Attention of one new token a row, as Transformers calls it; anything else is left to `sdpa`."
+    rows, heads, tokens, width = query.shape
+    by_head = attention_mask is not None and attention_mask.shape[1] > 1
+    if tokens > 1 or by_head or options.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    grouped = query.reshape(rows, key.shape[1], -1, width)  # the queries of each key-value head
+    scaling = options.get("scaling") or width**-0.5
+    weights = (grouped @ key.transpose(-1, -2)).float() * scaling
+    if attention_mask is not None:
+        weights = weights.masked_fill(~attention_mask, float("-inf"))
+    found = weights.softmax(-1).to(value.dtype) @ value
+    return found.reshape(rows, 1, heads, -1), None
+
+
+AttentionInterface.register("alpagasus2_step", _attention)
+AttentionMaskInterface.register("alpagasus2_step", sdpa_mask)
+
+
+@contextmanager
+def _grouped(model: Any) -> Iterator[None]:
+    "Let the model attend with `_attention`, where that is faster."
+    config = _config(model)
+    if model.device.type != "cpu" or config._attn_implementation != "sdpa":
+        yield
+        return
+    config._attn_implementation = "alpagasus2_step"
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
 
 # %% ../nbs/02c_decode.ipynb #44070d83
 @dataclass
@@ -76,22 +115,22 @@ class _Layer(DynamicLayer):
         return new
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-        "Write one column in place; what is returned are views."
-        r = self.rows
-        n = len(r.live)
-        self.keys[:n, :, r.end], self.values[:n, :, r.end] = (
-            key_states[:, :, 0],
-            value_states[:, :, 0],
-        )
-        window = slice(r.start, r.end + 1)
-        return self.keys[:n, :, window], self.values[:n, :, window]
+        "Write one column in place; what is returned are views of the live rows."
+        n, end = len(self.rows.live), self.rows.end
+        self.keys[:n, :, end] = key_states[:, :, 0]
+        self.values[:n, :, end] = value_states[:, :, 0]
+        return self.keys[:n], self.values[:n]
 
     def get_seq_length(self) -> int:
         "Columns in use."
-        return self.rows.end - self.rows.start
+        return self.rows.end
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        "All columns are there; the mask hides those that a row does not use."
+        return self.rows.columns, 0
 
 # %% ../nbs/02c_decode.ipynb #60edc67c
-COLUMNS = 128  # room for new tokens in a buffer; it is copied when they are used up
+COLUMNS = 32  # room for new tokens in a buffer; it is copied when they are used up
 PREFILL = 4096  # prompt tokens in one pass, which bounds the memory of its activations
 
 
@@ -102,7 +141,7 @@ class _Rows:
         self.model, self.token_budget, self.max_new = model, token_budget, max_new_tokens
         self.live: list[_Row] = []
         self.cache = Cache(layers=[])
-        self.places = self.columns = self.start = self.end = 0
+        self.places = self.columns = self.end = 0
         self.n_prefix, self.prefix = len(prefix), DynamicCache()
         if prefix:
             ids = torch.tensor([prefix], device=model.device)
@@ -156,15 +195,14 @@ class _Rows:
 
     def step(self) -> torch.Tensor:
         "Read the newest token of every live row; logits of the next."
-        cached = [r.cached for r in self.live]
-        self.start = self.end - max(cached)
-        at = torch.tensor(cached, device=self.model.device)[:, None]
-        column = torch.arange(self.start, self.end + 1, device=self.model.device)
-        logits = self.model(
-            torch.tensor([[r.new[-1]] for r in self.live], device=self.model.device),
-            attention_mask=(column >= self.end - at).long(), position_ids=at,
-            past_key_values=self.cache, use_cache=True,
-        ).logits[:, -1]  # fmt: skip
+        at = torch.tensor([r.cached for r in self.live], device=self.model.device)[:, None]
+        column = torch.arange(self.columns, device=self.model.device)
+        with _grouped(self.model):
+            logits = self.model(
+                torch.tensor([[r.new[-1]] for r in self.live], device=self.model.device),
+                attention_mask=((column >= self.end - at) & (column <= self.end)).long(),
+                position_ids=at, past_key_values=self.cache, use_cache=True,
+            ).logits[:, -1]  # fmt: skip
         self.end += 1
         return logits
 

@@ -504,7 +504,10 @@ def generate(
         from alpagasus2.recipe import local_arms
 
         models = local_arms(base_model, paths, settings, load_in_4bit, name)
-    lines = answer(asked, models, output, settings, base_model, replicate, adapters=paths)
+    backend = {"base_url": base_url} if base_url else {"load_in_4bit": load_in_4bit}
+    lines = answer(
+        asked, models, output, settings, base_model, replicate, adapters=paths, backend=backend
+    )
     for form in export or []:
         export_responses(lines, Path(output).parent, form)  # type: ignore[arg-type]
     for warning in length_warnings(lines):

@@ -165,12 +165,13 @@ def generate(
     replicate: int = 0,  # index of the training seed
     progress: bool = True,  # show a bar
     adapters: Mapping[str, str | Path] | None = None,  # name of an arm -> folder of its adapter
+    backend: Mapping[str, Any] | None = None,  # recorded too: load_in_4bit, base_url
 ) -> list[dict]:  # all lines of the file
     "Answer all questions with all models, append each answer, resume where the file stops."
     settings = {k: v for k, v in asdict(config).items() if k != "token_budget"}  # speed only
     weights = {name: adapter_sha256(path) for name, path in (adapters or {}).items()}
     with (
-        recorded(output, {"base_model": base_model, **settings}) as entry,
+        recorded(output, {"base_model": base_model, **settings, **(backend or {})}) as entry,
         Journal(output) as journal,
     ):
         todo = {m: _open(journal, questions, m, replicate, weights.get(m)) for m in models}

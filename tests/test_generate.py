@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_endpoint import read, serving
 
 from alpagasus2.data import load_questions
 from alpagasus2.generate import GenerateConfig, encode_prompts
@@ -107,6 +108,40 @@ def test_four_test_sets_three_arms_one_load(tmp_path, monkeypatch):
     assert len({x.get("adapter") for x in lines}) == 3
     seed_form = json.loads((output.parent / "koala_seed_0.json").read_text())
     assert set(seed_form[0]) == {"question_id", "prompt", "base", "filtered", "random"}
+
+
+NO_TORCH = """
+import sys
+sys.modules.update(torch=None, transformers=None)
+from alpagasus2.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_server_answers_on_a_machine_without_torch(tmp_path):
+    output, manifest = tmp_path / "responses.jsonl", tmp_path / "manifest.json"
+    with serving() as address:
+        words = ["generate", "--questions", "sample_questions", "--limit", 5, "--output", output]
+        words += ["--base_model", "m", "--base_url", f"{address}/v1", "--price_in", 1]
+        command = [sys.executable, "-c", NO_TORCH, *words, "--price_out", 2]
+
+        def run(*more: str) -> tuple[int, str]:
+            done = subprocess.run([*map(str, command), *more], capture_output=True, text=True)
+            return done.returncode, done.stderr
+
+        status, said = run()
+        assert status == 0, said
+        answers = [json.loads(line) for line in output.read_text().splitlines()]
+        assert len(answers) == read(address)["requests"] == 5
+        cost = json.loads(manifest.read_text())["outputs"]["responses.jsonl"]["cost"]
+        assert cost["usd"] > 0 and cost["calls"] == 5
+        assert run()[0] == 0 and read(address)["requests"] == 5  # the file has them
+        status, said = run("--max_new_tokens", "9")
+        assert status == 2 and "max_new_tokens was 256 and is now 9" in said
+        output.unlink()
+        assert run()[0] == 0 and read(address)["requests"] == 5  # the cache has them
+    again = [json.loads(line)["response"] for line in output.read_text().splitlines()]
+    assert sorted(again) == sorted(x["response"] for x in answers)
 
 
 def start(output: Path, tokens: int, questions: int) -> subprocess.Popen:

@@ -524,6 +524,7 @@ def generate(
     replicate: int = 0,  # index of the training seed
     base_url: str | None = None,  # ask this OpenAI-compatible server instead of a local model
     load_in_4bit: bool = True,  # quantise the base; false: 16 bits
+    export: list[str] | None = None,  # other forms to write beside: seed, alpaca_eval
     limit: int | None = None,  # only the first so many questions of each set
     dry_run: bool = False,  # say what would be done
     **config: Any,
@@ -531,13 +532,16 @@ def generate(
     "Answer test questions with a base model, its adapters, or a server."
     from alpagasus2.data import load_questions
     from alpagasus2.endpoint import EndpointConfig
-    from alpagasus2.generate import GenerateConfig
+    from alpagasus2.generate import GenerateConfig, export_responses, length_warnings
     from alpagasus2.generate import generate as answer
 
     if not base_model:
         raise UserError("--base_model: name the model that answers")
     if base_url and adapters:
         raise UserError("--adapters: a server's adapters are models of their own; use --base_model")
+    unknown = set(export or []) - {"seed", "alpaca_eval"}
+    if unknown:
+        raise UserError(f"--export: {sorted(unknown)[0]!r} is unknown; use seed or alpaca_eval")
     settings, limits = _sorted_out(config, GenerateConfig, EndpointConfig)
     asked = [q for source in questions for q in load_questions(source)[:limit]]
     paths = dict(_named_path(a) for a in adapters or [])
@@ -550,7 +554,14 @@ def generate(
         from alpagasus2.recipe import local_arms
 
         models = local_arms(base_model, paths, settings, load_in_4bit, name)
-    lines = answer(asked, models, output, settings, base_model, replicate)
+    backend = {"base_url": base_url} if base_url else {"load_in_4bit": load_in_4bit}
+    lines = answer(
+        asked, models, output, settings, base_model, replicate, adapters=paths, backend=backend
+    )
+    for form in export or []:
+        export_responses(lines, Path(output).parent, form)  # type: ignore[arg-type]
+    for warning in length_warnings(lines):
+        print(warning, file=sys.stderr)
     cut = sum(x["finish_reason"] == "length" for x in lines)
     print(f"{output}: {len(lines):,} answers, {cut:,} of them cut at the length limit")
 

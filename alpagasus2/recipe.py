@@ -557,12 +557,15 @@ def _arms_on_base(run: Run, replicate: int) -> Callable[[], Any]:
     def load() -> Any:
         if not loaded:
             run.models.release()  # adapters of another replicate stay on the base they were put on
-            parts = {n: part_name(run.recipe, n, replicate) for n in run.recipe.arms}
-            folders = {n: run.dir / "adapters" / p for n, p in parts.items()}
-            loaded.append(load_adapters(run.models.base, folders))
+            loaded.append(load_adapters(run.models.base, _adapter_folders(run, replicate)))
         return loaded[0]
 
     return load
+
+
+def _adapter_folders(run: Run, replicate: int) -> dict[str, Path]:
+    parts = {n: part_name(run.recipe, n, replicate) for n in run.recipe.arms}
+    return {n: run.dir / "adapters" / p for n, p in parts.items()}
 
 
 def measure_heldout(run: Run, replicate: int, load: Callable[[], Any]) -> None:
@@ -606,7 +609,8 @@ def answer_questions(run: Run, replicate: int, load: Callable[[], Any]) -> None:
     }
     run.say(f"Answering {len(run.questions)} questions with {', '.join(arms)}")
     output, base = run.dir / "responses.jsonl", run.recipe.base_model
-    generate(run.questions, arms, output, config, base, replicate, run.progress)
+    adapters = _adapter_folders(run, replicate)
+    generate(run.questions, arms, output, config, base, replicate, run.progress, adapters)
 
 
 def _backend(

@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "train": "data quant_lora forward checkpoint",
     "preview": "forward train",
     "share": "data",
-    "generate": "data prices cache endpoint batch quant_lora",
+    "decode": "",
+    "generate": "data prices cache endpoint batch quant_lora decode",
     "replies": "",
     "judge": "data prices cache replies",
     "leaderboard": "quant_lora",
@@ -43,8 +44,9 @@ MAY_IMPORT = {
     "charts": "",
     "report": "analysis forms charts",
     "filtering": "similarity data evidence",
-    "recipe": "data prices cache limits endpoint batch quant_lora forward score checkpoint train "
-    "generate replies judge leaderboard evidence analysis plots forms charts report filtering",
+    "recipe": "data prices cache limits endpoint batch quant_lora forward score checkpoint "
+    "train decode generate replies judge leaderboard evidence analysis plots forms "
+    "charts report filtering",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}

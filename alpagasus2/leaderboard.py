@@ -6,7 +6,7 @@
 __all__ = ['ifeval_lacks', 'LeaderboardConfig', 'find_tasks', 'load_tasks', 'Rehearsal', 'carry_out', 'Planned', 'count_tokens',
            'rehearse', 'plan_tasks', 'cost_lines', 'Scorer', 'ask', 'leaderboard']
 
-# %% ../nbs/04a_leaderboard.ipynb #f5a25312
+# %% ../nbs/04a_leaderboard.ipynb #28ffc040
 import contextlib
 import difflib
 import hashlib
@@ -27,7 +27,7 @@ from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenize
 from .runs import Journal, UserError, changed_setting, file_sha256, recorded
 from .standings import BENCHMARKS, OPEN_LLM, Benchmark, write_results
 
-# %% ../nbs/04a_leaderboard.ipynb #c1c4c7c6
+# %% ../nbs/04a_leaderboard.ipynb #a28c78de
 try:
     import datasets
     import lm_eval
@@ -42,7 +42,7 @@ except ModuleNotFoundError as e:
         f"{e.name} is not installed: run `pip install 'alpagasus2[train,leaderboard]'`"
     ) from e
 
-# %% ../nbs/04a_leaderboard.ipynb #b967cc41
+# %% ../nbs/04a_leaderboard.ipynb #3954820c
 def ifeval_lacks() -> str:  # empty when nothing is missing
     "What IFEval needs and this machine does not have, as a sentence; asks without a download."
     import nltk
@@ -56,7 +56,7 @@ def ifeval_lacks() -> str:  # empty when nothing is missing
         return "ifeval needs NLTK's punkt_tab: run `python -m nltk.downloader punkt_tab`"
     return ""
 
-# %% ../nbs/04a_leaderboard.ipynb #cdd26fc6
+# %% ../nbs/04a_leaderboard.ipynb #eb4f0590
 @dataclass
 class LeaderboardConfig:
     "How tasks are asked. A folder has one set of these, so that its rows can be compared."
@@ -78,7 +78,7 @@ class LeaderboardConfig:
         "The settings that change figures."
         return {k: v for k, v in asdict(self).items() if k != "token_budget"}
 
-# %% ../nbs/04a_leaderboard.ipynb #db144d8d
+# %% ../nbs/04a_leaderboard.ipynb #3894a3da
 def find_tasks(
     names: Iterable[str],  # lm-eval's tasks, groups and tags, or those of task files
     include_path: str | Path | None = None,  # a folder with task files of your own
@@ -103,17 +103,20 @@ def find_tasks(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     "Without lm-eval's and datasets' own bars and notes: ours says how far it is."
-    logger, bar = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
-    level, bars = logger.level, not datasets.are_progress_bars_disabled()
+    logger, shown = logging.getLogger("lm_eval"), not datasets.are_progress_bars_disabled()
+    level, modules = logger.level, (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
+    bars = [module.tqdm for module in modules]
     logger.setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = partial(tqdm, disable=True)
     datasets.disable_progress_bars()
     try:
+        for module in modules:
+            module.tqdm = partial(tqdm, disable=True)
         yield
     finally:
         logger.setLevel(level)
-        lm_eval.api.task.tqdm = bar
-        if bars:
+        for module, bar in zip(modules, bars, strict=True):
+            module.tqdm = bar
+        if shown:
             datasets.enable_progress_bars()
 
 
@@ -144,7 +147,7 @@ def _seed(python: int, others: int) -> None:
     np.random.seed(others)
     torch.manual_seed(others)
 
-# %% ../nbs/04a_leaderboard.ipynb #b77bcaec
+# %% ../nbs/04a_leaderboard.ipynb #9928e093
 class Rehearsal(LM):
     "Knows nothing and keeps what it is asked."
 
@@ -205,7 +208,7 @@ def carry_out(
             apply_chat_template=config.apply_chat_template,
         )  # fmt: skip
 
-# %% ../nbs/04a_leaderboard.ipynb #d01366f2
+# %% ../nbs/04a_leaderboard.ipynb #2f9a5150
 @dataclass
 class Planned:
     "A task that was rehearsed and can be asked."
@@ -260,7 +263,8 @@ def rehearse(
         name = task.task_name
         raise UserError(f"{name}: its task file does not work: {_first_line(e)}") from e
     (result,), (samples,) = done["results"].values(), done["samples"].values()
-    metric, key = _figure(result, benchmark.metric)
+    listed = (task.get_config("metric_list") or [{}])[0].get("metric")
+    metric, key = _figure(result, benchmark.metric or str(listed or ""))
     rows = [(sample["doc_hash"], sample["target_hash"]) for sample in samples]
     settings = {
         "metric": metric,
@@ -273,7 +277,7 @@ def rehearse(
     tokens = count_tokens(nobody.asked, tokenizer)
     return Planned(benchmark.name, task, len(nobody.asked), tokens, settings)
 
-# %% ../nbs/04a_leaderboard.ipynb #c7b9d832
+# %% ../nbs/04a_leaderboard.ipynb #b3d142ac
 def plan_tasks(
     names: Sequence[str],  # tasks, groups, tags
     tokenizer: Any,  # of the model
@@ -308,7 +312,7 @@ def cost_lines(
     n, t = (sum(column) for column in zip(*totals.values(), strict=True))
     return [*lines, f"all, for {arms} models: {arms * n:,} requests, about {arms * t:,} tokens"]
 
-# %% ../nbs/04a_leaderboard.ipynb #dec97c1c
+# %% ../nbs/04a_leaderboard.ipynb #54a09d11
 class Scorer(HFLM):
     "HFLM on a loaded model: batches by tokens, logits only where an answer is."
 
@@ -337,23 +341,15 @@ class Scorer(HFLM):
         if self.bar is not None:
             self.bar.update()
 
-    def loglikelihood(
-        self,
-        requests: list[Any],  # lm-eval's
-        disable_tqdm: bool = True,  # ours counts over all tasks
-    ) -> list[tuple[float, bool]]:
-        "As HFLM, without its bars."
-        return super().loglikelihood(requests, disable_tqdm=True)
-
     def generate_until(
         self,
         requests: list[Any],  # lm-eval's
-        disable_tqdm: bool = True,  # ours counts over all tasks
+        disable_tqdm: bool = False,  # HFLM's own bar
     ) -> list[str]:
-        "As HFLM, without its bar; a prompt and its answer are taken to have 2,048 tokens."
+        "As HFLM; a prompt and its answer are taken to have 2,048 tokens."
         self.batch_size_per_gpu = max(1, self.token_budget // min(2048, self.max_length))
         try:
-            return super().generate_until(requests, disable_tqdm=True)
+            return super().generate_until(requests, disable_tqdm)
         finally:
             self.batch_size_per_gpu = "auto"
 
@@ -377,7 +373,7 @@ class Scorer(HFLM):
         with torch.no_grad():
             return self.model(inps, logits_to_keep=self._longest + padding).logits
 
-# %% ../nbs/04a_leaderboard.ipynb #d1957f20
+# %% ../nbs/04a_leaderboard.ipynb #66882b9f
 @contextlib.contextmanager
 def _using(model: Any, adapter: str | None) -> Iterator[None]:
     "One adapter of a PeftModel, or its base."
@@ -447,7 +443,7 @@ def ask(
         "outcomes": [round(float(o), 6) for o in outcomes] if plain else None,
     }
 
-# %% ../nbs/04a_leaderboard.ipynb #195078d4
+# %% ../nbs/04a_leaderboard.ipynb #2194711e
 def leaderboard(
     base_model: str,  # a local folder, a hub id, or smollm2-135m; a merged model, too
     output_dir: str | Path,  # leaderboard.jsonl, leaderboard.json, leaderboard.md; resumed

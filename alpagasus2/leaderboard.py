@@ -6,7 +6,7 @@
 __all__ = ['ifeval_lacks', 'LeaderboardConfig', 'find_tasks', 'load_tasks', 'Rehearsal', 'carry_out', 'Planned', 'count_tokens',
            'rehearse', 'plan_tasks', 'cost_lines', 'Scorer', 'ask', 'leaderboard']
 
-# %% ../nbs/04a_leaderboard.ipynb #28ffc040
+# %% ../nbs/04a_leaderboard.ipynb #4ee38e20
 import contextlib
 import difflib
 import hashlib
@@ -16,33 +16,36 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from tqdm import tqdm
 
-from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
 from .runs import Journal, UserError, changed_setting, file_sha256, recorded
 from .standings import BENCHMARKS, OPEN_LLM, Benchmark, write_results
 
-# %% ../nbs/04a_leaderboard.ipynb #a28c78de
+# %% ../nbs/04a_leaderboard.ipynb #18d8d057
 try:
-    import datasets
     import lm_eval
-    import lm_eval.api.task
-    import numpy as np
-    import torch
-    from lm_eval.api.model import LM
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 except ModuleNotFoundError as e:
     raise UserError(
         f"{e.name} is not installed: run `pip install 'alpagasus2[train,leaderboard]'`"
     ) from e
 
-# %% ../nbs/04a_leaderboard.ipynb #3954820c
+# %% ../nbs/04a_leaderboard.ipynb #2ebabbbc
+from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
+
+# %% ../nbs/04a_leaderboard.ipynb #3af4d095
+import datasets
+import lm_eval.api.task
+import numpy as np
+import torch
+from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from peft import PeftModel
+
+# %% ../nbs/04a_leaderboard.ipynb #c7094d82
 def ifeval_lacks() -> str:  # empty when nothing is missing
     "What IFEval needs and this machine does not have, as a sentence; asks without a download."
     import nltk
@@ -56,7 +59,7 @@ def ifeval_lacks() -> str:  # empty when nothing is missing
         return "ifeval needs NLTK's punkt_tab: run `python -m nltk.downloader punkt_tab`"
     return ""
 
-# %% ../nbs/04a_leaderboard.ipynb #eb4f0590
+# %% ../nbs/04a_leaderboard.ipynb #f24756ba
 @dataclass
 class LeaderboardConfig:
     "How tasks are asked. A folder has one set of these, so that its rows can be compared."
@@ -78,7 +81,7 @@ class LeaderboardConfig:
         "The settings that change figures."
         return {k: v for k, v in asdict(self).items() if k != "token_budget"}
 
-# %% ../nbs/04a_leaderboard.ipynb #3894a3da
+# %% ../nbs/04a_leaderboard.ipynb #c067d85e
 def find_tasks(
     names: Iterable[str],  # lm-eval's tasks, groups and tags, or those of task files
     include_path: str | Path | None = None,  # a folder with task files of your own
@@ -100,6 +103,10 @@ def find_tasks(
     return manager
 
 
+def _no_bar(*args: Any, **options: Any) -> Any:
+    return tqdm(*args, **{**options, "disable": True})
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     "Without lm-eval's and datasets' own bars and notes: ours says how far it is."
@@ -110,7 +117,7 @@ def _quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     try:
         for module in modules:
-            module.tqdm = partial(tqdm, disable=True)
+            module.tqdm = _no_bar
         yield
     finally:
         logger.setLevel(level)
@@ -147,7 +154,7 @@ def _seed(python: int, others: int) -> None:
     np.random.seed(others)
     torch.manual_seed(others)
 
-# %% ../nbs/04a_leaderboard.ipynb #9928e093
+# %% ../nbs/04a_leaderboard.ipynb #afd139da
 class Rehearsal(LM):
     "Knows nothing and keeps what it is asked."
 
@@ -208,7 +215,7 @@ def carry_out(
             apply_chat_template=config.apply_chat_template,
         )  # fmt: skip
 
-# %% ../nbs/04a_leaderboard.ipynb #2f9a5150
+# %% ../nbs/04a_leaderboard.ipynb #505af55d
 @dataclass
 class Planned:
     "A task that was rehearsed and can be asked."
@@ -277,7 +284,7 @@ def rehearse(
     tokens = count_tokens(nobody.asked, tokenizer)
     return Planned(benchmark.name, task, len(nobody.asked), tokens, settings)
 
-# %% ../nbs/04a_leaderboard.ipynb #b3d142ac
+# %% ../nbs/04a_leaderboard.ipynb #e18f53db
 def plan_tasks(
     names: Sequence[str],  # tasks, groups, tags
     tokenizer: Any,  # of the model
@@ -312,7 +319,7 @@ def cost_lines(
     n, t = (sum(column) for column in zip(*totals.values(), strict=True))
     return [*lines, f"all, for {arms} models: {arms * n:,} requests, about {arms * t:,} tokens"]
 
-# %% ../nbs/04a_leaderboard.ipynb #54a09d11
+# %% ../nbs/04a_leaderboard.ipynb #a5fa5194
 class Scorer(HFLM):
     "HFLM on a loaded model: batches by tokens, logits only where an answer is."
 
@@ -373,7 +380,7 @@ class Scorer(HFLM):
         with torch.no_grad():
             return self.model(inps, logits_to_keep=self._longest + padding).logits
 
-# %% ../nbs/04a_leaderboard.ipynb #66882b9f
+# %% ../nbs/04a_leaderboard.ipynb #ac87961d
 @contextlib.contextmanager
 def _using(model: Any, adapter: str | None) -> Iterator[None]:
     "One adapter of a PeftModel, or its base."
@@ -443,7 +450,7 @@ def ask(
         "outcomes": [round(float(o), 6) for o in outcomes] if plain else None,
     }
 
-# %% ../nbs/04a_leaderboard.ipynb #2194711e
+# %% ../nbs/04a_leaderboard.ipynb #bab74c41
 def leaderboard(
     base_model: str,  # a local folder, a hub id, or smollm2-135m; a merged model, too
     output_dir: str | Path,  # leaderboard.jsonl, leaderboard.json, leaderboard.md; resumed

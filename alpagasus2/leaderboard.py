@@ -6,7 +6,7 @@
 __all__ = ['ifeval_lacks', 'LeaderboardConfig', 'find_tasks', 'load_tasks', 'Rehearsal', 'carry_out', 'Planned', 'count_tokens',
            'rehearse', 'plan_tasks', 'cost_lines', 'Scorer', 'ask', 'leaderboard']
 
-# %% ../nbs/04a_leaderboard.ipynb #4ee38e20
+# %% ../nbs/04a_leaderboard.ipynb #22afa373
 import contextlib
 import difflib
 import hashlib
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .runs import Journal, UserError, changed_setting, file_sha256, recorded
 from .standings import BENCHMARKS, OPEN_LLM, Benchmark, write_results
 
-# %% ../nbs/04a_leaderboard.ipynb #18d8d057
+# %% ../nbs/04a_leaderboard.ipynb #40e5865e
 try:
     import lm_eval
 except ModuleNotFoundError as e:
@@ -32,10 +32,11 @@ except ModuleNotFoundError as e:
         f"{e.name} is not installed: run `pip install 'alpagasus2[train,leaderboard]'`"
     ) from e
 
-# %% ../nbs/04a_leaderboard.ipynb #2ebabbbc
+# %% ../nbs/04a_leaderboard.ipynb #ec7a5ef4
+# before torch is loaded: it says how torch's threads wait
 from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
 
-# %% ../nbs/04a_leaderboard.ipynb #3af4d095
+# %% ../nbs/04a_leaderboard.ipynb #77a1e340
 import datasets
 import lm_eval.api.task
 import numpy as np
@@ -45,7 +46,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
 
-# %% ../nbs/04a_leaderboard.ipynb #c7094d82
+# %% ../nbs/04a_leaderboard.ipynb #01532ebd
 def ifeval_lacks() -> str:  # empty when nothing is missing
     "What IFEval needs and this machine does not have, as a sentence; asks without a download."
     import nltk
@@ -59,7 +60,7 @@ def ifeval_lacks() -> str:  # empty when nothing is missing
         return "ifeval needs NLTK's punkt_tab: run `python -m nltk.downloader punkt_tab`"
     return ""
 
-# %% ../nbs/04a_leaderboard.ipynb #f24756ba
+# %% ../nbs/04a_leaderboard.ipynb #7f08205d
 @dataclass
 class LeaderboardConfig:
     "How tasks are asked. A folder has one set of these, so that its rows can be compared."
@@ -81,7 +82,7 @@ class LeaderboardConfig:
         "The settings that change figures."
         return {k: v for k, v in asdict(self).items() if k != "token_budget"}
 
-# %% ../nbs/04a_leaderboard.ipynb #c067d85e
+# %% ../nbs/04a_leaderboard.ipynb #38e5fcc9
 def find_tasks(
     names: Iterable[str],  # lm-eval's tasks, groups and tags, or those of task files
     include_path: str | Path | None = None,  # a folder with task files of your own
@@ -154,7 +155,7 @@ def _seed(python: int, others: int) -> None:
     np.random.seed(others)
     torch.manual_seed(others)
 
-# %% ../nbs/04a_leaderboard.ipynb #afd139da
+# %% ../nbs/04a_leaderboard.ipynb #37618120
 class Rehearsal(LM):
     "Knows nothing and keeps what it is asked."
 
@@ -215,7 +216,7 @@ def carry_out(
             apply_chat_template=config.apply_chat_template,
         )  # fmt: skip
 
-# %% ../nbs/04a_leaderboard.ipynb #505af55d
+# %% ../nbs/04a_leaderboard.ipynb #a0932ef2
 @dataclass
 class Planned:
     "A task that was rehearsed and can be asked."
@@ -284,7 +285,7 @@ def rehearse(
     tokens = count_tokens(nobody.asked, tokenizer)
     return Planned(benchmark.name, task, len(nobody.asked), tokens, settings)
 
-# %% ../nbs/04a_leaderboard.ipynb #e18f53db
+# %% ../nbs/04a_leaderboard.ipynb #be06e0e6
 def plan_tasks(
     names: Sequence[str],  # tasks, groups, tags
     tokenizer: Any,  # of the model
@@ -319,7 +320,7 @@ def cost_lines(
     n, t = (sum(column) for column in zip(*totals.values(), strict=True))
     return [*lines, f"all, for {arms} models: {arms * n:,} requests, about {arms * t:,} tokens"]
 
-# %% ../nbs/04a_leaderboard.ipynb #a5fa5194
+# %% ../nbs/04a_leaderboard.ipynb #eaf7664d
 class Scorer(HFLM):
     "HFLM on a loaded model: batches by tokens, logits only where an answer is."
 
@@ -380,7 +381,7 @@ class Scorer(HFLM):
         with torch.no_grad():
             return self.model(inps, logits_to_keep=self._longest + padding).logits
 
-# %% ../nbs/04a_leaderboard.ipynb #ac87961d
+# %% ../nbs/04a_leaderboard.ipynb #efabb56b
 @contextlib.contextmanager
 def _using(model: Any, adapter: str | None) -> Iterator[None]:
     "One adapter of a PeftModel, or its base."
@@ -450,7 +451,7 @@ def ask(
         "outcomes": [round(float(o), 6) for o in outcomes] if plain else None,
     }
 
-# %% ../nbs/04a_leaderboard.ipynb #bab74c41
+# %% ../nbs/04a_leaderboard.ipynb #e5cb7fd8
 def leaderboard(
     base_model: str,  # a local folder, a hub id, or smollm2-135m; a merged model, too
     output_dir: str | Path,  # leaderboard.jsonl, leaderboard.json, leaderboard.md; resumed

@@ -6,7 +6,7 @@
 __all__ = ['BENCHMARKS', 'OPEN_LLM', 'PUBLISHED', 'Benchmark', 'combine', 'paired_difference', 'tabulate', 'markdown_table',
            'write_results']
 
-# %% ../nbs/04a1_standings.ipynb #7dafd5ad
+# %% ../nbs/04a1_standings.ipynb #ef70375b
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Any
 
 from .runs import atomic, latest, read_manifest, write_json
 
-# %% ../nbs/04a1_standings.ipynb #69ac6783
+# %% ../nbs/04a1_standings.ipynb #2193bcc3
 @dataclass(frozen=True)
 class Benchmark:
     "A task as it is published."
@@ -46,7 +46,7 @@ PUBLISHED = {
     "source": "https://github.com/gauss5930/AlpaGasus2-QLoRA, its Open LLM Leaderboard row",
 }
 
-# %% ../nbs/04a1_standings.ipynb #728c6222
+# %% ../nbs/04a1_standings.ipynb #edb1fccc
 def combine(
     lines: Sequence[Mapping[str, Any]],  # all tasks of one benchmark and one model
 ) -> dict[str, Any]:  # value, stderr, n, truncated, metric, shots
@@ -129,7 +129,7 @@ def _differences(whole: Mapping[tuple[str, str], Sequence[Mapping]]) -> Iterator
 def _same_rows(x: Mapping[str, Any], y: Mapping[str, Any]) -> bool:
     return x["settings"]["rows_sha256"] == y["settings"]["rows_sha256"]
 
-# %% ../nbs/04a1_standings.ipynb #3802d29f
+# %% ../nbs/04a1_standings.ipynb #696f3cf6
 def _percent(score: Mapping[str, Any] | None, signed: bool = False) -> str:
     if score is None:
         return "–"

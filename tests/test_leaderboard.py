@@ -221,6 +221,71 @@ def test_base_adapter_and_merged_match_lm_eval_by_hand(tasks, tiny, tmp_path):
         assert any(change), "the adapter changes nothing, so the test sees nothing"
 
 
+def published_forms() -> dict[str, tuple[str, str, str, list[dict]]]:
+    """Task -> its file in lm-eval, the evaluated split, that of the examples, rows as published."""
+    rows = [r for r in rows_of(ENDINGS) for _ in range(3)]  # 36, enough for 25 examples
+    for i, row in enumerate(rows):
+        row["question"] = f"{i}. {row['question']}"
+    letters = [*"ABCD"]
+    arc = [
+        {"question": r["question"], "choices": {"text": r["choices"], "label": letters},
+         "answerKey": letters[r["gold"]]} for r in rows
+    ]  # fmt: skip
+    swag = [
+        {"ctx_a": r["question"], "ctx_b": "it", "activity_label": "Facts", "label": str(r["gold"]),
+         "endings": r["choices"]} for r in rows
+    ]  # fmt: skip
+    mmlu = [{"question": r["question"], "choices": r["choices"], "answer": r["gold"]} for r in rows]
+    truths = [
+        {"question": r["question"],
+         "mc2_targets": {"choices": r["choices"], "labels": [int(c == r["choices"][r["gold"]])
+                                                             for c in r["choices"]]},
+         "mc1_targets": {"choices": r["choices"], "labels": [1, 0, 0, 0]}} for r in rows
+    ]  # fmt: skip
+    return {
+        "arc_challenge": ("arc/arc_challenge.yaml", "test", "train", arc),
+        "hellaswag": ("hellaswag/hellaswag.yaml", "validation", "train", swag),
+        "mmlu_anatomy": ("mmlu/default/mmlu_anatomy.yaml", "test", "dev", mmlu),
+        "truthfulqa_mc2": ("truthfulqa/truthfulqa_mc2.yaml", "validation", "train", truths),
+    }
+
+
+@needs_lm_eval
+def test_the_four_run_offline_from_a_copy_with_their_published_shots(tiny, tmp_path, capsys):
+    import lm_eval
+
+    built_in, copy, output = Path(lm_eval.__file__).parent / "tasks", tmp_path / "c", tmp_path / "o"
+    copy.mkdir()
+    for name, (path, split, examples, rows) in published_forms().items():
+        (copy / f"{name}.{split}.json").write_text(json.dumps(rows[:4]))
+        (copy / f"{name}.{examples}.json").write_text(json.dumps(rows[4:]))
+        files = f"{{{split}: {name}.{split}.json, {examples}: {name}.{examples}.json}}"
+        (copy / f"{name}.yaml").write_text(
+            f"include: {built_in / path}\ntask: {name}\ndataset_path: json\ndataset_name: null\n"
+            f"dataset_kwargs: {{data_files: {files}}}\n"
+        )
+    (copy / "mmlu.yaml").write_text(
+        "group: mmlu\ntask: [mmlu_anatomy]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    words = ["leaderboard", "--base_model", str(tiny / "base"), "--output_dir", str(output)]
+    names = ["arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2"]
+    assert main([*words, "--include_path", str(copy), "--tasks", *names]) == 0
+    table = capsys.readouterr().out
+    assert (
+        "| model | ARC, 25-shot acc_norm | HellaSwag, 10-shot acc_norm | MMLU, 5-shot acc " in table
+    )
+    assert (
+        "TruthfulQA, 0-shot acc" in table and "| 61.09 | 82.46 | 55.27 | 38.53 | 59.34 |" in table
+    )
+    results = json.loads((output / "leaderboard.json").read_text())
+    scores = results["models"]["base"]
+    assert {s["n"] for s in scores.values()} == {4}
+    assert results["averages"]["base"]["value"] == pytest.approx(
+        sum(s["value"] for s in scores.values()) / 4
+    )
+
+
 SCRIPT = """
 import sys
 from alpagasus2.cli import main

@@ -26,6 +26,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "train": cfg["train_requirements"].split(),
+        "leaderboard": cfg["leaderboard_requirements"].split(),
         "dev": cfg["dev_requirements"].split(),
     },
     long_description=Path("README.md").read_text() if Path("README.md").exists() else "",

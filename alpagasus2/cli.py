@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'ALONE', 'POSITIONAL', 'USAGE', 'fetch', 'check', 'select', 'rate', 'judge', 'train', 'json_line',
-           'estimate', 'merge', 'preview', 'doctor', 'generate', 'report', 'run', 'quickstart', 'main']
+           'estimate', 'merge', 'preview', 'doctor', 'generate', 'leaderboard', 'report', 'run', 'quickstart', 'main']
 
 # %% ../nbs/07_cli.ipynb #77de68da
 import difflib
@@ -587,6 +587,33 @@ def _server(
     )  # fmt: skip
     return lambda questions: endpoint_answers(client, questions)
 
+# %% ../nbs/07_cli.ipynb #9edab18e
+def leaderboard(
+    base_model: str,  # a local folder (a merged model, too), a hub id, or smollm2-135m
+    output_dir: str,  # leaderboard.jsonl, .json and .md; resumed when they are there
+    adapters: list[str] | None = None,  # NAME=PATH of trained adapters, all on one load of the base
+    tasks: list[str] | None = None,  # of lm-eval or of task files; default: the four, and ifeval
+    include_path: str | None = None,  # a folder with task files of your own and their rows
+    name: str = "base",  # the name of the model without adapters
+    load_in_4bit: bool = True,  # quantise the base; false: 16 bits, as for a merged model
+    dry_run: bool = False,  # say what would be done
+    **config: Any,
+) -> None:
+    "Ask ARC, HellaSwag, MMLU, TruthfulQA, or tasks of your own, through lm-eval."
+    from alpagasus2.leaderboard import LeaderboardConfig
+    from alpagasus2.leaderboard import leaderboard as ask
+    from alpagasus2.quant_lora import QuantLoraConfig
+
+    paths = dict(_named_path(a) for a in adapters or [])
+    results = ask(
+        base_model, output_dir, tasks, paths, LeaderboardConfig(**config),
+        QuantLoraConfig(load_in_4bit=load_in_4bit), include_path, name,
+        say=lambda line: print(line, file=sys.stderr), dry_run=dry_run,
+    )  # fmt: skip
+    if results:
+        table = Path(output_dir) / "leaderboard.md"
+        print(f"{table.read_text(encoding='utf-8')}\n{table}")
+
 # %% ../nbs/07_cli.ipynb #f1abd670
 def report(
     output: str,  # the folder for index.html, results.json and results.csv
@@ -713,6 +740,7 @@ COMMANDS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "train": (train, ("train.TrainConfig", "quant_lora.QuantLoraConfig")),
     "merge": (merge, ()),
     "generate": (generate, ("generate.GenerateConfig", "endpoint.EndpointConfig")),
+    "leaderboard": (leaderboard, ("leaderboard.LeaderboardConfig",)),
     "judge": (judge, ("judge.JudgeConfig", "endpoint.EndpointConfig")),
     "report": (report, ()),
     "doctor": (doctor, ()),

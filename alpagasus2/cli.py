@@ -638,17 +638,15 @@ def report(
     models = {x[m] for x in lines for m in ("model_a", "model_b")}
     if model_a and lines and model_a not in models:
         raise UserError(f"--model_a {model_a}: not judged; there are {', '.join(sorted(models))}")
-    control = None if model_a else "random"
+    terms = _terms(judgments, models, model_a, margin)
     canaries = _canaries(judgments) if judgments else {}
-    control = _control(models, model_a, control)
-    said: dict[str, Any] = {"labels": _labels(labels)} if labels else {}
-    results = analyse(lines, model_a, canaries, margin=margin, control=control, **said)
+    results = analyse(lines, canaries=canaries, labels=_labels(labels), **terms)
     results = without_orders(results) if copied else results
     answers = [x for path in responses or [] for x in read_jsonl(path)]
     figures = {"Verdicts in both orders": plot_outcomes(results["pairs"])} if lines else {}
     if lines and not copied:
         figures["Slot preference of the judge"] = plot_slots(results["judge_health"])
-    page = write_report(results, output, orient(lines, model_a), answers, figures)
+    page = write_report(results, output, orient(lines, terms["model_a"]), answers, figures)
     if lines:
         print(f"{results['claim']['verdict']}. {results['judge_health']['summary']}")
     print(page)
@@ -662,16 +660,31 @@ def _verdicts(judgments: str) -> tuple[list[dict], bool]:
     if others := load_other_forms(judgments):
         return in_both_orders(others)
     lines, left_alone = load_judgments(judgments)
-    if left_alone:
-        print(f"left alone: {', '.join(left_alone)}", file=sys.stderr)
+    if unknown := set(left_alone) - {"canaries.jsonl", "claim.json", "manifest.json"}:
+        print(f"left alone: {', '.join(sorted(unknown))}", file=sys.stderr)
     return lines, False
 
 
-def _labels(paths: Sequence[str]) -> list[Any]:
+def _terms(
+    judgments: str | None, models: set[str], model_a: str | None, margin: float | None
+) -> dict[str, Any]:
+    "What `analyse` goes by: the claim of a run's folder, unless other terms are given."
+    from alpagasus2.analysis import read_claim
+
+    claim = Path(judgments or "") / "claim.json"
+    if judgments and model_a is None and margin is None and claim.exists():
+        fixed = read_claim(claim)
+        kept = {k: fixed.get(k) for k in ("model_a", "control", "aa")}
+        return {**kept, "margin": fixed["recipe"].get("margin")}
+    control = _control(models, model_a, None if model_a else "random")
+    return {"model_a": model_a, "control": control, "margin": margin}
+
+
+def _labels(paths: Sequence[str] | None) -> list[Any] | None:
     "The labels of all files."
     from alpagasus2.analysis import load_labels
 
-    return [line for path in paths for line in load_labels(path)]
+    return [line for path in paths for line in load_labels(path)] if paths else None
 
 
 def _canaries(judgments: str) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The command as a user meets it: a mistake is one sentence on stderr and exit status 2."""
 
+import hashlib
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from alpagasus2.cli import main
+from alpagasus2.runs import dumps
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROW = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
@@ -254,3 +256,31 @@ def test_seed_verdicts_become_a_report(tmp_path):
     assert results["claim"]["verdict"] == "judge unfit: no claim"
     assert "vicuna_result.json" in done.stderr
     assert (tmp_path / "out/index.html").stat().st_size > 100_000
+
+
+def test_the_claim_of_a_run_decides_its_report(tmp_path, capsys):
+    shared = {"test_set": "t", "category": None, "instruction": "q", "input": "", "replicate": 0,
+              "model_a": "zeta", "model_b": "alpha", "vote": 0, "protocol": "verdict",
+              "response_a": "good", "response_b": "bad", "status": "ok", "review": "",
+              "judge": {"model": "j"}, "usage": None, "score_a": None, "score_b": None}  # fmt: skip
+    lines = [
+        {"id": f"q{i}", "first": first, "verdict": "a" if i % 3 else "b", **shared}
+        for i in range(60)
+        for first in "ab"
+    ]
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "judgments.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    plan = {"recipe": {"margin": 0.05}, "model_a": "zeta", "control": "alpha", "aa": None}
+    digest = hashlib.sha256(dumps(plan).encode()).hexdigest()
+    (run / "claim.json").write_text(json.dumps({**plan, "sha256": digest}))
+    words = ["report", "--judgments", str(run), "--output", str(tmp_path / "page")]
+    assert main(words) == 0
+    results = json.loads((tmp_path / "page" / "results.json").read_text())
+    assert results["pooled"][0]["model_a"] == "zeta"  # not the first by name
+    assert "is not worse than alpha by more than 5 points" in results["claim"]["reason"]
+    plan["control"] = "somebody"
+    (run / "claim.json").write_text(json.dumps({**plan, "sha256": digest}))
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "a claim cannot be changed" in capsys.readouterr().err

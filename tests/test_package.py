@@ -1,4 +1,4 @@
-"""What `pip install alpagasus2` gives: the right files, and every step but the models' without torch.
+"""What `pip install alpagasus2` gives: the right files; every step but the models' without torch.
 
 The short form builds the wheel and hides the training stack; the slow one installs into an empty
 venv, which downloads a few hundred MB.
@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = """
 import sys
 from setuptools.build_meta import build_sdist, build_wheel
-print(build_sdist(sys.argv[1]), build_wheel(sys.argv[1]), sep="\\n")
+out = sys.argv[1]  # each of the two writes another argv
+build_sdist(out), build_wheel(out)
 """
 MODELS = {"accelerate", "bitsandbytes", "datasets", "gguf", "huggingface_hub", "peft"}
 MODELS |= {"safetensors", "sentencepiece", "torch", "transformers"}

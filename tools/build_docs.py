@@ -11,8 +11,8 @@ A relative link in a notebook may name a notebook, a page (`data.html`), a pictu
 any file of the repository. On the site it leads to the page; in README.md, which is also read on
 GitHub and PyPI, it becomes a full address. A link that leads nowhere stops the build.
 
-The texts are nbs/pages/ and some files of the repository's root; tools/site_pages.py makes the pages
-that are written from code: commands, reference, the rooms' picture, llms.txt.
+The texts are nbs/pages/ and some files of the repository's root; tools/site_pages.py makes the
+pages that are written from code: commands, reference, the rooms' picture, llms.txt.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The site's pages that are made from code: commands, reference, the picture of the rooms, llms.txt.
+"""The pages that are made from code: commands, reference, the picture of the rooms, llms.txt.
 
 build_docs.py calls these; each is a pure function from the repository to text, so that a page
 cannot say something else than the parser, the modules or the table of rooms.

@@ -138,7 +138,7 @@ def rooms_table() -> tuple[dict[str, set[str]], set[str]]:
     spec.loader.exec_module(module)
     table = {room: set(above.split()) for room, above in module.MAY_IMPORT.items()}
     built = {room for room in table if (PACKAGE / f"{room}.py").exists()}
-    return {r: table[r] & built for r in table if r in built}, set(module.LIGHT) & built
+    return {r: table[r] & built for r in table if r in built}, {*module.LIGHT, "cli"} & built
 
 
 def direct(
@@ -206,7 +206,9 @@ def rooms_picture() -> str:
     height = max(y for _, y in at.values()) + HIGH
     style = (
         ".rooms text{font:13px sans-serif;text-anchor:middle;fill:currentColor}"
-        ".rooms rect{stroke:#0072b2;fill:#0072b222}.rooms rect.heavy{stroke:#d55e00;fill:#d55e0022}"
+        ".rooms rect{stroke:#0072b2;fill:color-mix(in srgb,#0072b2 15%,var(--md-default-bg-color))}"
+        ".rooms rect.heavy{stroke:#d55e00;"
+        "fill:color-mix(in srgb,#d55e00 15%,var(--md-default-bg-color))}"
         ".rooms .arrow{fill:none;stroke:currentColor;opacity:.35}"
     )
     return (
@@ -223,11 +225,8 @@ def rooms_list() -> str:
     lines = ["| room | what happens in it | may import | torch |", "|---|---|---|---|"]
     for room, above in table.items():
         names = ", ".join(a for a in table if a in above and a != "runs") or "–"
-        torch = "no" if room in light else "yes" if room != "cli" else "no, its steps do"
-        lines.append(
-            f"| [{room}]({room}.md) | {cell(room_title(PACKAGE / f'{room}.py'))} | {names} | "
-            f"{torch} |"
-        )
+        title, torch = cell(room_title(PACKAGE / f"{room}.py")), "no" if room in light else "yes"
+        lines.append(f"| [{room}]({room}.md) | {title} | {names} | {torch} |")
     return "\n".join(lines)
 
 

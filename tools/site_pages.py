@@ -241,7 +241,7 @@ def first_words(
     paragraphs = [p.strip() for p in text.split("\n\n")]
     plain = next((p for p in paragraphs if re.match(r"[A-Za-z`\"']", p)), "")
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(plain.split()))
-    sentence = re.match(r".*?[.:?](?= |$)", plain)
+    sentence = re.match(r".*?[.?](?= |$)", plain)
     return (title[1] if title else "").replace("`", ""), sentence[0] if sentence else plain
 
 

@@ -16,18 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alpagasus2.endpoint import (
-    Endpoint,
-    Reply,
-    Request,
-    Transient,
-    backoff,
-    check_reachable,
-    read_completion,
-    say,
-)  # fmt: skip
+from .cache import Reply, Request, read_completion
+from .endpoint import Endpoint, check_reachable
+from .limits import Transient, backoff
 from .prices import BATCH_DISCOUNT, dollars
-from .runs import UserError, dumps
+from .runs import UserError, dumps, say
 
 # %% ../nbs/00c_batch.ipynb #be118482
 class Spool:
@@ -113,7 +106,7 @@ class Batches:
             spool = Spool(Path(folder) / "requests.jsonl")
             for position, request in enumerate(requests):
                 key = self.endpoint.key(request)
-                if key not in wanted and not request.fresh and (found := cache.get(key)):
+                if key not in wanted and (found := cache.get(key, request.since)):
                     self.endpoint.spent.update(cached=1)
                     yield position, found
                     continue

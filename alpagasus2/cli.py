@@ -304,7 +304,8 @@ def _is_first_process() -> bool:
 
 def _before_training(output_dir: str, hub_path: str | None, private: bool) -> str | None:
     "Everything that could refuse the result, asked while nothing has been spent on it."
-    from alpagasus2.share import check_disk, check_output, check_push
+    from alpagasus2.runs import check_output
+    from alpagasus2.share import check_disk, check_push
 
     check_output(output_dir)
     check_disk(output_dir, 2**29)  # twice an fp32 adapter of a 13B at r=16 on all linear layers
@@ -528,38 +529,62 @@ def _server(
 
 # %% ../nbs/07_cli.ipynb #f1abd670
 def report(
-    output: str,  # the folder for index.html and results.json
-    judgments: str | None = None,  # judgments.jsonl, or a folder of such files or the seed's pairs
+    output: str,  # the folder for index.html, results.json and results.csv
+    judgments: str | None = None,  # a file or folder: ours, the seed's, alpaca_eval's or QLoRA's
     responses: list[str] | None = None,  # responses.jsonl, shown side by side
+    labels: list[str] | None = None,  # labels.json files, saved by the page that they belong to
     model_a: str | None = None,  # the arm whose wins are counted; default: the first by name
     margin: float | None = None,  # non-inferiority margin in win rate, if one was fixed
 ) -> None:
     "Make the page and results.json from verdicts or answers."
-    from alpagasus2.analysis import analyse, load_judgments, orient, plot_outcomes, plot_slots
+    from alpagasus2.analysis import analyse, orient
+    from alpagasus2.forms import without_orders
+    from alpagasus2.plots import plot_outcomes, plot_slots
     from alpagasus2.report import write_report
     from alpagasus2.runs import read_jsonl
 
     if not judgments and not responses:
         raise UserError("give --judgments, --responses or both")
-    lines, left_alone = load_judgments(judgments) if judgments else ([], [])
-    if left_alone:
-        print(f"left alone: {', '.join(left_alone)}", file=sys.stderr)
+    if labels and not judgments:
+        raise UserError("--labels: a person's labels are compared with --judgments; give both")
+    lines, copied = _verdicts(judgments) if judgments else ([], False)
     models = {x[m] for x in lines for m in ("model_a", "model_b")}
     if model_a and lines and model_a not in models:
         raise UserError(f"--model_a {model_a}: not judged; there are {', '.join(sorted(models))}")
     control = None if model_a else "random"
     canaries = _canaries(judgments) if judgments else {}
     control = _control(models, model_a, control)
-    results = analyse(lines, model_a, canaries, margin=margin, control=control)
+    said: dict[str, Any] = {"labels": _labels(labels)} if labels else {}
+    results = analyse(lines, model_a, canaries, margin=margin, control=control, **said)
+    results = without_orders(results) if copied else results
     answers = [x for path in responses or [] for x in read_jsonl(path)]
-    figures = {
-        "Verdicts in both orders": plot_outcomes(results["pairs"]),
-        "Slot preference of the judge": plot_slots(results["judge_health"]),
-    } if lines else {}  # fmt: skip
+    figures = {"Verdicts in both orders": plot_outcomes(results["pairs"])} if lines else {}
+    if lines and not copied:
+        figures["Slot preference of the judge"] = plot_slots(results["judge_health"])
     page = write_report(results, output, orient(lines, model_a), answers, figures)
     if lines:
         print(f"{results['claim']['verdict']}. {results['judge_health']['summary']}")
     print(page)
+
+
+def _verdicts(judgments: str) -> tuple[list[dict], bool]:
+    "Judgment lines in both orders, and whether a missing order had to be copied."
+    from alpagasus2.analysis import load_judgments
+    from alpagasus2.forms import in_both_orders, load_other_forms
+
+    if others := load_other_forms(judgments):
+        return in_both_orders(others)
+    lines, left_alone = load_judgments(judgments)
+    if left_alone:
+        print(f"left alone: {', '.join(left_alone)}", file=sys.stderr)
+    return lines, False
+
+
+def _labels(paths: Sequence[str]) -> list[Any]:
+    "The labels of all files."
+    from alpagasus2.analysis import load_labels
+
+    return [line for path in paths for line in load_labels(path)]
 
 
 def _canaries(judgments: str) -> dict[str, float]:

@@ -15,8 +15,9 @@ from typing import Any
 from tqdm import tqdm
 
 from .batch import asker
+from .cache import Request
 from .data import Template, prompt, question_of
-from .endpoint import Endpoint, Request
+from .endpoint import Endpoint
 from .prices import cost_of, dollars
 from .runs import Journal, UserError, read_jsonl, recorded
 

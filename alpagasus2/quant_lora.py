@@ -43,7 +43,7 @@ class QuantLoraConfig:
     "How the base is quantised and where the adapter goes."
 
     load_in_4bit: bool = True  # quantise the base to 4 bits
-    load_in_8bit: bool = False  # quantise the base to 8 bits instead (LLM.int8, CUDA)
+    load_in_8bit: bool = False  # quantise the base to 8 bits instead (LLM.int8)
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"  # 4-bit number format
     bnb_4bit_double_quant: bool = True  # quantise the quantisation constants too
     unpacked: bool | None = None  # hold the quantised weights in 16 bits; None: on a CPU

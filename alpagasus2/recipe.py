@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +31,10 @@ from alpagasus2.analysis import (
     heldout_summary,
     load_judgments,
     orient,
-    plot_heldout,
-    plot_outcomes,
-    plot_scores,
-    plot_slots,
+    read_claim,
 )
 from .batch import asker
+from .cache import Reply, Request
 from alpagasus2.data import (
     Template,
     dropped,
@@ -44,7 +43,8 @@ from alpagasus2.data import (
     load_scores,
     select,
 )
-from .endpoint import Endpoint, EndpointConfig, Reply, Request
+from .endpoint import Endpoint, EndpointConfig
+from .evidence import check_margin
 from .generate import Answers, Backend, GenerateConfig, generate, local_answers
 from alpagasus2.judge import (
     Ask,
@@ -60,6 +60,13 @@ from alpagasus2.judge import (
     rating_plan,
     score_counts,
     write_ratings,
+)
+from alpagasus2.plots import (
+    plot_heldout,
+    plot_outcomes,
+    plot_scores,
+    plot_slots,
+    plot_win_rates,
 )
 from .prices import cost_of, spent_on
 from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
@@ -116,6 +123,7 @@ class Arm:
     rows: int = 0  # how many; every arm must have the same number
     value: float | None = None  # of threshold or quantile: `rows` are drawn from what it keeps
     data: str | None = None  # instead of `select`: a file of its own, `rows` drawn at random
+    seed: int = 0  # of the draw: a second arm of one rule with another seed is its A/A arm
 
     def __post_init__(self) -> None:
         if (self.select is None) == (self.data is None) or self.rows < 1:
@@ -123,6 +131,8 @@ class Arm:
         if (self.select in ("threshold", "quantile")) != (self.value is not None):
             given = f"select={self.select}, value={self.value}"
             raise UserError(f"{given}: threshold and quantile need a value, the others take none")
+        if self.seed and self.select in ("top_k", "longest_k"):
+            raise UserError(f"seed={self.seed}: {self.select} draws nothing, so it has no seed")
 
 
 @dataclass
@@ -174,11 +184,25 @@ class Recipe:
         for name in self.arms:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
                 raise UserError(f"arms: {name!r}: letters, digits, - and _ only")
+        if twin := next((b for a, b in combinations(self.arms, 2) if self._same(a, b)), None):
+            raise UserError(f"arms: {twin} is drawn as another arm is; give it another `seed`")
+        check_margin(self.margin)
         if not self.questions:
             raise UserError("questions: name at least one test set")
         if self.replicates < 1:
             raise UserError(f"replicates={self.replicates}: at least 1")
         _ = self.training(0), self.generation  # a wrong setting is refused before any work
+
+    def _same(self, a: str, b: str, but_seed: bool = False) -> bool:
+        "Whether two arms have the same rows, or would if their seeds were the same."
+        change = {"seed": 0} if but_seed else {}
+        return asdict(self.arms[a]) | change == asdict(self.arms[b]) | change
+
+    @property
+    def aa(self) -> list[str] | None:
+        "Two arms that differ in their seed only, `random` among them where it can be."
+        twins = [[b, a] for a, b in combinations(self.arms, 2) if self._same(a, b, True)]
+        return next((t for t in twins if "random" in t), twins[0] if twins else None)
 
     def training(self, replicate: int) -> tuple[TrainConfig, QuantLoraConfig]:
         "The training settings of one replicate."
@@ -231,6 +255,7 @@ def fix_claim(
         "recipe": _claimed(asdict(recipe)),
         "model_a": next(iter(recipe.arms)),
         "control": "random" if "random" in recipe.arms else None,
+        "aa": recipe.aa,
         "rows": size,
         "steps": math.ceil(size / config.batch_size) * config.num_epochs,
         "seeds": [recipe.seed + r for r in range(recipe.replicates)],
@@ -242,7 +267,7 @@ def fix_claim(
     path = output_dir / "claim.json"
     if not path.exists():
         write_json(path, content)
-    elif _same_claim(old := read_json(path), content):
+    elif _same_claim(old := read_claim(path), content):
         return old
     else:
         changed = next((k for k in content if old.get(k) != content[k]), "content")
@@ -259,7 +284,11 @@ def _claimed(recipe: dict) -> dict:
     asked = {k: {n: v for n, v in recipe[k].items() if n not in costs} for k in ("rater", "judge")}
     new = {"prompt": None, "low": 0.0, "high": 5.0}  # claims made before these existed are as valid
     asked["rater"] = {n: v for n, v in asked["rater"].items() if n not in new or v != new[n]}
-    return {**recipe, **asked}
+    arms = {  # nor had arms a seed
+        name: {k: v for k, v in arm.items() if (k, v) != ("seed", 0)}
+        for name, arm in recipe.get("arms", {}).items()
+    }
+    return {**recipe, **asked, **({"arms": arms} if arms else {})}
 
 
 def _same_claim(old: dict, new: dict) -> bool:
@@ -472,7 +501,8 @@ def select_arms(run: Run, scores: Mapping[str, float]) -> dict[str, list[dict]]:
             part = part_name(run.recipe, name, replicate)
             path = run.dir / "selected" / f"{part}.json"
             if not path.exists():
-                write_json(path, _arm_rows(run, arm, scores, run.recipe.seed + replicate))
+                seed = run.recipe.seed + replicate + arm.seed * run.recipe.replicates
+                write_json(path, _arm_rows(run, arm, scores, seed))
             chosen[part] = read_json(path)
     return chosen
 
@@ -630,12 +660,15 @@ def _judge_ask(run: Run, config: JudgeConfig, plans: Mapping[Path, Plan]) -> Ask
 
 
 def judge_arms(run: Run) -> None:
-    "Compare model_a with the base and every other arm, both orders, into judgments.jsonl."
+    "Compare model_a with the base and all arms, A/A arms with each other, into judgments.jsonl."
     judge, (model_a, *others) = run.recipe.judge, run.recipe.arms
     responses = latest(run.dir / "responses.jsonl")
     wanted = {q["id"] for name in run.recipe.questions for q in _judged(run, name)}
     responses = [r for r in responses if r["id"] in wanted]
     pairs = pair_arms(responses, model_a, ["base", *others])
+    if run.recipe.aa and model_a not in run.recipe.aa:
+        again, control = run.recipe.aa
+        pairs += pair_arms(responses, again, [control])
     config = JudgeConfig(protocol=judge.protocol, max_tokens=judge.max_tokens)
     name = judge.model or run.recipe.base_model
     asked = {"judgments.jsonl": pairs, "canaries.jsonl": canary_pairs(responses, model_a)}
@@ -657,16 +690,20 @@ def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, li
     "The content of results.json, from the run's files."
     judgments, _ = load_judgments(run.dir / "judgments.jsonl")
     canaries = canary_outcomes(latest(run.dir / "canaries.jsonl"))
-    recipe, model_a = run.recipe, run.claim["model_a"]
-    results = analyse(
-        judgments, model_a, canaries, recipe.margin, run.claim["control"], recipe.seed
-    )
+    fixed, recipe = read_claim(run.dir / "claim.json"), run.recipe
+    model_a, seed = fixed["model_a"], recipe.seed
+    twins = fixed.get("aa")
+    results = analyse(judgments, model_a, canaries, recipe.margin, fixed["control"], seed, twins)
     held = latest(run.dir / "heldout.jsonl")
+    if held and results["aa"]:
+        measured = heldout_summary(held, results["aa"]["model_b"], seed)[results["aa"]["model_a"]]
+        results["aa"]["heldout_difference"] = measured["difference"]
+        results["aa"]["heldout_ci95"] = measured["difference_ci95"]
     rater = recipe.rater
     selector = rater.dimension if rater.kind == "llm" else rater.kind
     return {
         **results,
-        "heldout": heldout_summary(held, model_a, recipe.seed) if held else {},
+        "heldout": heldout_summary(held, model_a, seed) if held else {},
         "checkable": checkable(latest(run.dir / "responses.jsonl"), run.questions),
         "filter": {
             "selector": selector if scores else "none: the arms came as files",
@@ -695,6 +732,8 @@ def run_figures(run: Run, scores: Mapping[str, float], results: Mapping) -> dict
         figures[f"Scores of the {selector} selector"] = plot_scores(run.rows, scores, selector)
     if results["heldout"]:
         figures["Held-out loss by arm"] = plot_heldout(results["heldout"])
+    rates = plot_win_rates(results["pooled"], results["aa"], run.recipe.margin)
+    figures["Win rates, with the noise floor where an A/A arm was run"] = rates
     figures["Verdicts in both orders"] = plot_outcomes(results["pairs"])
     figures["Slot preference of the judge"] = plot_slots(results["judge_health"])
     return figures

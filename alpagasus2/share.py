@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['CARD', 'DATA_FILE', 'describe_data', 'public_name', 'base_revision', 'measured', 'made_with', 'model_card',
-           'card_for', 'write_card', 'check_push', 'check_output', 'check_disk', 'shared_files', 'push_name', 'push']
+           'card_for', 'write_card', 'check_push', 'check_disk', 'shared_files', 'push_name', 'push']
 
 # %% ../nbs/02b_share.ipynb #258bc222
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -24,6 +23,7 @@ from alpagasus2.runs import (
     file_sha256,
     read_json,
     read_manifest,
+    standing,
 )
 
 # %% ../nbs/02b_share.ipynb #5251c26b
@@ -365,31 +365,12 @@ def check_push(
     return repo
 
 # %% ../nbs/02b_share.ipynb #f398a8f1
-def _standing(folder: str | Path) -> Path:
-    "The folder itself, or the nearest one above it that is there."
-    path = Path(folder).absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
-
-
-def check_output(
-    folder: str | Path,  # where the result will go; need not be there yet
-) -> None:
-    "Raise `UserError` when nothing can be written there. Tries it: rights alone do not tell."
-    place = _standing(folder)
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as e:
-        where = folder if place == Path(folder).absolute() else f"{folder} (in {place})"
-        raise UserError(f"output {where} cannot be written: {e.strerror}; choose another") from None
-
-
 def check_disk(
     folder: str | Path,  # where the result will go; need not be there yet
     needed: int,  # bytes
 ) -> int:  # bytes free
     "Raise `UserError` when the disk below a folder has less than `needed` bytes free."
-    free = shutil.disk_usage(_standing(folder)).free
+    free = shutil.disk_usage(standing(folder)).free
     if free < needed:
         raise UserError(
             f"output {folder}: {needed / 1e9:,.1f} GB are needed there and {free / 1e9:,.1f} GB "

@@ -30,13 +30,19 @@ from alpagasus2.quant_lora import (
     load_tokenizer,
     pick_device,
 )
-from .runs import UserError, recorded, replace_folder, write_json
+from alpagasus2.runs import (
+    UserError,
+    check_names,
+    check_output,
+    recorded,
+    replace_folder,
+    write_json,
+)
 
 # %% ../nbs/02_train.ipynb #1b645389
 import accelerate
 import bitsandbytes as bnb
 import torch
-import transformers
 from tqdm import tqdm
 
 # %% ../nbs/02_train.ipynb #902ba3cd
@@ -102,6 +108,8 @@ def preset_configs(
     "The two configs of a named recipe."
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; use {', '.join(PRESETS)}")
+    known = [*TrainConfig.__dataclass_fields__, *QuantLoraConfig.__dataclass_fields__]
+    check_names(changes, known, f"preset {name}")
     values = {**PRESETS[name], **changes}
     ours = {k: values.pop(k) for k in list(values) if k in TrainConfig.__dataclass_fields__}
     return TrainConfig(**ours), QuantLoraConfig(**values)
@@ -315,9 +323,15 @@ def _optimizer(parameters: Mapping[str, torch.Tensor], config: TrainConfig) -> A
 
 
 def _rates(optimizer: Any, config: TrainConfig, steps: int, done: int) -> Any:
-    "Linear warm-up from zero, then half a cosine to zero; taken up after `done` steps."
-    warmup, last = math.ceil(config.warmup_ratio * steps), done - 1
-    return transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps, last_epoch=last)
+    "Linear warm-up, then half a cosine towards zero; taken up after `done` steps."
+    warmup = math.ceil(config.warmup_ratio * steps)
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share, last_epoch=done - 1)
 
 
 def _bar(schedule: Sequence[Sequence[int]], done: int, shown: bool) -> tqdm:
@@ -360,7 +374,7 @@ def train(
     main = accelerate.PartialState(cpu=pick_device() == "cpu").is_main_process
     _check_optimizer(config)
     if main:
-        _check_output(output_dir)
+        _check_replaceable(output_dir)
     rows, files = _read(data_path)
     tokenizer = load_tokenizer(base_model)
     train_rows, held_rows = split_rows(rows, config)
@@ -403,18 +417,12 @@ def _beside(output_dir: Path, what: str) -> Path:
     return output_dir.with_name(f".{output_dir.name}.{what}")
 
 
-def _check_output(output_dir: Path) -> None:
+def _check_replaceable(output_dir: Path) -> None:
     "Before any work, see that the folder may be replaced and that one can be written there."
     kept = output_dir / "adapter_config.json"
     if output_dir.exists() and any(output_dir.iterdir()) and not kept.exists():
         raise UserError(f"{output_dir} holds something that is no adapter; choose another folder")
-    probe = _beside(output_dir, "part")
-    try:
-        probe.mkdir(parents=True, exist_ok=True)
-        (probe / "probe").write_bytes(b"")
-    except OSError as e:
-        raise UserError(f"output_dir={output_dir}: nothing can be written there: {e}") from e
-    shutil.rmtree(probe)
+    check_output(output_dir.parent)  # the adapter is made beside the folder and renamed
 
 
 def _decisive(settings: Mapping[str, Any], encoded: Sequence[Encoded]) -> dict[str, Any]:

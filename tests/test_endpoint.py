@@ -140,6 +140,26 @@ def test_a_kill_loses_no_reply(tmp_path, n, kills):
     assert counts["requests"] - n <= kills * workers, counts
 
 
+def test_a_killed_retry_pays_once(tmp_path):
+    n, workers = 120, 4
+    write_rows(tmp_path, n)
+    with serving(latency=0.05, reply="A fine answer.") as address:
+        words = rate(address, tmp_path, "--workers", workers)
+        assert run(*words, cwd=tmp_path)[0] == 0
+        assert {x["status"] for x in lines(tmp_path / "ratings.jsonl")} == {"unparsed"}
+        process = command(*words, "--retry", "true", cwd=tmp_path)
+        while read(address)["requests"] < n + n // 2 and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it had finished before it was killed"
+        process.stdout.close()
+        assert run(*words, "--retry", "true", cwd=tmp_path)[0] == 0
+        asked = read(address)["requests"]
+        assert 2 * n <= asked <= 2 * n + workers, asked  # what was in flight is asked again
+        assert run(*words, "--retry", "true", cwd=tmp_path)[0] == 0  # another wish, another price
+        assert read(address)["requests"] == asked + n
+
+
 def test_two_processes_share_a_cache_and_the_work(tmp_path):
     n = 600
     write_rows(tmp_path, n)

@@ -16,8 +16,10 @@ MAY_IMPORT = {
     "data": "",
     "runs": "",
     "prices": "",
-    "endpoint": "prices",
-    "batch": "prices endpoint",
+    "cache": "",
+    "limits": "",
+    "endpoint": "prices cache limits",
+    "batch": "prices cache limits endpoint",
     "quant_lora": "",
     "forward": "data",
     "score": "data forward",
@@ -28,19 +30,27 @@ MAY_IMPORT = {
     "train": "data quant_lora forward checkpoint",
     "preview": "forward train",
     "share": "data",
-    "generate": "data prices endpoint batch quant_lora",
-    "judge": "data prices endpoint",
+    "generate": "data prices cache endpoint batch quant_lora",
+    "replies": "",
+    "judge": "data prices cache replies",
     "leaderboard": "quant_lora",
-    "analysis": "data",
-    "report": "analysis",
-    "recipe": "data prices endpoint batch quant_lora forward score checkpoint train generate judge "
-    "leaderboard analysis report",
+    "forms": "replies judge",
+    "evidence": "",
+    "analysis": "data evidence",
+    "plots": "",
+    "charts": "",
+    "report": "analysis forms charts",
+    "recipe": "data prices cache limits endpoint batch quant_lora forward score checkpoint train "
+    "generate replies judge leaderboard evidence analysis plots forms charts report",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 # without torch
-LIGHT = "data runs prices endpoint batch doctor share generate judge analysis report".split()
+LIGHT = (
+    "data runs prices cache limits endpoint batch doctor share generate replies judge forms "
+    "evidence analysis plots charts report".split()
+)
 
 
 def imported(source: str) -> Iterator[str]:

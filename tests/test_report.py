@@ -1,14 +1,16 @@
 """The report in the hands of hostile answers, of thousands of pairs, and of a real browser."""
 
 import json
+import random
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
-from alpagasus2.report import write_report
+from alpagasus2.report import pair_name, write_report
 
 CHROMIUM = Path("/usr/bin/chromium")
 OWNED = "</script><script>document.title='owned'</script>"
@@ -59,6 +61,10 @@ def example(nulls=False):
         "claim": {"verdict": "within noise", "reason": f"50.0% [48%, 52%] {IMAGE}"},
         "pairs": rows[2:] if nulls else rows,
         "pooled": [statistics(None, 260)],
+        "ranking": [
+            {"model": OWNED, "strength": 0.2, "ci95": [0.1, 0.3], "rank": 1, "n": 520},
+            {"model": "$x_{$", "strength": None, "ci95": None, "rank": 2, "n": 0},
+        ],
         "judge_health": {"summary": "This judge shows no clear preference.", "checks": checks},
         "heldout": {"filtered": {"loss": 1.93, "ci95": [1.9, 2.0]}, "base": {"loss": None}},
         "checkable": {"filtered": [41, 60], "longest": [0, 0], "random": None},
@@ -119,27 +125,48 @@ class Tags(HTMLParser):
 def test_nothing_is_loaded_and_nothing_escapes(page):
     text = page.read_text(encoding="utf-8")
     tags = Tags(text)
-    assert [r[:5] for r in tags.refs if not r.startswith("#")] == ["data:"]
-    assert not re.findall(r"url\(|@import|http-equiv=.refresh", text)
-    assert (tags.tags.count("script"), tags.tags.count("img"), tags.tags.count("b")) == (2, 1, 0)
-    pairs = json.loads(tags.script)
+    assert not [r for r in tags.refs if not r.startswith("#")]
+    assert not re.findall(r"url\((?!#)|@import|http-equiv=.refresh", text)
+    assert [tags.tags.count(t) for t in ("script", "img", "b", "svg")] == [2, 0, 0, 3]
+    pairs = json.loads(tags.script)["pairs"]
     assert [p["answers"][0]["text"] for p in pairs[54:]] == ANSWERS
     assert "default-src 'none'" in text and "unsafe-eval" not in text
 
 
 def test_null_is_a_dash(tmp_path):
     text = write_report(example(nulls=True), tmp_path).read_text(encoding="utf-8")
-    row = re.search(r'<th scope="row">wizardlm.*?</tr>', text, re.S)[0]
-    cells = [re.sub(r"<[^>]+>|\s+", " ", c).strip() for c in re.findall(r"<td.*?</td>", row, re.S)]
-    slots = "70 / 50"
-    assert cells == ["filtered vs random", "0", "0 / 0 / 0", "1", *"–––––", slots, *"––"]
+    row = re.search(r'title="Show these pairs">wizardlm.*?</tr>', text, re.S)
+    assert row is None  # without pairs there is nothing to show
+    rows = re.findall(r'<th scope="row">\s*wizardlm.*?</tr>', text, re.S)
+    found = [
+        re.sub(r"<[^>]+>|\s+", " ", c).strip() for c in re.findall(r"<td.*?</td>", rows[0], re.S)
+    ]
+    assert found == ["filtered vs random", "0", "0 / 0 / 0", *"––––", "1"]
     assert "None" not in re.sub(r"<script.*?</script>", "", text, flags=re.S)
 
 
-def test_thousands_of_pairs_stay_small(tmp_path):
+def test_results_of_an_older_version_render(tmp_path):
+    old = example()
+    for part in (old, *old["pairs"], *old["pooled"]):
+        for key in ("ranking", "flips_to_first", "rules", "holm_p", "categories"):
+            part.pop(key, None)
+    text = write_report(old, tmp_path, lines()).read_text(encoding="utf-8")
+    assert "p (Holm)" not in text and 'id="ranking"' not in text and 'id="pairs"' in text
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    "Two thousand pairs with answers and reviews of about a thousand characters."
     answer = "A sentence of an answer, <b>and</b> more. " * 25
-    many = [x for n in range(2000) for x in pair_lines(n, answer=answer, review="word " * 150)]
-    assert write_report({}, tmp_path, many).stat().st_size < 15e6
+    many = [
+        x for n in range(2000) for x in pair_lines(n, answer=answer, response_b=answer[:900],
+                                                   review="word " * 150)
+    ]  # fmt: skip
+    return write_report({}, tmp_path_factory.mktemp("large"), many)
+
+
+def test_thousands_of_pairs_stay_small(large):
+    assert large.stat().st_size < 15e6
 
 
 @pytest.fixture(scope="module")
@@ -148,12 +175,12 @@ def browser():
     if not CHROMIUM.exists():
         pytest.skip(f"no {CHROMIUM}: apt-get install chromium")
     with sync.sync_playwright() as p:
-        yield p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
 
 
 @pytest.fixture
 def tab(browser, page):
-    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab = browser.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     complaints, requests = [], []
     tab.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
     tab.on("pageerror", lambda e: complaints.append(str(e)))
@@ -161,13 +188,23 @@ def tab(browser, page):
     tab.goto(page.as_uri())
     yield tab
     assert not complaints
-    assert not [u for u in requests if not u.startswith(("file:", "data:"))]
+    assert not [u for u in requests if not u.startswith(("file:", "blob:"))]
     assert tab.title() == "AlpaGasus 2 report"
     tab.close()
 
 
 def count(tab):
     return tab.text_content("#count")
+
+
+def link(number):
+    "The fragment that leads to the nth pair of `lines`, counted from 1."
+    return f"#pair/{pair_name(lines()[2 * number - 2])}"
+
+
+def open_link(tab, number, of=60):
+    tab.evaluate("hash => { location.hash = hash }", link(number))
+    tab.wait_for_function(f"document.querySelector('#count').textContent === '{number} of {of}'")
 
 
 def test_the_keyboard_turns_pages(tab):
@@ -187,17 +224,24 @@ def test_the_keyboard_turns_pages(tab):
 
 def test_hostile_answers_are_text(tab):
     for number, answer in enumerate(ANSWERS, 55):
-        tab.evaluate(f"location.hash = '#pair-{number}'")
-        tab.wait_for_function(f"document.querySelector('#count').textContent === '{number} of 60'")
+        open_link(tab, number)
         shown = tab.locator("#pair .columns .prose").first
         assert shown.text_content() == answer
         assert tab.locator("#pair img, #pair script, #pair b").count() == 0
+        if answer.startswith("ש"):
+            assert shown.evaluate("x => getComputedStyle(x).direction") == "rtl"
     assert shown.evaluate("x => x.clientHeight < x.scrollHeight && x.clientHeight < 500")
 
 
 def test_search_and_filters(tab):
     tab.fill("#search", "NUMBER 41")
     assert count(tab) == "1 of 1" and "Question number 41?" in tab.text_content("#pair")
+    marked = "[...CSS.highlights.get('found')].map(r => r.toString())"
+    assert tab.evaluate(marked) == ["number 41"]
+    tab.click("#clear")
+    assert tab.evaluate(marked) == []
+    tab.click("#pairs tbody >> text=vicuna")  # from a comparison to its pairs
+    assert count(tab) == "1 of 27"
     tab.click("#clear")
     for outcome, n in (("win", 9 + 9 + 6), ("lose", 9), ("tie", 18), ("failed", 9)):
         tab.select_option("#by-outcome", outcome)
@@ -214,12 +258,11 @@ def test_search_and_filters(tab):
 def test_a_link_finds_its_pair_again(tab):
     for _ in range(11):
         tab.keyboard.press("j")
-    assert tab.url.endswith("#pair-12")
+    assert tab.url.endswith(link(12))
     tab.reload()
     assert count(tab) == "12 of 60" and "Question number 11?" in tab.text_content("#pair")
     tab.select_option("#by-outcome", "win")
-    tab.evaluate("location.hash = '#pair-2'")  # a link to a pair that the filter hides
-    tab.wait_for_function("document.querySelector('#count').textContent === '2 of 60'")
+    open_link(tab, 2)  # a link to a pair that the filter hides
     assert tab.input_value("#by-outcome") == ""
 
 
@@ -229,7 +272,7 @@ def test_tables_sort_by_keyboard(tab):
             "#pairs tbody tr", "rows => rows.map(r => r.cells[2].textContent)"
         )
 
-    head = tab.get_by_role("button", name="n", exact=True)
+    head = tab.locator("#pairs").get_by_role("button", name="n", exact=True)
     head.focus()
     tab.keyboard.press("Enter")
     assert column() == ["0", "80", "180", "260"]  # pooled stays in its own body
@@ -237,7 +280,7 @@ def test_tables_sort_by_keyboard(tab):
     assert column() == ["180", "80", "0", "260"]
     assert tab.get_attribute("#pairs th:nth-child(3)", "aria-sort") == "descending"
     for _ in range(2):  # what is undefined stays last in both directions
-        tab.get_by_role("button", name="consistency").click()
+        tab.get_by_role("button", name="winning score").click()
         assert column()[2] == "0"
 
 
@@ -246,6 +289,173 @@ def test_a_phone_never_scrolls_sideways(tab, scheme):
     tab.emulate_media(color_scheme=scheme)
     tab.set_viewport_size({"width": 390, "height": 844})
     for number in (1, *range(55, 61)):
-        tab.evaluate(f"location.hash = '#pair-{number}'")
-        tab.wait_for_function(f"document.querySelector('#count').textContent === '{number} of 60'")
+        open_link(tab, number)
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_votes_replicates_and_answers_without_a_judge(browser, tmp_path):
+    voted = [x for v, says in enumerate(("ab", "aa")) for x in pair_lines(1, says, vote=v)]
+    again = pair_lines(1, "bb", replicate=1, model_b="longest")
+    asked = {"id": "q_9", "test_set": "koala", "instruction": "Name a prime.", "response": "7"}
+    responses = [{**asked, "model": m} for m in ("filtered", "random", "longest")]
+    page = write_report({}, tmp_path, [*voted[::-1], *again], responses)
+    tab = browser.new_page()
+    tab.goto(page.as_uri())
+    titles = tab.locator("#pair h4").all_text_contents()[3:]
+    shown = ["filtered shown first, vote 1", "filtered shown first, vote 2"]
+    assert titles == [*shown, *(x.replace("filtered", "random") for x in shown)]
+    assert tab.locator("#pair .tags").text_content().count("filtered wins") == 1
+    press(tab, "j")
+    assert "longest wins" in tab.text_content("#pair .tags")
+    assert "replicate 1" in tab.text_content("#pair .tags")
+    press(tab, "j")
+    assert tab.locator("#pair .columns .prose").all_text_contents() == ["7"] * 3
+    press(tab, "l")  # what no judge compared is not labelled
+    assert tab.text_content("#progress-text") == "0 of 2 labelled"
+    tab.close()
+
+
+def stored(tab):
+    return tab.evaluate("JSON.parse(localStorage.getItem(STORE) ?? '{}').entries ?? []")
+
+
+def answers_shown(tab):
+    return tab.locator("#pair .columns .prose").all_text_contents()
+
+
+def saved(tab, path):
+    with tab.expect_download() as download:
+        tab.click("#save")
+    assert download.value.suggested_filename == "labels.json"
+    download.value.save_as(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def press(tab, keys):
+    for key in keys:
+        tab.keyboard.press(key)
+
+
+def test_labelling_is_blind(tab):
+    press(tab, "l")
+    seen, left = 0, 0
+    for _ in range(12):
+        said = tab.text_content("#viewer #pair")
+        assert not re.search("filtered|random|stand-in|wins|Review|shown first|q_|characters", said)
+        assert not tab.locator("#claim, #pairs, .filters").filter(visible=True).count()
+        left += answers_shown(tab)[0] != "An answer."
+        seen += 1
+        press(tab, "3")
+    assert 0 < left < seen, "the arm stands always on one side"
+    assert tab.text_content("#progress-text") == "12 of 60 labelled"
+
+
+def test_labels_say_which_model(tab, tmp_path):
+    press(tab, "l")
+    given = {}
+    for key in random.Random(0).choices("123", k=20):
+        one, two = answers_shown(tab)
+        chosen = {"1": one, "2": two, "3": None}[key]
+        given[tab.evaluate("current().name")] = (
+            "tie" if chosen is None else "b" if chosen == "An answer." else "a"
+        )
+        press(tab, key)
+    tab.fill("#labeller", "Ada")
+    file = saved(tab, tmp_path / "labels.json")
+    assert file["labeller"] == "Ada" and len(file["labels"]) == 20
+    assert {pair_name(x): x["label"] for x in file["labels"]} == given
+    keys = {"id", "test_set", "model_a", "model_b", "replicate", "label"}
+    assert {tuple(sorted(x)) for x in file["labels"]} == {tuple(sorted(keys))}
+    press(tab, ["Escape"])
+    tab.select_option("#by-label", "not labelled")
+    assert count(tab) == "1 of 40"
+
+
+def test_a_label_survives_a_reload_and_can_be_taken_back(tab):
+    press(tab, "l12s")
+    name = tab.evaluate("current().name")
+    tab.reload()
+    assert [x[1] for x in stored(tab)][2] is None
+    press(tab, "l")
+    assert tab.text_content("#progress-text") == "2 of 60 labelled, 1 skipped"
+    assert tab.evaluate("current().name") == name
+    press(tab, "uu")
+    assert tab.text_content("#progress-text") == "1 of 60 labelled"
+    tab.click("#undo")
+    assert stored(tab) == []
+
+
+def test_the_end_of_labelling_offers_the_skipped_again(tab):
+    tab.select_option("#by-test-set", "vicuna")
+    press(tab, "l" + "s" * 2 + "1" * 25)
+    assert tab.text_content("#progress-text") == "25 of 27 labelled, 2 skipped"
+    assert "turn" in tab.text_content("#pair") and tab.is_disabled("[data-label='1']")
+    press(tab, "2")  # nothing is left to label
+    assert len(stored(tab)) == 27
+    tab.click("#again")
+    press(tab, "33")
+    assert tab.text_content("#progress-text") == "27 of 27 labelled"
+    press(tab, "l")
+    assert count(tab) == "1 of 27"
+
+
+def test_an_earlier_file_goes_on(tab, tmp_path):
+    press(tab, "l1")
+    mine = tab.evaluate("entries[0]")
+    first = dict(zip(("test_set", "id", "model_a", "model_b"), mine[0].split("/"), strict=False))
+    other = {"test_set": "koala", "id": "q_0", "replicate": 0}
+    if first["id"] == "q_0":
+        other |= {"test_set": "vicuna", "id": "q_1"}
+    turned = {**other, "model_a": "random", "model_b": "filtered", "label": "a"}
+    rows = [turned, {**first, "label": "tie"}, {**other, "id": "gone", "model_a": "x",
+            "model_b": "y", "label": "a"}]  # fmt: skip
+
+    def load(value):
+        path = tmp_path / "labels.json"
+        path.write_text(value if isinstance(value, str) else json.dumps(value))
+        before = tab.text_content("#label-message")
+        tab.set_input_files("#label-file", path)
+        tab.wait_for_function("x => $('label-message').textContent !== x", arg=before)
+        return tab.text_content("#label-message")
+
+    assert load({"labeller": "Ada", "labels": rows}).startswith("1 labels loaded; 1 pairs had one")
+    assert stored(tab)[1] == mine  # what was said here stays
+    name = pair_name({**turned, "model_a": "filtered", "model_b": "random"})
+    assert stored(tab)[0] == [name, "b"]  # the same model, whichever way round the file has it
+    assert tab.input_value("#labeller") == "Ada"
+    assert "not loaded" in load("{")
+    assert "no list of labels" in load({"labels": [{"label": "left"}]})
+    assert "keep two files" in load({"labeller": "Bob", "labels": rows})
+    assert len(stored(tab)) == 2
+
+
+def test_a_browser_that_keeps_nothing_says_so(browser, page):
+    tab = browser.new_page()
+    refuse = (
+        "Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError') }"
+    )
+    tab.add_init_script(refuse)
+    tab.goto(page.as_uri())
+    press(tab, "l1")
+    assert "save before you leave" in tab.text_content("#label-message")
+    tab.close()
+
+
+def test_thousands_of_pairs_open_fast(browser, large):
+    tab = browser.new_page()
+    seconds = []
+    for _ in range(3):  # the machine may be busy
+        start = time.perf_counter()
+        tab.goto(large.as_uri())
+        assert count(tab) == "1 of 2000"
+        seconds.append(time.perf_counter() - start)
+    opened = min(seconds)
+    tab.fill("#search", "question number 1999?")
+    assert count(tab) == "1 of 1"
+    tab.click("#clear")
+    start = time.perf_counter()
+    press(tab, "l123")
+    labelled = time.perf_counter() - start
+    assert tab.text_content("#progress-text") == "3 of 2000 labelled"
+    tab.close()
+    assert opened < 2 and labelled < 2, f"opened in {opened:.2f} s, labelled in {labelled:.2f} s"

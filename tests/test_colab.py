@@ -1,0 +1,78 @@
+"""The Colab notebook, from its first cell to its last, twice, with Colab's modules stubbed."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).parent.parent / "nbs" / "colab.ipynb"
+USERDATA = '''
+class SecretNotFoundError(Exception):
+    """As Colab raises it."""
+
+class NotebookAccessError(Exception):
+    """As Colab raises it."""
+
+def get(name):
+    raise SecretNotFoundError(name)
+'''
+SMALLER = """
+recipe.limit, recipe.judge.questions, recipe.generate = 8, 2, {"max_new_tokens": 8}
+for arm in recipe.arms.values():
+    arm.rows = 4
+"""
+
+
+@pytest.fixture
+def colab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder, and a `google.colab` that knows no secret."""
+    stub = tmp_path / "stub" / "google" / "colab"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").write_text("")
+    (stub / "userdata.py").write_text(USERDATA)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stub'}:{NOTEBOOK.parent.parent}")
+    for name in ("HF_TOKEN", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "content"
+    folder.mkdir()
+    return folder
+
+
+def run_all(folder: Path, extra: str = "") -> tuple[str, float]:
+    """Runtime, Run all; `extra` runs before the first long cell. What was printed; seconds."""
+    notebook: Any = nbformat.read(NOTEBOOK, 4)
+    cells = notebook.cells
+    cells.insert(0, nbformat.v4.new_code_cell("import google.colab"))
+    long = next(i for i, c in enumerate(cells) if c.source.startswith("#| slow\nrun = Run("))
+    cells.insert(long, nbformat.v4.new_code_cell(extra))
+    start = time.perf_counter()
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute()
+    outputs = (o for c in cells if c.cell_type == "code" for o in c.outputs)
+    return "".join(o.get("text", "") for o in outputs), time.perf_counter() - start
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    """What a run must not change when it is repeated."""
+    names = ("ratings.jsonl", "responses.jsonl", "judgments.jsonl", "results.json")
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.name in names}
+
+
+def test_run_all_twice(colab):
+    said, _ = run_all(colab, SMALLER)
+    assert "HF_TOKEN is not among the secrets" in said and "judge unfit: no claim" in said
+    found = files(colab)
+    assert len(found) == 4 and (colab / "runs" / "smollm2-135m.zip").exists()
+    again, _ = run_all(colab, SMALLER)
+    assert "judge unfit: no claim" in again and files(colab) == found
+
+
+@pytest.mark.slow
+def test_the_whole_notebook_in_a_quarter_of_an_hour_and_again_in_a_minute(colab):
+    _, first = run_all(colab)
+    found = files(colab)
+    _, second = run_all(colab)
+    assert first < 900 and second < 60, (first, second)
+    assert files(colab) == found

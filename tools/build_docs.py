@@ -131,6 +131,8 @@ def resolve(
     path, _, anchor = target.partition("#")
     if "." in anchor and anchor not in DOCUMENTED:
         anchor = anchor.partition(".")[0]
+    if anchor.startswith("_"):  # nbdev links a private name too, which is documented nowhere
+        anchor = ""
     anchor = anchor and f"#{anchor}"
     if page := page_named(path):
         return f"{SITE}/{page}.html{anchor}" if readme else f"{page}.md{anchor}"

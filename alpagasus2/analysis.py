@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LIMITS', 'LENGTH_SHIFT', 'load_judgments', 'orient', 'prompt_table', 'order_sums', 'winning_score', 'outcomes',
            'length_adjusted_win_rate', 'category_table', 'pair_statistics', 'judge_health', 'canary_outcomes',
-           'heldout_summary', 'is_right', 'checkable', 'auc', 'auc_with_interval', 'auc_within_length', 'filter_report',
-           'load_labels', 'label_statistics', 'read_claim', 'analyse', 'rank_models']
+           'heldout_summary', 'is_right', 'checkable', 'load_labels', 'label_statistics', 'read_claim', 'analyse',
+           'rank_models']
 
 # %% ../nbs/05_analysis.ipynb #77de68da
 import hashlib
@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .data import response_of
 from alpagasus2.evidence import (
     RESAMPLES,
     claim,
@@ -36,7 +35,7 @@ from .runs import UserError, dumps, latest, read_json
 import numpy as np
 import pandas as pd
 from scipy.sparse.csgraph import connected_components
-from scipy.stats import binomtest, rankdata
+from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score
 
@@ -319,10 +318,8 @@ def judge_health(
 
 def canary_outcomes(
     lines: Sequence[Mapping],  # judgment lines of `canary_pairs`
-) -> dict[
-    str, float
-]:  # gold_right, null_wins, itself_tied: shares of the verdicts that could be read
-    "How the judge did on what is known."
+) -> dict[str, float]:  # gold_right, of all replies; null_wins, itself_tied, of the readable ones
+    "How the judge did on what is known; a reply that names no winner of a gold pair is not right."
     shares = {}
     known = (
         ("gold_right", "gold", "a"),
@@ -330,9 +327,10 @@ def canary_outcomes(
         ("itself_tied", "itself", "tie"),
     )
     for name, model, what in known:
-        verdicts = [x["verdict"] == what for x in lines if x["model_a"] == model and x["verdict"]]
-        if verdicts:
-            shares[name] = sum(verdicts) / len(verdicts)
+        replies = [x for x in lines if x["model_a"] == model and x.get("status") != "error"]
+        counted = [x["verdict"] for x in replies if x["verdict"] or model == "gold"]
+        if counted:
+            shares[name] = counted.count(what) / len(counted)
     return shares
 
 
@@ -456,84 +454,6 @@ def checkable(
             total[0] += is_right(answer, r["response"])
             total[1] += 1
     return counts
-
-# %% ../nbs/05_analysis.ipynb #972a67c4
-def auc(
-    good: np.ndarray,  # scores of good rows
-    bad: np.ndarray,  # scores of flawed rows
-) -> float:  # in [0, 1]; 0.5 is chance
-    "Probability that a good row scores above a flawed one, ties half (Mann-Whitney)."
-    ranks = rankdata(np.concatenate([good, bad]))[: len(good)]
-    return float((ranks.sum() - len(good) * (len(good) + 1) / 2) / (len(good) * len(bad)))
-
-
-def auc_with_interval(
-    good: np.ndarray,  # scores of good rows
-    bad: np.ndarray,  # scores of flawed rows
-    seed: int = 0,  # of the resampling
-    resamples: int = 2000,  # of rows, good and flawed apart
-) -> dict[str, Any]:  # auc, ci95, n (flawed rows)
-    "AUC with a percentile interval over rows."
-    rng = np.random.default_rng(seed)
-    draws = [auc(rng.choice(good, len(good)), rng.choice(bad, len(bad))) for _ in range(resamples)]
-    return {"auc": auc(good, bad), "ci95": percentile_interval(np.array(draws)), "n": len(bad)}
-
-
-def auc_within_length(
-    table: pd.DataFrame,  # score, flawed, length
-    strata: int = 4,  # of equal size
-) -> float | None:  # None where no stratum holds both kinds
-    "AUC among rows of similar length: the mean over length strata, weighted by pairs."
-    bins = pd.qcut(table["length"], strata, duplicates="drop")
-    parts = [
-        (g.loc[~g["flawed"], "score"].to_numpy(), g.loc[g["flawed"], "score"].to_numpy())
-        for _, g in table.groupby(bins, observed=True)
-    ]
-    pairs = [(auc(g, b), len(g) * len(b)) for g, b in parts if len(g) and len(b)]
-    if not pairs:
-        return None
-    values, weights = zip(*pairs, strict=True)
-    return float(np.average(values, weights=weights))
-
-
-def filter_report(
-    rows: Sequence[Mapping],  # examples with ids; `flaw` where it is known
-    scores: Mapping[str, float],  # row id -> score
-    selected: Mapping[str, Sequence[Mapping]],  # arm -> its rows
-) -> dict[str, Any]:  # the `filter` of results.json
-    "What the selector kept; its AUC where flaws are known."
-    report: dict[str, Any] = {
-        "rows": len(rows),
-        "scored": sum(r["id"] in scores for r in rows),
-        "kept": {arm: len(kept) for arm, kept in selected.items()},
-        "median_length": {
-            arm: float(np.median([len(response_of(r)) for r in kept]))
-            for arm, kept in {"all": rows, **selected}.items()
-        },
-    }
-    known = [r for r in rows if "flaw" in r and r["id"] in scores]
-    if len({bool(r["flaw"]) for r in known}) < 2:
-        return report
-    table = pd.DataFrame({
-        "score": [scores[r["id"]] for r in known], "flaw": [r["flaw"] or None for r in known],
-        "length": [len(response_of(r)) for r in known],
-    })  # fmt: skip
-    table["flawed"] = table["flaw"].notna()
-    good = table.loc[~table["flawed"], "score"].to_numpy()
-    kinds = {k: g["score"].to_numpy() for k, g in table[table["flawed"]].groupby("flaw")}
-    overall = auc_with_interval(good, table.loc[table["flawed"], "score"].to_numpy())
-    return report | {
-        "auc": overall["auc"],
-        "auc_ci95": overall["ci95"],
-        "auc_within_length": auc_within_length(table),
-        "auc_by_kind": {k: auc_with_interval(good, bad) for k, bad in sorted(kinds.items())},
-        "flawed": float(table["flawed"].mean()),
-        "flawed_kept": {
-            arm: float(np.mean([bool(r.get("flaw")) for r in kept]))
-            for arm, kept in selected.items()
-            if any("flaw" in r for r in kept)
-        },
-    }
 
 # %% ../nbs/05_analysis.ipynb #58c48a2b
 def load_labels(

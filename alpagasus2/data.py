@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['READERS', 'ALPACA_INPUT', 'ALPACA_NO_INPUT', 'Template', 'dataset_path', 'catalog', 'git_blob_id', 'fetch', 'locate',
            'read_rows', 'Problem', 'row_id', 'check_rows', 'load_examples', 'dropped', 'question_of', 'response_of',
-           'prompt', 'load_questions', 'load_scores', 'select']
+           'prompt', 'load_questions', 'load_scores', 'asked_of', 'category_of', 'select']
 
 # %% ../nbs/00_data.ipynb #77de68da
 import csv
 import hashlib
 import io
 import json
+import math
 import random
 import urllib.error
 import urllib.request
@@ -22,7 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import alpagasus2
+from .categories import category_by_rules
 from .runs import UserError, atomic, cache_dir, read_json
+from .similarity import NearDuplicates
 
 # %% ../nbs/00_data.ipynb #c1dfd96e
 def dataset_path(
@@ -445,6 +448,28 @@ def _scored_id(line: Mapping, n: int, path: str | Path, by_row: Mapping[int, str
         raise UserError(f"{path}: line {n}: row {text!r} is no row number, counted from 0")
     return by_row.get(int(text))
 
+# %% ../nbs/00_data.ipynb #1e56fe78
+def asked_of(
+    row: Mapping,  # an Alpaca-schema or messages row, or a question
+) -> tuple[str, str]:  # the instruction; the instruction and its input. Of messages: all, twice
+    "What stands before the response, without any template."
+    if "messages" in row:
+        turns = row["messages"]
+        turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        text = "\n".join(m["content"] for m in turns)
+        return text, text
+    return row["instruction"], f"{row['instruction']}\n{row.get('input') or ''}"
+
+
+def category_of(
+    row: Mapping,  # an Alpaca-schema or messages row
+) -> str:  # its `category`, else code, maths or other by rules
+    "The category that a row is counted in."
+    if row.get("category"):
+        return str(row["category"])
+    instruction, question = asked_of(row)
+    return category_by_rules(instruction, f"{question}\n{response_of(row)}")
+
 # %% ../nbs/00_data.ipynb #fc074d50
 def select(
     rows: Sequence[dict],  # rows with ids
@@ -455,6 +480,8 @@ def select(
     random_k: int | None = None,  # keep this many at random
     longest_k: int | None = None,  # keep this many with the longest responses, in characters
     seed: int = 0,  # for random_k and for ties
+    drop_near_duplicates: float | None = None,  # similarity at which the better stays
+    quota: Mapping[str, float] | Literal["pool"] | None = None,  # category -> share of what is kept
 ) -> list[dict]:  # the kept rows, in their first order
     "Keep rows by exactly one rule; rows without a score are never kept by a score."
     rules = dict(
@@ -471,26 +498,94 @@ def select(
         keyed = {r["id"]: scored[r["id"]] for r in rows if r["id"] in scored}
         if not keyed:
             raise UserError(f"{rule}: none of the {len(rows)} rows has a score")
-    if rule == "threshold":
-        kept = {key for key, score in keyed.items() if score >= value}
-    elif rule == "quantile":
-        kept = _above_quantile(keyed, value)
-    else:
-        kept = _best(keyed, int(value), rule, seed)
+    k, ranking = _ranking(keyed, rule, value, seed)
+    kept = set(_downwards(rows, ranking, k, f"{rule}={k}", drop_near_duplicates, quota))
     return [r for r in rows if r["id"] in kept]
 
 
-def _best(scores: Mapping[str, float], k: int, rule: str, seed: int) -> set[str]:
-    "The k best, ties in a seeded order: with equal scores this is a uniform draw."
-    if not 0 < k <= len(scores):
-        raise UserError(f"{rule}={k}, but between 1 and {len(scores)} rows can be kept")
+def _ranking(
+    scores: Mapping[str, float], rule: str, value: float, seed: int
+) -> tuple[int | None, list[str]]:
+    "How many to keep (None: all that are named) and which, best first, ties in a seeded order."
     shuffled = random.Random(seed).sample(sorted(scores), len(scores))
-    return set(sorted(shuffled, key=lambda key: -scores[key])[:k])
+    ranking = sorted(shuffled, key=lambda key: -scores[key])
+    if rule in ("threshold", "quantile"):
+        cut = value if rule == "threshold" else _quantile(scores, value)
+        return None, [key for key in ranking if scores[key] >= cut]
+    if not 1 <= value <= len(scores):
+        raise UserError(f"{rule}={round(value)}, but between 1 and {len(scores)} rows can be kept")
+    return int(value), ranking
 
 
-def _above_quantile(scores: Mapping[str, float], q: float) -> set[str]:
+def _quantile(scores: Mapping[str, float], q: float) -> float:
     if not 0 <= q <= 1:
         raise UserError(f"quantile={q}, but it is a fraction between 0 and 1")
     ordered = sorted(scores.values())
-    cut = ordered[min(round(q * len(ordered)), len(ordered) - 1)]
-    return {key for key, score in scores.items() if score >= cut}
+    return ordered[min(round(q * len(ordered)), len(ordered) - 1)]
+
+# %% ../nbs/00_data.ipynb #3b71972d
+def _downwards(
+    rows: Sequence[dict],  # the pool
+    ranking: Sequence[str],  # ids, best first
+    k: int | None,  # how many to keep; None: as many as pass
+    rule: str,  # for messages
+    similarity: float | None,  # at which a row repeats a better one
+    quota: Any,  # as `select` takes it
+) -> list[str]:  # ids that stay
+    "From the best down, pass over near duplicates of what stays, and categories that are full."
+    if similarity is None and not quota:
+        return list(ranking[:k])
+    by_id = {r["id"]: r for r in rows}
+    ranked = [by_id[key] for key in ranking]
+    near = None
+    if similarity is not None:
+        heads, texts = zip(*map(asked_of, ranked), strict=True) if ranked else ((), ())
+        near = NearDuplicates(texts, similarity, heads)
+    free: dict[str | None, int] = {None: len(ranking) if k is None else k}
+    categories: dict[str, str] = {}
+    if quota:
+        categories = {r["id"]: category_of(r) for r in rows}
+        free = _seats(Counter(categories.values()), k, quota)
+    seats, kept = dict(free), []
+    for place, row in enumerate(ranked):
+        seat = category if (category := categories.get(row["id"])) in free else None
+        if not free.get(seat) or (near and near.repeated_by(place) is not None):
+            continue
+        if near:
+            near.add(place)
+        free[seat] -= 1
+        kept.append(row["id"])
+    short = [seat for seat, left in free.items() if left]
+    if k is not None and short:
+        raise UserError(_shortage(rule, short[0], seats, free, similarity))
+    return kept
+
+
+def _shortage(rule: str, seat: str | None, seats: Mapping, free: Mapping, near: Any) -> str:
+    "What a selection could not fill."
+    wanted, found = seats[seat], seats[seat] - free[seat]
+    others = " of the other categories" if len(seats) > 1 else ""
+    where = f" of category {seat!r}" if seat else others
+    spared = " once near duplicates are dropped" if near is not None else ""
+    return f"{rule} needs {wanted} rows{where}, but only {found} can be kept{spared}; ask for fewer"
+
+
+def _seats(counts: Mapping[str, int], k: int | None, quota: Any) -> dict[str | None, int]:
+    "How many rows each category gets, by largest remainder; None stands for all others."
+    if k is None:
+        raise UserError("quota: needs a number of rows: use top_k, random_k or longest_k")
+    if quota == "pool":
+        shares: dict[str | None, float] = {c: n / sum(counts.values()) for c, n in counts.items()}
+    else:
+        shares = {**quota, None: 1 - sum(quota.values())}
+        if unknown := [c for c in quota if c not in counts]:
+            there = ", ".join(sorted(counts))
+            raise UserError(f"quota: no row is of category {unknown[0]!r}; there are {there}")
+        if min(shares.values()) < -1e-9:
+            raise UserError(f"quota: {dict(quota)}: shares are fractions, 1 at most in all")
+    exact = {c: max(0.0, share * k) for c, share in shares.items()}
+    seats = {c: math.floor(x + 1e-9) for c, x in exact.items()}
+    fullest = sorted(exact, key=lambda c: (round(seats[c] - exact[c], 9), c is None, str(c)))
+    for c in fullest[: k - sum(seats.values())]:
+        seats[c] += 1
+    return seats

@@ -163,7 +163,7 @@ class _Pool:
         workers: int,  # how many items are worked on at once
     ):
         self.workers, self.exits = workers, AsyncExitStack()  # exits: what is closed in the end
-        self._ready: queue.Queue = queue.Queue()  # results, and then None or what went wrong
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()  # results, then None or the error
         self._stop = threading.Event()
 
     def map(

@@ -27,7 +27,6 @@ from alpagasus2.analysis import (
     analyse,
     canary_outcomes,
     checkable,
-    filter_report,
     heldout_summary,
     load_judgments,
     orient,
@@ -45,6 +44,7 @@ from alpagasus2.data import (
 )
 from .endpoint import Endpoint, EndpointConfig
 from .evidence import check_margin
+from .filtering import filter_report, plot_categories, plot_lengths, plot_scores
 from .generate import Answers, Backend, GenerateConfig, generate, local_answers
 from alpagasus2.judge import (
     Ask,
@@ -61,13 +61,7 @@ from alpagasus2.judge import (
     score_counts,
     write_ratings,
 )
-from alpagasus2.plots import (
-    plot_heldout,
-    plot_outcomes,
-    plot_scores,
-    plot_slots,
-    plot_win_rates,
-)
+from .plots import plot_heldout, plot_outcomes, plot_slots
 from .prices import cost_of, spent_on
 from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
 from .report import write_report
@@ -124,6 +118,8 @@ class Arm:
     value: float | None = None  # of threshold or quantile: `rows` are drawn from what it keeps
     data: str | None = None  # instead of `select`: a file of its own, `rows` drawn at random
     seed: int = 0  # of the draw: a second arm of one rule with another seed is its A/A arm
+    drop_near_duplicates: float | None = None  # similarity at which the better row stays: 0.7, say
+    quota: Any = None  # category -> share of the rows, or pool: the shares that the pool has
 
     def __post_init__(self) -> None:
         if (self.select is None) == (self.data is None) or self.rows < 1:
@@ -133,6 +129,13 @@ class Arm:
             raise UserError(f"{given}: threshold and quantile need a value, the others take none")
         if self.seed and self.select in ("top_k", "longest_k"):
             raise UserError(f"seed={self.seed}: {self.select} draws nothing, so it has no seed")
+        if not 0 < (self.drop_near_duplicates or 1) <= 1:
+            near = self.drop_near_duplicates
+            raise UserError(f"drop_near_duplicates={near}: a similarity above 0 and up to 1")
+        shares = self.quota.values() if isinstance(self.quota, Mapping) else ()
+        named = self.quota in (None, "pool") or bool(shares)
+        if not named or not all(isinstance(s, int | float) and s >= 0 for s in shares):
+            raise UserError(f"quota={self.quota}: give `pool`, or a share for each category named")
 
 
 @dataclass
@@ -284,8 +287,9 @@ def _claimed(recipe: dict) -> dict:
     asked = {k: {n: v for n, v in recipe[k].items() if n not in costs} for k in ("rater", "judge")}
     new = {"prompt": None, "low": 0.0, "high": 5.0}  # claims made before these existed are as valid
     asked["rater"] = {n: v for n, v in asked["rater"].items() if n not in new or v != new[n]}
-    arms = {  # nor had arms a seed
-        name: {k: v for k, v in arm.items() if (k, v) != ("seed", 0)}
+    later = {"seed": 0, "drop_near_duplicates": None, "quota": None}  # nor had arms these
+    arms = {
+        name: {k: v for k, v in arm.items() if k not in later or v != later[k]}
         for name, arm in recipe.get("arms", {}).items()
     }
     return {**recipe, **asked, **({"arms": arms} if arms else {})}
@@ -514,7 +518,10 @@ def _arm_rows(run: Run, arm: Arm, scores: Mapping[str, float], seed: int) -> lis
         pool = select(pool, scores, **limits)
     rule = arm.select if arm.select and arm.value is None else "random_k"
     size: dict[str, Any] = {rule: arm.rows}
-    return select(pool, scores, seed=seed, **size)
+    return select(
+        pool, scores, seed=seed, drop_near_duplicates=arm.drop_near_duplicates,
+        quota=arm.quota, **size,
+    )  # fmt: skip
 
 # %% ../nbs/06_recipe.ipynb #472b07b9
 def train_arms(run: Run, selected: Mapping[str, list[dict]]) -> None:
@@ -550,12 +557,15 @@ def _arms_on_base(run: Run, replicate: int) -> Callable[[], Any]:
     def load() -> Any:
         if not loaded:
             run.models.release()  # adapters of another replicate stay on the base they were put on
-            parts = {n: part_name(run.recipe, n, replicate) for n in run.recipe.arms}
-            folders = {n: run.dir / "adapters" / p for n, p in parts.items()}
-            loaded.append(load_adapters(run.models.base, folders))
+            loaded.append(load_adapters(run.models.base, _adapter_folders(run, replicate)))
         return loaded[0]
 
     return load
+
+
+def _adapter_folders(run: Run, replicate: int) -> dict[str, Path]:
+    parts = {n: part_name(run.recipe, n, replicate) for n in run.recipe.arms}
+    return {n: run.dir / "adapters" / p for n, p in parts.items()}
 
 
 def measure_heldout(run: Run, replicate: int, load: Callable[[], Any]) -> None:
@@ -599,7 +609,8 @@ def answer_questions(run: Run, replicate: int, load: Callable[[], Any]) -> None:
     }
     run.say(f"Answering {len(run.questions)} questions with {', '.join(arms)}")
     output, base = run.dir / "responses.jsonl", run.recipe.base_model
-    generate(run.questions, arms, output, config, base, replicate, run.progress)
+    adapters = _adapter_folders(run, replicate)
+    generate(run.questions, arms, output, config, base, replicate, run.progress, adapters)
 
 
 def _backend(
@@ -708,7 +719,7 @@ def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, li
         "filter": {
             "selector": selector if scores else "none: the arms came as files",
             "model": (rater.model or recipe.base_model) if scores else None,
-            **filter_report(run.rows, scores, selected),
+            **filter_report(run.rows, scores, selected, run.questions),
         },
         "cost": run_cost(run),
         "manifest": {"claim_sha256": run.claim["sha256"], **read_manifest(run.dir)},
@@ -724,16 +735,19 @@ def run_cost(run: Run) -> dict[str, Any]:
     return {"training_seconds": seconds, "endpoint": usage}
 
 
-def run_figures(run: Run, scores: Mapping[str, float], results: Mapping) -> dict[str, Any]:
-    "The pictures of a run, by caption."
+def run_figures(
+    run: Run, scores: Mapping[str, float], results: Mapping, selected: Mapping[str, list]
+) -> dict[str, Any]:
+    "The pictures of a run, by caption; of several replicates' selections the first."
+    arms = {n: selected[part_name(run.recipe, n, 0)] for n in run.recipe.arms}
     figures = {}
     if scores:
         selector = results["filter"]["selector"]
         figures[f"Scores of the {selector} selector"] = plot_scores(run.rows, scores, selector)
+    figures["Share kept by category"] = plot_categories(run.rows, arms)
+    figures["Length of the responses"] = plot_lengths(run.rows, arms)
     if results["heldout"]:
         figures["Held-out loss by arm"] = plot_heldout(results["heldout"])
-    rates = plot_win_rates(results["pooled"], results["aa"], run.recipe.margin)
-    figures["Win rates, with the noise floor where an A/A arm was run"] = rates
     figures["Verdicts in both orders"] = plot_outcomes(results["pairs"])
     figures["Slot preference of the judge"] = plot_slots(results["judge_health"])
     return figures
@@ -747,7 +761,7 @@ def report_run(run: Run, scores: Mapping[str, float], selected: Mapping[str, lis
     if is_complete(output, inputs):
         return read_json(output / "results.json")
     results = run_results(run, scores, selected)
-    figures = run_figures(run, scores, results)
+    figures = run_figures(run, scores, results, selected)
     judgments = orient(latest(run.dir / "judgments.jsonl"), run.claim["model_a"])
     responses = latest(run.dir / "responses.jsonl")
     with recorded(output, inputs):

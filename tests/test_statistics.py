@@ -17,7 +17,13 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
 
 from alpagasus2.analysis import analyse, heldout_summary, pair_statistics, prompt_table
-from alpagasus2.evidence import VERDICTS, crossed_interval, decide, detectable_effect
+from alpagasus2.evidence import (
+    VERDICTS,
+    crossed_interval,
+    decide,
+    detectable_effect,
+    prediction_powered_mean,
+)
 
 SIGNS = np.array([1, 0, -1])
 AGREE = 0.5  # share of prompts whose second order repeats the first
@@ -195,6 +201,18 @@ def test_heldout_against_scipy():
     assert found["difference_ci95"] == pytest.approx(list(theirs.confidence_interval), abs=2e-3)
 
 
+def test_prediction_powered_mean_against_its_authors_package():
+    ppi = pytest.importorskip("ppi_py", reason="ppi-python is not installed")
+    rng = np.random.default_rng(0)
+    said = rng.choice([0, 0.5, 1], 1000)
+    judge = np.where(rng.random(1000) < 0.7, said, rng.choice([0.5, 1], 1000))
+    parts = said[:200], judge[:200], judge[200:]
+    mean, ends = prediction_powered_mean(*parts)
+    assert mean == pytest.approx(ppi.ppi_mean_pointestimate(*parts)[0], abs=1e-3)
+    theirs = np.ravel(ppi.ppi_mean_ci(*parts, alpha=0.05))
+    assert ends == pytest.approx(theirs, abs=2e-3)  # ours has Student's quantile
+
+
 # ---- experiments whose truth is known
 
 
@@ -296,7 +314,7 @@ def test_the_effect_that_the_power_statement_names_is_found(n, experiments, leas
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("spread", "least"), [(0.0, 0.92), (0.1, 0.92), (0.3, 0.87)])
+@pytest.mark.parametrize(("spread", "least"), [(0.0, 0.92), (0.1, 0.92), (0.3, 0.9)])
 @pytest.mark.parametrize("n", [80, 730])
 def test_intervals_crossed_with_three_replicates(n, spread, least):
     "A run moves all of its verdicts; without the correction for few runs the last reads 78%."

@@ -4,6 +4,7 @@ Each test that can, runs the old behaviour too and asserts that the check sees i
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -408,32 +409,29 @@ def test_no_remote_code_and_one_device(base):
 
 
 class Echo:
-    """A model that writes given tokens, and keeps what it was asked."""
-
-    device = torch.device("cpu")
-    config = transformers.LlamaConfig()
+    """Stands for `decode`: writes given tokens up to a stop token, and keeps what it was asked."""
 
     def __init__(self, new: list[int]):
         self.new, self.prompts = new, list[list[int]]()
 
-    def eval(self) -> None:
-        """It has no dropout."""
-
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
-        """Each prompt, without its padding, and behind it what it writes."""
-        rows = zip(input_ids, attention_mask, strict=True)
-        self.prompts += [ids[mask == 1].tolist() for ids, mask in rows]
-        return torch.cat([input_ids, torch.tensor([self.new] * len(input_ids))], 1)
+    def __call__(
+        self, model: Any, prompts: list[list[int]], most: int, stop: set[int], *rest: Any
+    ) -> Iterator[tuple[int, list[int], bool]]:
+        self.prompts += prompts
+        end = next(i for i, token in enumerate(self.new) if token in stop)
+        yield from ((i, self.new[:end], True) for i in range(len(prompts)))
 
 
-def test_generation_reads_the_prompt_of_the_training_and_keeps_the_answer(tokenizer):
+def test_generation_reads_the_prompt_of_the_training_and_keeps_the_answer(base, tokenizer):
     said = "Use Markdown:\n### Response:\nThree hashes."
     new = [*tokenizer(said)["input_ids"], tokenizer.eos_token_id, 5, 6]
     with_input = {"id": "b", "instruction": "Translate.", "input": "Bonjour", "output": said}
-    model, rows = Echo(new), [{**ROWS[0], "output": said}, with_input]
-    answers = dict(local_answers(model, tokenizer, rows, GenerateConfig(max_new_tokens=64)))
+    echo, rows = Echo(new), [{**ROWS[0], "output": said}, with_input]
+    model, config = load_base(base, PLAIN), GenerateConfig(max_new_tokens=64)
+    with patch("alpagasus2.decode.decode", echo):
+        answers = dict(local_answers(model, tokenizer, rows, config))
     trained = [encode(r, tokenizer) for r in rows]
-    assert sorted(model.prompts) == sorted(e.ids[: e.n_prompt] for e in trained)
+    assert sorted(echo.prompts) == sorted(e.ids[: e.n_prompt] for e in trained)
     assert "Bonjour" in prompt(with_input)  # the seed's Self-Instruct inputs never arrived
     assert {a["response"] for a in answers.values()} == {said}
     assert {a["finish_reason"] for a in answers.values()} == {"stop"}

@@ -53,6 +53,7 @@ readme-check: $(INSTALLED)  ## is README.md what index.ipynb gives? changes noth
 docs: $(INSTALLED)  ## README.md from index.ipynb, and the site in _docs/
 	$(BIN)/python tools/build_docs.py
 	$(BIN)/mkdocs build --strict
+	$(BIN)/python tools/check_site.py
 
 clean:  ## remove what was built, .venv included; runs/ stays
 	rm -rf .venv _proc _pages _docs build dist *.egg-info

@@ -170,7 +170,7 @@ def load_base(
     config, device = config or QuantLoraConfig(), device or pick_device()
     dtype = compute_dtype(device)
     model = _pretrained(
-        transformers.AutoModelForCausalLM, base_model, dtype=dtype,
+        transformers.AutoModelForCausalLM, base_model, dtype=dtype, use_safetensors=True,
         quantization_config=_quantization(config, dtype), device_map={"": device},
     )  # fmt: skip
     model.requires_grad_(False)
@@ -258,8 +258,9 @@ def load_adapters(
     "Put trained adapters side by side on one base: one load serves all arms."
     wrapped = None
     for name, path in adapters.items():
-        if not (Path(path) / "adapter_config.json").exists() and Path(path).exists():
-            raise UserError(f"adapter {name}: {path} holds no adapter_config.json")
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (Path(path) / file).exists() and Path(path).exists():
+                raise UserError(f"adapter {name}: {path} holds no {file}")
         try:
             if wrapped is None:
                 wrapped = peft.PeftModel.from_pretrained(model, str(path), adapter_name=name)

@@ -1,4 +1,4 @@
-"""Render nbs/, CHANGELOG and CONTRIBUTING into Markdown pages, and index.ipynb into README.md.
+"""Render nbs/ and the texts into Markdown pages, and index.ipynb into README.md.
 
     python tools/build_docs.py           _pages/ for MkDocs; README.md and the figures it shows
     python tools/build_docs.py --check   writes nothing; status 1 if README.md is out of date
@@ -10,6 +10,9 @@ no other cell is, and outputs are those that the notebooks carry.
 A relative link in a notebook may name a notebook, a page (`data.html`), a picture below `nbs/` or
 any file of the repository. On the site it leads to the page; in README.md, which is also read on
 GitHub and PyPI, it becomes a full address. A link that leads nowhere stops the build.
+
+The texts are nbs/pages/ and some files of the repository's root; tools/site_pages.py makes the
+pages that are written from code: commands, reference, the rooms' picture, llms.txt.
 """
 
 import argparse
@@ -30,6 +33,7 @@ os.environ |= {"MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES
 
 import nbdev.processors  # noqa: E402
 import nbformat  # noqa: E402
+import site_pages  # noqa: E402
 import yaml  # noqa: E402
 from nbconvert import MarkdownExporter  # noqa: E402
 from nbdev.config import get_config  # noqa: E402
@@ -38,7 +42,9 @@ from nbdev.serve_drv import main as process  # noqa: E402
 CFG = get_config()
 SITE = CFG.doc_host + CFG.doc_baseurl
 NOTE = "<!-- Written by tools/build_docs.py from nbs/index.ipynb: edit that notebook. -->\n\n"
-TEXTS = {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing"}  # these are pages too
+TEXTS = {f"{n.upper()}.md": n for n in ("changelog", "contributing", "security")}  # pages too
+TEXTS |= {f"nbs/pages/{p.name}": p.stem for p in sorted((ROOT / "nbs/pages").glob("*.md"))}
+MADE = ("commands", "reference")  # by site_pages
 PICTURES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp"}
 
 ATTRS = re.compile(r"\]\((\S+)\)\{target=.*?\}")  # Quarto's link attributes
@@ -107,7 +113,9 @@ def page_named(
 ) -> str | None:  # the page's name, or None for another kind of file
     "The page that a link means, if it means one."
     name = path.rsplit("/", 1)[-1]
-    known = NOTEBOOKS | TEXTS | {f"{p}.html": p for p in [*NOTEBOOKS.values(), *TEXTS.values()]}
+    texts = {Path(file).name: page for file, page in TEXTS.items()}
+    texts |= {f"{page}.md": page for page in MADE}
+    known = NOTEBOOKS | texts | {f"{p}.html": p for p in [*NOTEBOOKS.values(), *texts.values()]}
     return known.get(name)
 
 
@@ -123,6 +131,8 @@ def resolve(
     path, _, anchor = target.partition("#")
     if "." in anchor and anchor not in DOCUMENTED:
         anchor = anchor.partition(".")[0]
+    if anchor.startswith("_"):  # nbdev links a private name too, which is documented nowhere
+        anchor = ""
     anchor = anchor and f"#{anchor}"
     if page := page_named(path):
         return f"{SITE}/{page}.html{anchor}" if readme else f"{page}.md{anchor}"
@@ -272,17 +282,40 @@ def check() -> int:
     return 1 if wrong else 0
 
 
+def made_pages() -> dict[str, str]:  # Markdown by name
+    "The pages that are written from code."
+    rooms = [page for page in NOTEBOOKS.values() if (ROOT / "alpagasus2" / f"{page}.py").exists()]
+    return {
+        "commands": site_pages.commands_page(),
+        "reference": site_pages.reference_page(rooms),
+    }
+
+
+def text_page(
+    file: Path,  # Markdown of the repository
+) -> str:
+    "The same with its links resolved, and the rooms drawn where it asks for them."
+    text = relink(file.read_text(), file, readme=False)
+    text = text.replace("<!-- picture of the rooms -->", site_pages.rooms_picture())
+    return text.replace("<!-- table of the rooms -->", site_pages.rooms_list())
+
+
 def build() -> int:
     "Write the pages, then README.md."
     shutil.rmtree(PAGES, ignore_errors=True)
     PAGES.mkdir()
     for file, page in TEXTS.items():
-        (PAGES / f"{page}.md").write_text(relink((ROOT / file).read_text(), ROOT / file, False))
+        (PAGES / f"{page}.md").write_text(text_page(ROOT / file))
+    for page, text in made_pages().items():
+        (PAGES / f"{page}.md").write_text(text)
+    shutil.copy(ROOT / "nbs/pages/extra.css", PAGES)
     for file, page in NOTEBOOKS.items():
         body, files = rendered(ROOT / "nbs" / file)
         for path, data in {f"{page}.md": body.encode(), **files}.items():
             (PAGES / path).parent.mkdir(exist_ok=True)
             (PAGES / path).write_bytes(data)
+    nav = yaml.safe_load(re.sub(r"!!\S+", "", (ROOT / "mkdocs.yml").read_text()))["nav"]
+    (PAGES / "llms.txt").write_text(site_pages.llms_txt(nav, PAGES, SITE))
     for path in figures():
         path.unlink()
     for path, data in readme_files().items():

@@ -68,12 +68,11 @@ def runs_at_build(
     nbdev_rule: Callable[[object], bool | None] = nbdev.processors._do_eval,  # what nbdev would do
 ) -> bool:
     "Whether a cell is executed here: nbdev would run each one with an import in it, training too."
-    if cell.cell_type != "code" or not cell.source:
+    if cell.cell_type != "code" or not cell.source or not nbdev_rule(cell):
         return False
     for_show_doc = cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"}
     trees = [] if for_show_doc or "show_doc" in cell.source else cell.parsed_()
-    only_imports = all(isinstance(tree, ast.Import | ast.ImportFrom) for tree in trees)
-    return only_imports and bool(nbdev_rule(cell))
+    return all(isinstance(tree, ast.Import | ast.ImportFrom) for tree in trees)
 
 
 nbdev.processors._do_eval = runs_at_build

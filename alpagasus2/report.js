@@ -278,7 +278,7 @@ function showNext() {
 }
 
 function renderBlind(pair) {
-  const texts = pair.answers.map(answer => answer.text);
+  const texts = pair.answers.map(answer => answer.text.trim());  // a blank line tells models apart
   if (turned(pair)) texts.reverse();
   return [questionCard(pair),
     columns(card("Answer 1", prose(texts[0])), card("Answer 2", prose(texts[1])))];

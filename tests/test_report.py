@@ -30,9 +30,9 @@ def verdict(number, first, says, answer="Blue.", test_set="koala", **fields):
     }  # fmt: skip
 
 
-def pair_lines(number, says="aa", **fields):
+def pair_lines(number, says="aa", answer="Blue.", **fields):
     names = {"a": "a", "b": "b", "t": "tie", "-": None}
-    return [verdict(number, f, names[s], **fields) for f, s in zip("ab", says, strict=True)]
+    return [verdict(number, f, names[s], answer, **fields) for f, s in zip("ab", says, strict=True)]
 
 
 def statistics(test_set, n, **fields):
@@ -87,7 +87,10 @@ def figure():
 
 def lines():
     says = ["aa", "bb", "ab", "tt", "a-", "at"]
-    pairs = [pair_lines(n, says[n % 6], test_set=["koala", "vicuna"][n % 2]) for n in range(54)]
+    pairs = [
+        pair_lines(n, says[n % 6], "\nBlue.\n", test_set=["koala", "vicuna"][n % 2])
+        for n in range(54)
+    ]
     pairs += [pair_lines(54 + n, answer=a) for n, a in enumerate(ANSWERS)]
     return [line for pair in pairs for line in pair]
 
@@ -343,6 +346,7 @@ def test_labelling_is_blind(tab):
         said = tab.text_content("#viewer #pair")
         assert not re.search("filtered|random|stand-in|wins|Review|shown first|q_|characters", said)
         assert not tab.locator("#claim, #pairs, .filters").filter(visible=True).count()
+        assert all(text == text.strip() for text in answers_shown(tab))
         left += answers_shown(tab)[0] != "An answer."
         seen += 1
         press(tab, "3")

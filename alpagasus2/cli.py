@@ -68,9 +68,9 @@ def select(
     compare: list[str] | None = None,  # files of rows that other filters kept of the same data
 ) -> None:
     "Keep some rows by exactly one rule."
-    from alpagasus2.data import dropped, load_examples, load_scores
+    from alpagasus2.data import describe_data, dropped, load_examples, load_scores
     from alpagasus2.data import select as select_rows
-    from alpagasus2.runs import write_json
+    from alpagasus2.runs import annotate, file_sha256, write_json
 
     rows, problems = load_examples(data)
     if problems:
@@ -87,6 +87,21 @@ def select(
         quota=_shares(quota),
     )  # fmt: skip
     write_json(output, kept)
+    given = {
+        "threshold": threshold,
+        "top_k": top_k,
+        "quantile": quantile,
+        "random_k": random_k,
+        "longest_k": longest_k,
+        "drop_near_duplicates": drop_near_duplicates,
+        "quota": quota,
+    }
+    rule = {"seed": seed} | {k: v for k, v in given.items() if v is not None}
+    origin = describe_data(data, len(rows))
+    annotate(
+        output, config=rule, inputs={origin["file"]: origin["sha256"]}, rows=len(kept),
+        sha256=file_sha256(output), licence=origin["licence"], page=origin["page"],
+    )  # fmt: skip
     unscored = f"; {sum(r['id'] not in found for r in rows):,} had no score" if found else ""
     print(f"{output}: kept {len(kept):,} of {len(rows):,} rows{unscored}")
     if report:
@@ -365,8 +380,9 @@ def _after_training(
     output_dir: str, data_path: str, rows: int, repo: str | None, private: bool
 ) -> None:
     "Leave the card beside the adapter, and push both when that was asked for."
+    from alpagasus2.data import describe_data
     from alpagasus2.runs import write_json
-    from alpagasus2.share import DATA_FILE, describe_data, push, write_card
+    from alpagasus2.share import DATA_FILE, push, write_card
 
     write_json(Path(output_dir) / DATA_FILE, describe_data(data_path, rows))
     write_card(output_dir, repo)

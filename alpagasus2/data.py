@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READERS', 'ALPACA_INPUT', 'ALPACA_NO_INPUT', 'Template', 'dataset_path', 'catalog', 'git_blob_id', 'fetch', 'locate',
-           'read_rows', 'Problem', 'row_id', 'check_rows', 'load_examples', 'dropped', 'question_of', 'response_of',
-           'prompt', 'load_questions', 'load_scores', 'asked_of', 'category_of', 'select']
+           'describe_data', 'read_rows', 'Problem', 'row_id', 'check_rows', 'load_examples', 'dropped', 'question_of',
+           'response_of', 'prompt', 'load_questions', 'load_scores', 'asked_of', 'category_of', 'select']
 
 # %% ../nbs/00_data.ipynb #77de68da
 import csv
@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import alpagasus2
 from .categories import category_by_rules
-from .runs import UserError, atomic, cache_dir, read_json
+from .runs import UserError, atomic, cache_dir, file_sha256, read_json, read_manifest
 from .similarity import NearDuplicates
 
 # %% ../nbs/00_data.ipynb #c1dfd96e
@@ -81,6 +81,27 @@ def locate(
     "The file of a catalogued name: it travels with the package, or is fetched once."
     entry = catalog()[name]
     return fetch(name) if "address" in entry else dataset_path(entry["file"])
+
+# %% ../nbs/00_data.ipynb #4f5fa6d1
+def describe_data(
+    data_path: str | Path,  # what the rows were read from: a file, a catalogued name or a hub id
+    rows: int,  # how many were read, those held out for evaluation among them
+) -> dict:  # {"file", "rows", "sha256", "licence", "page"}; what is not known is None
+    "File, hash and licence of rows; a folder on this machine is never part of it."
+    known = catalog()
+    name = str(data_path)
+    path = locate(name) if name in known and not Path(name).is_file() else Path(name)
+    found = {"file": path.name if path.is_file() else name, "rows": rows}
+    if not path.is_file():  # a hub id
+        return {**found, "sha256": None, "licence": None, "page": None}
+    blob, sha256 = git_blob_id(path.read_bytes()), file_sha256(path)
+    noted = read_manifest(path.parent).get("outputs", {}).get(path.name, {})
+    entry = next(
+        (e for n, e in known.items() if n == name or e.get("git_blob") == blob),
+        noted if noted.get("sha256") == sha256 else {},
+    )
+    licence, page = entry.get("licence"), entry.get("page")
+    return {**found, "sha256": sha256, "licence": licence, "page": page}
 
 # %% ../nbs/00_data.ipynb #7b52009b
 def _decode(path: Path) -> str:

@@ -6,7 +6,7 @@
 __all__ = ['T', 'KEYS', 'LIBRARIES', 'UserError', 'check_names', 'build', 'say', 'atomic', 'dumps', 'write_json', 'write_jsonl',
            'replace_folder', 'standing', 'check_output', 'read_json', 'read_jsonl', 'row_key', 'latest', 'Journal',
            'cache_dir', 'file_sha256', 'environment', 'now', 'read_manifest', 'changed_setting', 'is_complete',
-           'recorded']
+           'annotate', 'recorded']
 
 # %% ../nbs/00a_runs.ipynb #77de68da
 import dataclasses
@@ -358,6 +358,16 @@ def is_complete(
     entry = read_manifest(output.parent).get("outputs", {}).get(output.name, {})
     same = config is None or entry.get("config") == json.loads(dumps(config))
     return output.exists() and bool(entry.get("ended")) and same
+
+
+def annotate(
+    output: str | Path,  # a file that was written
+    **facts: Any,  # what is known of it: hash, licence, settings
+) -> None:
+    "Say in the manifest beside it what a file is; for files that may be overwritten."
+    output = Path(output)
+    entry = {**environment(), "ended": now(), **facts}
+    _update_manifest(output.parent, output.name, entry)
 
 
 @contextmanager

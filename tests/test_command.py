@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from alpagasus2.cli import main
+from alpagasus2.data import describe_data
 from alpagasus2.runs import dumps
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -284,3 +285,10 @@ def test_the_claim_of_a_run_decides_its_report(tmp_path, capsys):
     capsys.readouterr()
     assert main(words) == 2
     assert "a claim cannot be changed" in capsys.readouterr().err
+
+
+def test_kept_rows_carry_the_licence_of_their_set(tmp_path):
+    for data, output in (("sample", "some.json"), (str(tmp_path / "some.json"), "fewer.json")):
+        words = ["--data", data, "--random_k", "5", "--output", str(tmp_path / output)]
+        assert main(["select", *words]) == 0
+        assert describe_data(tmp_path / output, 5)["licence"] == "CC0-1.0"

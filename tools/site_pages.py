@@ -153,15 +153,16 @@ def direct(
 
 def levels(
     table: Mapping[str, set[str]],  # room -> what it may import
-) -> dict[str, int]:
-    "How many rooms lie above each on its longest way up."
-    depth: dict[str, int] = {}
-    for room, above in table.items():
-        depth[room] = 1 + max((depth[a] for a in above), default=-1)
-    return depth
+) -> dict[str, int]:  # room -> row, 0 on top
+    "Each room stands as low as those that import it allow, so near to them."
+    below: dict[str, int] = {}
+    for room in reversed(table):
+        users = [below[u] for u in table if room in table[u]]
+        below[room] = 1 + max(users, default=-1)
+    return {room: max(below.values()) - n for room, n in below.items()}
 
 
-WIDTH, BOX, HIGH, STEP = 760, 88, 30, 84  # of the picture, a room's box, and from row to row
+WIDTH, BOX, HIGH, STEP = 880, 88, 30, 84  # of the picture, a room's box, and from row to row
 
 
 def places(
@@ -186,6 +187,7 @@ def places(
 def rooms_picture() -> str:
     "The rooms as SVG in the colours of the page, light or dark."
     table, light = rooms_table()
+    table = {room: above for room, above in table.items() if room != "runs"}
     at = places(table)
     shapes = []
     for room, above in direct(table).items():

@@ -329,7 +329,7 @@ def _rates(optimizer: Any, config: TrainConfig, steps: int, done: int) -> Any:
     def share(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share, last_epoch=done - 1)
 

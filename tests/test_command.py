@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from stand_ins import without
 
 from alpagasus2.cli import main
 from alpagasus2.data import describe_data
@@ -196,19 +197,9 @@ def in_a_terminal(*words: object, cwd: Path, **environ: str) -> str:
     return b"".join(parts).decode()
 
 
-WITHOUT_TORCH = """
-import importlib.util, sys
-HIDDEN = {"torch", "bitsandbytes", "peft", "transformers"}
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in HIDDEN:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Hide())
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda n, p=None: None if n in HIDDEN else find(n, p)
-from alpagasus2.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
+WITHOUT_TORCH = without(
+    {"torch", "bitsandbytes", "peft", "transformers"}, "sys.exit(main(sys.argv[1:]))"
+)
 
 
 def test_doctor_shows_no_secret_and_works_without_torch(tmp_path):

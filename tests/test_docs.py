@@ -26,6 +26,7 @@ from pathlib import Path
 
 import jinja2
 import pytest
+from stand_ins import tiny_llama
 from test_endpoint import serving
 
 from alpagasus2.cli import COMMANDS, _parser, main
@@ -157,18 +158,8 @@ def follow(
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Llama of two small layers with the small model's tokenizer."""
-    import transformers
-
-    from alpagasus2.quant_lora import load_tokenizer
-
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    tokenizer = load_tokenizer("smollm2-135m")
-    tokenizer.save_pretrained(folder)
-    shape = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(shape).save_pretrained(folder)
+    tiny_llama(folder)
     return str(folder)
 
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from stand_ins import tiny_llama
 
 from alpagasus2.cli import main
 
@@ -99,19 +100,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two small layers, an adapter that changes it, and the two merged."""
     import peft
     import torch
-    import transformers
 
     from alpagasus2.quant_lora import load_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = load_tokenizer("smollm2-135m")
+    base = tiny_llama(folder / "base", initializer_range=0.3)
     torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, initializer_range=0.3, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    base = transformers.LlamaForCausalLM(shape)
-    base.save_pretrained(folder / "base")
     lora = peft.LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"])
     adapted = peft.get_peft_model(base, lora)
     for name, weights in adapted.named_parameters():
@@ -119,8 +113,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.normal_(weights, std=0.3)
     adapted.save_pretrained(folder / "adapter")
     adapted.merge_and_unload().save_pretrained(folder / "merged")
-    for name in ("base", "merged"):
-        tokenizer.save_pretrained(folder / name)
+    load_tokenizer("smollm2-135m").save_pretrained(folder / "merged")
     return folder
 
 

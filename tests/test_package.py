@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from stand_ins import without
 from test_endpoint import serving
 
 import alpagasus2
@@ -128,21 +129,11 @@ def test_the_version_stands_in_one_place(dist):
 
 
 # --- without torch ---------------------------------------------------------------------------
-HIDE = f"""
-import importlib.util, json, sys
-HIDDEN = {sorted(MODELS)!r}
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in HIDDEN:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Hide())
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda n, p=None: None if n in HIDDEN else find(n, p)
-from alpagasus2.cli import main
+HIDE = without(MODELS, """
 for words in json.loads(sys.argv[1]):
     if status := main(words):
-        sys.exit(f"{{words}}: status {{status}}")
-"""
+        sys.exit(f"{words}: status {status}")
+""")  # fmt: skip
 
 
 def steps(address: str, folder: Path) -> list[list[str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from stand_ins import tiny_llama
 
 TOKEN = "hf_THISisTHEsecret"
 ROWS = [
@@ -28,18 +29,8 @@ def hub() -> Iterator[HubServer]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two small layers under a path that must not travel."""
-    import transformers
-
-    from alpagasus2.quant_lora import load_tokenizer
-
     folder = tmp_path_factory.mktemp("home-of-ada") / "tiny-llama"
-    tokenizer = load_tokenizer("smollm2-135m")
-    tokenizer.save_pretrained(folder)
-    shape = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(shape).save_pretrained(folder)
+    tiny_llama(folder)
     return folder
 
 

@@ -14,9 +14,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stand_ins import tiny_llama
 
 import alpagasus2.train as training
 from alpagasus2.checkpoint import Checkpoint
@@ -63,15 +63,8 @@ def rows() -> list[dict]:
 def bench(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> Path:
     """A folder with `tiny`, a random Llama, and `rows.json`."""
     folder = tmp_path_factory.mktemp("bench")
-    tokenizer = load_tokenizer("smollm2-135m")
-    torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder / "tiny")
-    tokenizer.save_pretrained(folder / "tiny")
+    bos = load_tokenizer("smollm2-135m").bos_token_id
+    tiny_llama(folder / "tiny", torch.bfloat16, num_key_value_heads=2, bos_token_id=bos)
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder
 

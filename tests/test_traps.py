@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from stand_ins import tiny_llama
 
 from alpagasus2.cli import main
 from alpagasus2.data import load_examples, prompt
@@ -60,18 +61,11 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two small layers, with weights large enough for attention to matter."""
     folder = tmp_path_factory.mktemp("base")
-    tokenizer.save_pretrained(folder)
-    shape = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.LlamaForCausalLM(shape).save_pretrained(folder)
+    shape = {"num_key_value_heads": 2, "initializer_range": 0.2, "tie_word_embeddings": True}
+    tiny_llama(folder, **shape)
     return folder
 
 

@@ -9,7 +9,6 @@ __all__ = ['LIMITS', 'LENGTH_SHIFT', 'load_judgments', 'orient', 'prompt_table',
            'rank_models']
 
 # %% ../nbs/05_analysis.ipynb #77de68da
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from alpagasus2.evidence import (
     prediction_powered_mean,
     ranking,
 )
-from .runs import UserError, dumps, latest, read_json
+from .runs import UserError, json_sha256, latest, read_json
 
 # %% ../nbs/05_analysis.ipynb #1b645389
 import numpy as np
@@ -543,7 +542,7 @@ def read_claim(
     "What was fixed before the run; raises `UserError` when the file was changed since."
     content = read_json(path)
     plan = {k: v for k, v in content.items() if k != "sha256"}
-    if hashlib.sha256(dumps(plan).encode()).hexdigest() != content.get("sha256"):
+    if json_sha256(plan) != content.get("sha256"):
         raise UserError(f"{path}: not what was written before the run; a claim cannot be changed")
     return content
 

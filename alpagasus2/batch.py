@@ -6,7 +6,6 @@
 __all__ = ['Spool', 'Batches', 'asker']
 
 # %% ../nbs/00c_batch.ipynb #ff0ea8c8
-import hashlib
 import json
 import tempfile
 import time
@@ -20,7 +19,7 @@ from .cache import Reply, Request, read_completion
 from .endpoint import Endpoint, check_reachable
 from .limits import Transient, backoff
 from .prices import BATCH_DISCOUNT, dollars
-from .runs import UserError, dumps, say
+from .runs import UserError, dumps, json_sha256, say
 
 # %% ../nbs/00c_batch.ipynb #be118482
 class Spool:
@@ -90,7 +89,7 @@ class Batches:
     ):
         self.endpoint, self.poll, self.most, self.size = endpoint, poll, most, size
         settings = [endpoint.base_url, endpoint.model, sorted(endpoint.sampling.items())]
-        self.mark = hashlib.sha256(dumps(settings).encode()).hexdigest()[:32]
+        self.mark = json_sha256(settings)[:32]
         endpoint.cache._run("CREATE TABLE IF NOT EXISTS collected (id TEXT PRIMARY KEY)")
         self._aside: dict[str, float] = {}  # batch id -> US dollars set aside for it
         self._client: Any = None
@@ -189,6 +188,7 @@ class Batches:
         file_id = self._call(upload)
 
         def create(client: Any) -> str:
+            "The batch's id."
             for batch in client.batches.list(limit=20):  # an earlier try whose answer got lost
                 if batch.input_file_id == file_id:
                     return batch.id

@@ -7,7 +7,6 @@ __all__ = ['is_loopback', 'check_address', 'check_reachable', 'EndpointConfig', 
 
 # %% ../nbs/00b_endpoint.ipynb #dcbd9b5e
 import asyncio
-import hashlib
 import ipaddress
 import os
 import queue
@@ -27,7 +26,7 @@ from urllib.request import getproxies
 from .cache import Reply, ReplyCache, Request, read_completion
 from .limits import Limits, Transient, backoff, retry_after, sort_failure
 from .prices import FREE, Estimate, Price, dollars, find_price, load_prices, prompt_tokens
-from .runs import UserError, dumps, say
+from .runs import UserError, json_sha256, say
 
 # %% ../nbs/00b_endpoint.ipynb #07572263
 def is_loopback(
@@ -277,7 +276,7 @@ class Endpoint:
         "The cache key: everything that can change the reply."
         messages = [dict(m) for m in request.messages]
         parts = [self.base_url, self.model, messages, sorted(self.sampling.items()), request.vote]
-        return hashlib.sha256(dumps(parts).encode()).hexdigest()
+        return json_sha256(parts)
 
     def body(
         self,

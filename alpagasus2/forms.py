@@ -8,7 +8,6 @@ __all__ = ['ONE_ORDER', 'read_annotations', 'read_reviews', 'load_other_forms', 
 
 # %% ../nbs/04c_forms.ipynb #3b23eba4
 import csv
-import hashlib
 import io
 import math
 import re
@@ -20,12 +19,12 @@ from typing import Any
 import yaml
 
 from .judge import parse_verdict
-from .runs import UserError, atomic, dumps, read_json, read_jsonl
+from .runs import UserError, atomic, dumps, json_sha256, read_json, read_jsonl
 
 # %% ../nbs/04c_forms.ipynb #71c9eee8
 def _question_id(*parts: str) -> str:
     "As the id of a row: the first digits of its text's hash."
-    return hashlib.sha256(dumps(parts).encode()).hexdigest()[:16]
+    return json_sha256(parts)[:16]
 
 
 def _judgment(**fields: Any) -> dict[str, Any]:

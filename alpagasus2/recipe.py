@@ -69,9 +69,9 @@ from alpagasus2.runs import (
     Journal,
     UserError,
     build,
-    dumps,
     file_sha256,
     is_complete,
+    json_sha256,
     latest,
     read_json,
     read_jsonl,
@@ -265,8 +265,7 @@ def fix_claim(
         "pool": {"rows": len(rows), "sha256": _pool_hash(Path(recipe.data), rows)},
         "files": {p: file_sha256(p) for p in _files(recipe)},
     }
-    text = dumps(plan)
-    content = {**plan, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    content = {**plan, "sha256": json_sha256(plan)}
     path = output_dir / "claim.json"
     if not path.exists():
         write_json(path, content)

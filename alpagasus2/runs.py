@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'KEYS', 'LIBRARIES', 'UserError', 'check_names', 'build', 'say', 'atomic', 'dumps', 'write_json', 'write_jsonl',
            'replace_folder', 'standing', 'check_output', 'read_json', 'read_jsonl', 'row_key', 'latest', 'Journal',
-           'cache_dir', 'file_sha256', 'environment', 'now', 'read_manifest', 'changed_setting', 'is_complete',
-           'annotate', 'recorded']
+           'cache_dir', 'file_sha256', 'json_sha256', 'environment', 'now', 'read_manifest', 'changed_setting',
+           'is_complete', 'annotate', 'recorded']
 
 # %% ../nbs/00a_runs.ipynb #77de68da
 import dataclasses
@@ -301,6 +301,13 @@ def file_sha256(
     "SHA-256 of a file's bytes."
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def json_sha256(
+    value: Any,  # anything that `dumps` takes
+) -> str:  # hex digest
+    "SHA-256 of a value's JSON, by which claims, requests and settings are compared."
+    return hashlib.sha256(dumps(value).encode()).hexdigest()
 
 
 def environment() -> dict:  # {"python", "libraries", "hardware"}

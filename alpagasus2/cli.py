@@ -81,25 +81,15 @@ def select(
     if len({*others, Path(output).stem}) <= len(compare or []):
         raise UserError("--compare: give the files names of their own, the page goes by them")
     found = load_scores(scores, rows, dimension, problems) if scores else None
-    kept = select_rows(
-        rows, found, threshold=threshold, top_k=top_k, quantile=quantile, random_k=random_k,
-        longest_k=longest_k, seed=seed, drop_near_duplicates=drop_near_duplicates,
-        quota=_shares(quota),
-    )  # fmt: skip
+    rule = {"threshold": threshold, "top_k": top_k, "quantile": quantile, "random_k": random_k,
+            "longest_k": longest_k, "drop_near_duplicates": drop_near_duplicates,
+            "quota": _shares(quota), "seed": seed}  # fmt: skip
+    kept = select_rows(rows, found, **rule)
     write_json(output, kept)
-    given = {
-        "threshold": threshold,
-        "top_k": top_k,
-        "quantile": quantile,
-        "random_k": random_k,
-        "longest_k": longest_k,
-        "drop_near_duplicates": drop_near_duplicates,
-        "quota": quota,
-    }
-    rule = {"seed": seed} | {k: v for k, v in given.items() if v is not None}
     origin = describe_data(data, len(rows))
+    given = {k: v for k, v in rule.items() if v is not None}
     annotate(
-        output, config=rule, inputs={origin["file"]: origin["sha256"]}, rows=len(kept),
+        output, config=given, inputs={origin["file"]: origin["sha256"]}, rows=len(kept),
         sha256=file_sha256(output), licence=origin["licence"], page=origin["page"],
     )  # fmt: skip
     unscored = f"; {sum(r['id'] not in found for r in rows):,} had no score" if found else ""

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import alpagasus2
 from .categories import category_by_rules
-from .runs import UserError, atomic, cache_dir, file_sha256, read_json, read_manifest
+from .runs import UserError, atomic, cache_dir, read_json, read_manifest
 from .similarity import NearDuplicates
 
 # %% ../nbs/00_data.ipynb #c1dfd96e
@@ -94,7 +94,8 @@ def describe_data(
     found = {"file": path.name if path.is_file() else name, "rows": rows}
     if not path.is_file():  # a hub id
         return {**found, "sha256": None, "licence": None, "page": None}
-    blob, sha256 = git_blob_id(path.read_bytes()), file_sha256(path)
+    content = path.read_bytes()
+    blob, sha256 = git_blob_id(content), hashlib.sha256(content).hexdigest()
     noted = read_manifest(path.parent).get("outputs", {}).get(path.name, {})
     entry = next(
         (e for n, e in known.items() if n == name or e.get("git_blob") == blob),

@@ -35,6 +35,7 @@ def chooser(
     draws = [random.Random(seed) for seed in seeds]
 
     def sample(logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
+        "One number of a row's own generator decides its token."
         p, order = (logits.float() / temperature).softmax(-1), None
         if top_p < 1:
             p, order = p.sort(dim=-1, descending=True, stable=True)

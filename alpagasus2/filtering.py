@@ -104,8 +104,9 @@ def kept_by_category(
     kept: Collection[str],  # ids
 ) -> dict[str, list[int]]:  # category -> [kept, rows], largest first
     "How many of each category a filter kept."
-    there = Counter(category_of(r) for r in rows)
-    stayed = Counter(category_of(r) for r in rows if r["id"] in kept)
+    named = [(category_of(r), r["id"] in kept) for r in rows]
+    there = Counter(name for name, _ in named)
+    stayed = Counter(name for name, stays in named if stays)
     return {name: [stayed[name], n] for name, n in there.most_common()}
 
 

@@ -33,13 +33,14 @@ class GenerateConfig:
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0  # nucleus sampling, in (0, 1]
     template: Template = "alpaca"  # the text form of the training
-    token_budget: int = 32768  # most tokens in memory at once; changes speed, never the answers
+    token_budget: int | None = None  # most tokens in memory at once; None: what half of it holds
     seed: int = 0  # for sampling; each question has numbers of its own
     truncate_prompt: bool = False  # cut the start of a prompt that does not fit; false: refuse it
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.token_budget < 1:
-            raise UserError("max_new_tokens and token_budget must be above 0")
+        for name in ("max_new_tokens", "token_budget"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: it must be above 0")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise UserError(
                 f"temperature={self.temperature}, top_p={self.top_p}: at least 0, and in (0, 1]"
@@ -83,7 +84,7 @@ def local_answers(
     config: GenerateConfig,  # length, sampling, memory
 ) -> Answers:
     "Answer questions with a model in this process."
-    from alpagasus2.decode import chooser, decode
+    from alpagasus2.decode import cache_budget, chooser, decode
 
     context = model.config.get_text_config().max_position_embeddings
     prompts = encode_prompts(questions, tokenizer, context - config.max_new_tokens, config)
@@ -93,9 +94,8 @@ def local_answers(
     training = model.training
     model.eval()
     try:
-        for i, new, stopped in decode(
-            model, prompts, config.max_new_tokens, stop, choose, config.token_budget
-        ):
+        budget = config.token_budget or cache_budget(model)
+        for i, new, stopped in decode(model, prompts, config.max_new_tokens, stop, choose, budget):
             yield (
                 i,
                 {

@@ -33,7 +33,7 @@ from setuptools.build_meta import build_sdist, build_wheel
 out = sys.argv[1]  # each of the two writes another argv
 build_sdist(out), build_wheel(out)
 """
-MODELS = {"accelerate", "bitsandbytes", "datasets", "gguf", "huggingface_hub", "peft"}
+MODELS = {"accelerate", "bitsandbytes", "datasets", "gguf", "huggingface_hub", "peft", "psutil"}
 MODELS |= {"safetensors", "sentencepiece", "torch", "transformers"}
 
 

@@ -372,8 +372,9 @@ def prompt(
 def _question(row: Mapping, stem: str, number: int) -> dict:
     "One question in our form, from any of the four test sets' schemas or our own."
     if "instances" in row:  # Self-Instruct user tasks
-        name, key, text = "sinstruct", row["id"], row["instruction"]
-        return _form(key, name, row.get("motivation_app"), text, row["instances"][0]["input"])
+        first, name = row["instances"][0], "sinstruct"
+        form = _form(row["id"], name, row.get("motivation_app"), row["instruction"], first["input"])
+        return form | ({"reference": first["output"]} if first.get("output") else {})  # a person's
     if "Instruction" in row:
         return _form(f"wizardlm_{row['idx']}", "wizardlm", row.get("Skill"), row["Instruction"], "")
     if "question_id" in row and "text" in row:

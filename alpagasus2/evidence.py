@@ -6,7 +6,7 @@
 __all__ = ['RESAMPLES', 'FEW_PROMPTS', 'MOST_SETS', 'VERDICTS', 'percentile_interval', 'winning_score_interval',
            'few_prompts_warning', 'majority', 'replicate_resamples', 'few_replicates_factor', 'crossed_interval',
            'holm', 'sign_test_power', 'detectable_effect', 'noise_floor', 'check_margin', 'decide', 'claim',
-           'bradley_terry', 'ranking', 'elo', 'kappa_with_interval', 'prediction_powered_mean']
+           'heldout_finding', 'bradley_terry', 'ranking', 'elo', 'kappa_with_interval', 'prediction_powered_mean']
 
 # %% ../nbs/04b_evidence.ipynb #1274bae3
 from collections.abc import Mapping, Sequence
@@ -281,6 +281,32 @@ def _noise_sentence(pair: Mapping, aa: Mapping | None) -> str:
         f"{aa['model_b']}, two draws of one rule, gives {aa['win_rate']:.1%}."
     )
     return f"{floor} {crossed}" if runs > 1 else floor
+
+# %% ../nbs/04b_evidence.ipynb #1a878920
+def heldout_finding(
+    heldout: Mapping,  # arm -> difference and difference_ci95 of its loss to model_a's
+    model_a: str,  # the arm that the claim is about
+    control: str | None = "random",  # the arm it is held against
+    aa: Mapping | None = None,  # A/A arms: model_a, model_b, heldout_difference, heldout_ci95
+) -> str:  # one or two sentences; empty when the control's loss was not measured
+    "What reference answers say of model_a and the control."
+    found = heldout.get(control) or {}
+    if found.get("difference") is None:
+        return ""
+    gap, (low, high) = found["difference"], found["difference_ci95"]
+    sure = "" if low > 0 or high < 0 else ", which may be chance"
+    side = "above" if gap >= 0 else "below"
+    said = (
+        f"Without a judge: on reference answers the loss of {control} is {abs(gap):.3f} nats a "
+        f"token {side} that of {model_a} [{low:+.3f}, {high:+.3f}]{sure}."
+    )
+    if aa is None or aa.get("heldout_difference") is None:
+        return said
+    low, high = aa["heldout_ci95"]
+    return (
+        f"{said} Two draws of one rule, {aa['model_a']} and {aa['model_b']}, differ by "
+        f"{aa['heldout_difference']:+.3f} [{low:+.3f}, {high:+.3f}]."
+    )
 
 # %% ../nbs/04b_evidence.ipynb #24876b17
 def bradley_terry(

@@ -43,7 +43,7 @@ from alpagasus2.data import (
     select,
 )
 from .endpoint import Endpoint, EndpointConfig
-from .evidence import check_margin
+from .evidence import check_margin, heldout_finding
 from .filtering import filter_report, plot_categories, plot_lengths, plot_scores
 from .generate import Answers, Backend, GenerateConfig, generate, local_answers
 from alpagasus2.judge import (
@@ -709,11 +709,14 @@ def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, li
         measured = heldout_summary(held, results["aa"]["model_b"], seed)[results["aa"]["model_a"]]
         results["aa"]["heldout_difference"] = measured["difference"]
         results["aa"]["heldout_ci95"] = measured["difference_ci95"]
+    heldout = heldout_summary(held, model_a, seed) if held else {}
+    found = heldout_finding(heldout, model_a, fixed["control"], results["aa"])
+    results["claim"] |= {"heldout": found}
     rater = recipe.rater
     selector = rater.dimension if rater.kind == "llm" else rater.kind
     return {
         **results,
-        "heldout": heldout_summary(held, model_a, seed) if held else {},
+        "heldout": heldout,
         "checkable": checkable(latest(run.dir / "responses.jsonl"), run.questions),
         "filter": {
             "selector": selector if scores else "none: the arms came as files",
@@ -811,6 +814,7 @@ def summary_lines(
         versus = f"{p['win']}/{p['tie']}/{p['lose']}" if p else "-"
         lines.append(f"{arm:12}{share:>12}{shown:>22}{score:>9}{versus:>15}")
     claim = results.get("claim", {})
+    lines += filter(None, [claim.get("heldout")])
     return [*lines, f"{claim.get('verdict')}. {claim.get('reason')}"]
 
 # %% ../nbs/06_recipe.ipynb #b6692ea5

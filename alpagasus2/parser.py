@@ -84,7 +84,7 @@ def _finish_options(
         if action.dest in alone:
             action.nargs, action.const = "?", alone[action.dest]
         if notes.get(action.dest):
-            action.help = notes[action.dest].replace("%", "%%")
+            action.help = notes[action.dest]
 
 # %% ../nbs/06b_parser.ipynb #d86bd624
 def command_parser(

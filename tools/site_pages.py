@@ -63,8 +63,7 @@ def option_rows(
         name = next(iter(action.option_strings), action.dest)
         kind = type_text(getattr(action, "_typehint", None) or action.type or str)
         kind = f"list of {kind}" if action.nargs == "+" else kind
-        note = (action.help or "").replace("%%", "%")
-        yield f"| `{name}` | {cell(note)} | {cell(kind)} | {cell(default_text(action))} |"
+        yield f"| `{name}` | {cell(action.help)} | {cell(kind)} | {cell(default_text(action))} |"
 
 
 def commands_page() -> str:

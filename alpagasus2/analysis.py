@@ -571,14 +571,15 @@ def analyse(
     for family in (pairs, pooled):
         for p, corrected in zip(family, holm([p["sign_test_p"] for p in family]), strict=True):
             p["holm_p"] = corrected
-    unread = sum(x["verdict"] is None for x in judgments) / len(judgments)
+    asked = [x for x in judgments if not x.get("copied")]  # not the other order's stand-in
+    unread = sum(x["verdict"] is None for x in asked) / len(asked)
     health = judge_health(prompts, canaries, unread)
     twins = _twins(pooled, aa)
     candidates = [p for p in pooled if p["model_a"] == (model_a or p["model_a"])]
     candidates = [p for p in candidates if not aa or {p["model_a"], p["model_b"]} != set(aa)]
     fields = ("id", "test_set", *models, "replicate", "vote", "first", "status", "review")
     return {
-        "claim": claim(candidates, health, control, margin, twins),
+        "claim": {**claim(candidates, health, control, margin, twins), "margin": margin},
         "pairs": pairs,
         "pooled": pooled,
         "judge_health": health,
@@ -587,7 +588,7 @@ def analyse(
         "aa": twins,
         "labels": label_statistics(prompts, labels) if labels else None,
         "warnings": _warnings(pairs, pooled),
-        "failures": [{f: x.get(f) for f in fields} for x in judgments if x["verdict"] is None],
+        "failures": [{f: x.get(f) for f in fields} for x in asked if x["verdict"] is None],
     }
 
 

@@ -49,6 +49,7 @@ def effect_chart(
     reference: float,  # where nothing differs
     band: Sequence[float] | None = None,  # [low, high] of the noise floor
     percent: bool = False,  # whether values are fractions of 1
+    bound: float | None = None,  # what an interval has to clear, where it is not the reference
 ) -> Figure:
     "Dots with their 95% intervals. Raises ValueError without an effect."
     if not effects:
@@ -60,7 +61,11 @@ def effect_chart(
             axes.axvspan(
                 *band, color=_BAND, label="noise floor: what two draws of one rule give", zorder=0
             )
-        axes.axvline(reference, color=_SOFT, linestyle="--", linewidth=1, zorder=1)
+        plain = "--" if bound is None else ":"
+        axes.axvline(reference, color=_SOFT, linestyle=plain, linewidth=1, zorder=1)
+        if bound is not None:
+            said = f"bound: not worse by more than {100 * abs(reference - bound):g} points"
+            axes.axvline(bound, color=_SOFT, linestyle="--", linewidth=1.4, label=said, zorder=1)
         for y, e in enumerate(effects):
             axes.errorbar(
                 e.value, y, xerr=[[max(e.value - e.low, 0)], [max(e.high - e.value, 0)]],
@@ -72,7 +77,7 @@ def effect_chart(
         axes.set_xlabel(label)
         if percent:
             axes.xaxis.set_major_formatter(PercentFormatter(1))
-        if band:
+        if band or bound is not None:
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderpad=0)
     axes.tick_params(axis="y", length=0)
     sns.despine(ax=axes, left=True)
@@ -100,7 +105,7 @@ def noise_band(
 def effects_chart(
     results: Mapping,  # results.json's content
 ) -> Figure | None:
-    "Win rate of every comparison before the noise floor of the A/A arm."
+    "Win rates before the noise floor; where the claim has a margin, its bound is dashed."
     pairs, pooled = results.get("pairs") or [], results.get("pooled") or []
     if len({p.get("test_set") for p in pairs}) == 1:
         pooled = []
@@ -112,9 +117,10 @@ def effects_chart(
     effects = [e for e in found if e]
     first = rows[0][0] if rows else {}
     label = "the first model" if several else f"{first.get('model_a')} vs {first.get('model_b')}"
-    band = noise_band(results.get("aa"))
     label = f"win rate of {label}, ties half"
-    return effect_chart(effects[:_MOST], label, 0.5, band, True) if effects else None
+    margin = (results.get("claim") or {}).get("margin")
+    bound, band = 0.5 - margin if margin else None, noise_band(results.get("aa"))
+    return effect_chart(effects[:_MOST], label, 0.5, band, True, bound) if effects else None
 
 # %% ../nbs/05a0_charts.ipynb #ed44de56
 def categories_chart(

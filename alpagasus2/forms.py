@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from .evidence import NO_CLAIM
 from .judge import parse_verdict
 from .runs import UserError, atomic, dumps, json_sha256, read_json, read_jsonl
 
@@ -173,7 +174,7 @@ _OF_ORDERS = ("consistency", "kappa_between_orders", "first_slot_wins", "second_
 def without_orders(
     results: Mapping,  # from `analyse`, over lines of which some are copies
 ) -> dict[str, Any]:  # the same without what compares the two orders
-    "Clear what copies would make look perfect; the claim becomes none."
+    "Clear what copies would make look perfect; a judge so asked cannot be shown to be fit."
 
     def cleared(p: Mapping) -> dict[str, Any]:
         rules = {**(p.get("rules") or {}), "strict": None}
@@ -185,15 +186,14 @@ def without_orders(
         for c in health["checks"]
     ]
     unknown = dict.fromkeys(("first_slot_wins", "second_slot_wins", "slot_p"))
-    fit = all(c["status"] != "fail" for c in checks)
-    health |= {**unknown, "fit": fit, "checks": checks, "summary": ONE_ORDER}
+    health |= {**unknown, "fit": False, "checks": checks, "summary": ONE_ORDER}
     pooled = [cleared(p) for p in results["pooled"]]
     found = "; ".join(
         f"{p['model_a']} against {p['model_b']}: win rate {p['win_rate']:.1%} "
         f"[{p['win_rate_ci95'][0]:.1%}, {p['win_rate_ci95'][1]:.1%}] over {p['n']:,} prompts"
         for p in pooled if p["n"]
     )  # fmt: skip
-    claim = {"verdict": "no claim", "reason": f"{ONE_ORDER} {found}.".replace(" .", "")}
+    claim = {"verdict": NO_CLAIM, "reason": f"{ONE_ORDER} {found}.".replace(" .", "")}
     pairs = [cleared(p) for p in results["pairs"]]
     return {**results, "claim": claim, "pairs": pairs, "pooled": pooled, "judge_health": health}
 
@@ -249,7 +249,7 @@ def model_index(
     "The results of one arm in the form that the hub reads; an unfit judge's are left out."
     compared = results.get("pairs") or []
     model = model or (compared[0]["model_a"] if compared else None)
-    unfit = str((results.get("claim") or {}).get("verdict")).startswith("judge unfit")
+    unfit = (results.get("claim") or {}).get("verdict") == NO_CLAIM
     mine = [p for p in compared if p["model_a"] == model and p.get("n") and not unfit]
     stated = [_on(p["test_set"], _metrics(p)) for p in mine]
     loss = ((results.get("heldout") or {}).get(model) or {}).get("loss")

@@ -29,7 +29,7 @@ import pytest
 from stand_ins import tiny_llama
 from test_endpoint import serving
 
-from alpagasus2.cli import COMMANDS, _parser, main
+from alpagasus2.cli import COMMANDS, build_parser, main
 from alpagasus2.data import dataset_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,7 +96,7 @@ def parsed(words: list[str], place: str) -> None:
         return
     assert words[1] in COMMANDS, f"{place}: no command {words[1]}"
     try:
-        _parser(words[1]).parse_args(words[2:])
+        build_parser(words[1]).parse_args(words[2:])
     except Exception as e:
         pytest.fail(f"{place}: {e}")
 

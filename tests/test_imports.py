@@ -38,8 +38,8 @@ MAY_IMPORT = {
     "judge": "data prices cache replies",
     "standings": "",
     "leaderboard": "quant_lora standings",
-    "forms": "replies judge",
     "evidence": "",
+    "forms": "replies judge evidence",
     "analysis": "data evidence",
     "plots": "",
     "charts": "",
@@ -49,13 +49,20 @@ MAY_IMPORT = {
     "train decode generate replies judge standings leaderboard evidence analysis plots forms "
     "charts report filtering",
 }
-MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
+# a command loads the step that it runs, and no other
+MAY_IMPORT |= {
+    "parser": "",
+    "cli_ask": "data prices endpoint batch quant_lora generate judge leaderboard recipe",
+    "cli_train": "data quant_lora forward score estimate merge doctor train preview share",
+    "cli": "data judge analysis plots forms report filtering recipe train parser cli_ask cli_train",
+}
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
 ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 # without torch
 LIGHT = (
     "similarity categories data runs prices cache limits endpoint batch doctor share generate "
-    "replies judge standings forms evidence analysis plots charts report filtering".split()
+    "replies judge standings forms evidence analysis plots charts report filtering parser cli_ask "
+    "cli_train cli".split()
 )
 
 

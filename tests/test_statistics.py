@@ -24,6 +24,7 @@ from alpagasus2.evidence import (
     detectable_effect,
     prediction_powered_mean,
 )
+from alpagasus2.forms import in_both_orders, without_orders
 
 SIGNS = np.array([1, 0, -1])
 AGREE = 0.5  # share of prompts whose second order repeats the first
@@ -379,3 +380,17 @@ def test_many_verdicts_are_analysed_in_seconds(n):
     seconds, gigabytes = map(float, done.stdout.split())
     print(f"{n:,} verdicts: {seconds:.1f} s, {gigabytes:.2f} GB")
     assert seconds < 10 and gigabytes < 1
+
+
+def test_a_failed_verdict_of_one_order_is_listed_once():
+    "Its copy stands in for the order that nobody asked: no second failure, no second question."
+    line = {"id": "q", "test_set": "t", "category": None, "instruction": "?", "input": "",
+            "model_a": "x", "model_b": "y", "replicate": 0, "vote": 0, "first": None,
+            "response_a": "1", "response_b": "2", "score_a": None, "score_b": None,
+            "protocol": "verdict", "review": "hm"}  # fmt: skip
+    read = {**line, "id": "p", "verdict": "a", "status": "ok"}
+    copies, copied = in_both_orders([{**line, "verdict": None, "status": "unparsed"}, read])
+    results = without_orders(analyse(copies))
+    assert copied and len(copies) == 4
+    assert [(x["id"], x["review"]) for x in results["failures"]] == [("q", "hm")]
+    assert results["claim"]["verdict"] in VERDICTS

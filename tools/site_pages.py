@@ -63,13 +63,12 @@ def option_rows(
         name = next(iter(action.option_strings), action.dest)
         kind = type_text(getattr(action, "_typehint", None) or action.type or str)
         kind = f"list of {kind}" if action.nargs == "+" else kind
-        note = (action.help or "").replace("%%", "%")
-        yield f"| `{name}` | {cell(note)} | {cell(kind)} | {cell(default_text(action))} |"
+        yield f"| `{name}` | {cell(action.help)} | {cell(kind)} | {cell(default_text(action))} |"
 
 
 def commands_page() -> str:
     "The command reference, from the parsers themselves."
-    from alpagasus2.cli import COMMANDS, POSITIONAL, _parser
+    from alpagasus2.cli import COMMANDS, POSITIONAL, build_parser
 
     page = [
         "# Commands\n\nEvery option of every command, written from the parsers when this site was "
@@ -78,7 +77,7 @@ def commands_page() -> str:
     ]
     for name, (function, _) in COMMANDS.items():
         first = f" {POSITIONAL[name].upper()}" if name in POSITIONAL else ""
-        rows = list(option_rows(_parser(name)))
+        rows = list(option_rows(build_parser(name)))
         table = ["| option | what it is | type | default |", "|---|---|---|---|", *rows]
         page.append(f"## alpagasus2 {name} {{#{name}}}\n\n{function.__doc__}\n")
         page.append(f"```\nalpagasus2 {name}{first} [options]\n```\n")
@@ -138,7 +137,7 @@ def rooms_table() -> tuple[dict[str, set[str]], set[str]]:
     spec.loader.exec_module(module)
     table = {room: set(above.split()) for room, above in module.MAY_IMPORT.items()}
     built = {room for room in table if (PACKAGE / f"{room}.py").exists()}
-    return {r: table[r] & built for r in table if r in built}, {*module.LIGHT, "cli"} & built
+    return {r: table[r] & built for r in table if r in built}, set(module.LIGHT) & built
 
 
 def direct(

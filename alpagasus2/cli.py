@@ -307,12 +307,14 @@ def _values(command: str, argv: list[str]) -> dict[str, Any]:
     parser = build_parser(command)
     said = " ".join(argv) + config_text(argv)
     if command in ("train", "preview", "estimate") and "preset" in said:
-        from alpagasus2.train import PRESETS  # a preset is a set of defaults, replaced by options
+        from alpagasus2.train import preset_values  # a preset is a set of defaults
 
         printing = ("--print_config", "-h", "--help")
-        first = parser.parse_args([w for w in argv if not w.startswith(printing)])
-        known = {k: v for k, v in PRESETS.get(first.preset, {}).items() if k in first}
-        parser.set_defaults(**known)
+        words = [w for w in argv if not w.startswith(printing)]
+        known = parser.parse_args(words).as_dict()
+        given = parser.parse_args(words, defaults=False).as_dict()
+        preset = preset_values(known["preset"], given)
+        parser.set_defaults(**{k: v for k, v in preset.items() if k in known})
     values = parser.parse_args(argv).as_dict()
     return {k: v for k, v in values.items() if k not in ("config", "__path__")}
 

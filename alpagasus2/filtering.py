@@ -112,8 +112,12 @@ def contamination_hits(
     asked = {(q.get("test_set"), q["id"]): asked_of(q)[1] for q in questions}
     texts = {r["id"]: _text(r) for r in rows}
     worst = sorted((x for x in found if x["seen"]), key=lambda x: -x["seen"])[:most]
+
+    def start(text: str) -> str:
+        return text if len(text) <= cut else f"{text[:cut]}…"
+
     return [
-        {**x, "question": asked[x["test_set"], x["id"]][:cut], "holds": texts[x["row"]][:cut]}
+        {**x, "question": start(asked[x["test_set"], x["id"]]), "holds": start(texts[x["row"]])}
         for x in worst
     ]
 

@@ -91,7 +91,8 @@ def contamination(
             held = np.append(known, np.uint64(0))[at] == grams
             held &= at < len(known)
             seen = float((np.convolve(held, np.ones(n)) > 0.5).mean())
-            row = rows[np.bincount(owner[at[held]]).argmax()].get("id") if held.any() else None
+            most = int(np.bincount(owner[at[held]]).argmax()) if held.any() else None
+            row = None if most is None else rows[most].get("id")
             found.append({"id": q["id"], "test_set": q.get("test_set"), "seen": seen, "row": row})
     return found
 

@@ -68,6 +68,7 @@ def select(
     report: str | None = None,  # a folder for a page on what was kept and lost
     questions: list[str] | None = None,  # test sets that the kept rows should not hold
     compare: list[str] | None = None,  # files of rows that other filters kept of the same data
+    other_scores: list[str] | None = None,  # other raters' scores: their agreement with --scores
 ) -> None:
     "Keep some rows by exactly one rule."
     from alpagasus2.data import describe_data, dropped, load_examples, load_scores
@@ -77,8 +78,12 @@ def select(
     rows, problems = load_examples(data)
     if problems:
         print(dropped(problems), file=sys.stderr)
-    if (questions or compare) and not report:
-        raise UserError("--questions and --compare are for the page: add --report DIR")
+    if (questions or compare or other_scores) and not report:
+        raise UserError(
+            "--questions, --compare and --other_scores are for the page: add --report DIR"
+        )
+    if other_scores and not scores:
+        raise UserError("--other_scores: they are compared with --scores; give both")
     others = {Path(path).stem: load_examples(path)[0] for path in compare or []}
     if len({*others, Path(output).stem}) <= len(compare or []):
         raise UserError("--compare: give the files names of their own, the page goes by them")
@@ -87,6 +92,8 @@ def select(
             "longest_k": longest_k, "drop_near_duplicates": drop_near_duplicates,
             "quota": _shares(quota), "seed": seed}  # fmt: skip
     kept = select_rows(rows, found, **rule)
+    theirs = {p: load_scores(p, rows, dimension, problems) for p in other_scores or []}
+    agreed = _agreement(scores, found, theirs, len(kept)) if theirs else {}
     write_json(output, kept)
     origin = describe_data(data, len(rows))
     given = {k: v for k, v in rule.items() if v is not None}
@@ -98,7 +105,7 @@ def select(
     print(f"{output}: kept {len(kept):,} of {len(rows):,} rows{unscored}")
     if report:
         selected = {Path(output).stem: kept, **others}
-        print(_filter_page(rows, found or {}, selected, questions or [], report))
+        print(_filter_page(rows, found or {}, selected, questions or [], report, agreed))
 
 
 def _shares(quota: Sequence[str] | None) -> Any:
@@ -117,9 +124,29 @@ def _shares(quota: Sequence[str] | None) -> Any:
     return shares
 
 
+def _agreement(
+    path: str | None, scores: Mapping[str, float] | None, others: Mapping[str, Mapping], kept: int
+) -> dict[str, Any]:
+    "Each other file's agreement with the scores, at the top over as many rows as were kept."
+    from alpagasus2.filtering import rater_agreement
+
+    found, mine = {}, scores or {}
+    for other, theirs in others.items():
+        most = min(kept, len({*mine} & {*theirs})) or None
+        agreed = rater_agreement(mine, theirs, most)
+        rho = agreed["spearman"]
+        found[f"{Path(path or '').name} and {Path(other).name}"] = agreed
+        print(
+            f"{other}: Spearman {'undefined' if rho is None else f'{rho:.2f}'} over "
+            f"{agreed['rows']:,} rows; of the best {agreed['top_k']:,} both share "
+            f"{agreed['shared']:.0f}, {agreed['expected']:.0f} by chance"
+        )
+    return found
+
+
 def _filter_page(
     rows: list, scores: Mapping[str, float], selected: Mapping[str, list],
-    questions: Sequence[str], folder: str,
+    questions: Sequence[str], folder: str, agreed: Mapping[str, Any],
 ) -> Path:  # fmt: skip
     "Write the filter's report for these selections."
     from alpagasus2.data import load_questions
@@ -132,7 +159,7 @@ def _filter_page(
         "Share kept by category": plot_categories(rows, selected),
         "Length of the responses": plot_lengths(rows, selected),
     }
-    found = filter_report(rows, scores, selected, asked)
+    found = {**filter_report(rows, scores, selected, asked), "rater_agreement": agreed}
     return write_report({"filter": found}, folder, figures=figures, title="What was kept")
 
 # %% ../nbs/07_cli.ipynb #f1abd670

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ifeval_lacks', 'LeaderboardConfig', 'find_tasks', 'load_tasks', 'Rehearsal', 'carry_out', 'Planned', 'count_tokens',
-           'rehearse', 'plan_tasks', 'cost_lines', 'Scorer', 'ask', 'leaderboard']
+           'rehearse', 'plan_tasks', 'cost_lines', 'Scorer', 'model_sha256', 'ask', 'leaderboard']
 
 # %% ../nbs/04a_leaderboard.ipynb #22afa373
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .runs import Journal, UserError, changed_setting, file_sha256, recorded
+from .runs import Journal, UserError, changed_setting, file_sha256, json_sha256, recorded
 from .standings import BENCHMARKS, OPEN_LLM, Benchmark, write_results
 
 # %% ../nbs/04a_leaderboard.ipynb #40e5865e
@@ -34,7 +34,13 @@ except ModuleNotFoundError as e:
 
 # %% ../nbs/04a_leaderboard.ipynb #ec7a5ef4
 # before torch is loaded: it says how torch's threads wait
-from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
+from alpagasus2.quant_lora import (
+    QuantLoraConfig,
+    load_adapters,
+    load_base,
+    load_tokenizer,
+    resolve_model,
+)
 
 # %% ../nbs/04a_leaderboard.ipynb #77a1e340
 import datasets
@@ -57,7 +63,8 @@ def ifeval_lacks() -> str:  # empty when nothing is missing
     try:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError:
-        return "ifeval needs NLTK's punkt_tab: run `python -m nltk.downloader punkt_tab`"
+        get = "run `python -m nltk.downloader punkt_tab`"
+        return f"ifeval needs NLTK's punkt_tab: {get}, or set NLTK_DATA to a folder that has it"
     return ""
 
 # %% ../nbs/04a_leaderboard.ipynb #7f08205d
@@ -381,6 +388,16 @@ class Scorer(HFLM):
         with torch.no_grad():
             return self.model(inps, logits_to_keep=self._longest + padding).logits
 
+# %% ../nbs/04a_leaderboard.ipynb #fd41f81b
+def model_sha256(
+    base_model: str | Path,  # a local folder, a hub id, or smollm2-135m
+) -> str | None:  # first 16 hex digits over config, tokenizer and weights; None for a hub id
+    "What tells one model from another at the same path."
+    folder = Path(resolve_model(base_model))
+    named = [folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]
+    files = {path.name: file_sha256(path) for path in sorted(named) if path.is_file()}
+    return json_sha256(files)[:16] if files else None
+
 # %% ../nbs/04a_leaderboard.ipynb #efabb56b
 @contextlib.contextmanager
 def _using(model: Any, adapter: str | None) -> Iterator[None]:
@@ -398,7 +415,8 @@ def _model_settings(
 ) -> dict[str, dict[str, Any]]:
     "What each arm is, in words that can be compared: arm -> settings."
     bits = "4 bits" if quant_lora.load_in_4bit else "8 bits" if quant_lora.load_in_8bit else "16"
-    base = {"base_model": str(base_model), "quantization": bits, "adapter": None}
+    base = {"base_model": str(base_model), "weights": model_sha256(base_model)}
+    base |= {"quantization": bits, "adapter": None}
     arms = {name: base}
     for arm, path in adapters.items():
         if arm == name:
@@ -424,7 +442,9 @@ def _todo(
             done = journal.get(line)
             if not done:
                 yield arm, step, line
-            elif change := changed_setting(done["settings"], settings):
+                continue
+            before = {"weights": model["weights"]} | done["settings"]  # earlier versions had none
+            if change := changed_setting(before, settings):
                 where = f"{journal.path}: {arm} on {line['id']}: {change}"
                 raise UserError(f"{where}; choose another output_dir, or another name for it")
 

@@ -313,6 +313,82 @@ def test_a_killed_run_goes_on_and_ends_the_same(tasks, tiny, tmp_path):
 
 
 @needs_lm_eval
+def test_another_model_at_the_same_path_is_noticed(tasks, tmp_path, capsys):
+    "A model that is merged again has the same path, names and sizes of files, and other weights."
+    words = ["leaderboard", "--base_model", str(tmp_path / "base"), "--include_path", str(tasks)]
+    words += ["--output_dir", str(tmp_path / "out"), "--tasks", "truths"]
+    tiny_llama(tmp_path / "base")
+    assert main(words) == 0 and main(words) == 0
+    (line,) = (tmp_path / "out/leaderboard.jsonl").read_text().splitlines()
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "base on truths: weights was" in capsys.readouterr().err
+    old = json.loads(line)  # of a version that did not record it
+    del old["settings"]["weights"]
+    (tmp_path / "out/leaderboard.jsonl").write_text(json.dumps(old) + "\n")
+    assert main(words) == 0
+
+
+IFEVAL = """include: {file}
+task: ifeval
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: asked.json}}}}
+generation_kwargs: {{until: [], do_sample: false, max_gen_toks: 24}}
+"""
+ASKED = [
+    {"key": 1, "prompt": "Name a river. Use no comma.", "kwargs": [{}],
+     "instruction_id_list": ["punctuation:no_comma"]},
+    {"key": 2, "prompt": "Shout three words.", "instruction_id_list":
+     ["change_case:capital_word_frequency"],
+     "kwargs": [{"capital_relation": "at least", "capital_frequency": 3}]},
+]  # fmt: skip
+
+
+@needs_lm_eval
+def test_ifeval_without_its_data_is_one_sentence(tasks, tiny, tmp_path, capsys, monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    words = ["leaderboard", "--base_model", str(tiny / "base"), "--output_dir", str(tmp_path / "o")]
+    assert main([*words, "--tasks", "ifeval"]) == 2
+    said = capsys.readouterr().err
+    assert "ifeval needs" in said and said.count("\n") == 1 and not (tmp_path / "o").exists()
+
+
+@needs_lm_eval
+def test_ifeval_matches_lm_eval_by_hand_where_its_data_is(tiny, tmp_path):
+    import lm_eval
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    from alpagasus2.leaderboard import QuantLoraConfig, ifeval_lacks, leaderboard
+    from alpagasus2.quant_lora import load_base, load_tokenizer
+
+    if lacks := ifeval_lacks():
+        pytest.skip(lacks)
+    own, output = tmp_path / "own", tmp_path / "out"
+    own.mkdir()
+    built_in = Path(lm_eval.__file__).parent / "tasks/ifeval/ifeval.yaml"
+    (own / "ifeval.yaml").write_text(IFEVAL.format(file=built_in))
+    (own / "asked.json").write_text(json.dumps(ASKED))
+    base, sixteen = str(tiny / "base"), QuantLoraConfig(load_in_4bit=False)
+    found = leaderboard(
+        base, output, ["ifeval"], quant_lora=sixteen, include_path=own, progress=False
+    )
+    score = found["models"]["base"]["ifeval"]
+    assert (score["n"], score["metric"]) == (2, "prompt_level_strict_acc")
+    (line,) = map(json.loads, (output / "leaderboard.jsonl").read_text().splitlines())
+    with torch.no_grad():
+        model = HFLM(pretrained=load_base(base, sixteen), tokenizer=load_tokenizer(base))
+        theirs = by_hand(model, own, ("ifeval",))
+    kept = [x["prompt_level_strict_acc"] for x in theirs["samples"]["ifeval"]]
+    assert line["outcomes"] == [float(x) for x in kept]
+    assert score["value"] == theirs["results"]["ifeval"]["prompt_level_strict_acc,none"]
+
+
+@needs_lm_eval
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -45,9 +45,11 @@ MAY_IMPORT = {
     "charts": "",
     "report": "analysis forms charts",
     "filtering": "similarity data evidence",
+    "sizes": "analysis",
+    "design": "data endpoint quant_lora train generate evidence analysis",
     "recipe": "data prices cache limits endpoint batch quant_lora forward score checkpoint "
     "train decode generate replies judge standings leaderboard evidence analysis plots forms "
-    "charts report filtering",
+    "charts report filtering sizes design",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["recipe"] + " recipe estimate merge share doctor preview"
 NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
@@ -55,7 +57,8 @@ ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 # without torch
 LIGHT = (
     "similarity categories data runs prices cache limits endpoint batch doctor share generate "
-    "replies judge standings forms evidence analysis plots charts report filtering".split()
+    "replies judge standings forms evidence analysis plots charts report filtering "
+    "sizes".split()
 )
 
 

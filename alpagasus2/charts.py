@@ -161,18 +161,22 @@ def curves_chart(
     if not any(curves.values()):
         raise ValueError("no point to draw")
     figure, colours = Figure(figsize=(5.6, 3.2)), sns.color_palette("colorblind")
-    axes = figure.subplots()
+    axes, every = figure.subplots(), [p.x for points in curves.values() for p in points]
+    reach = (max(every) / min(every)) ** 0.008
     with mpl.rc_context({"text.parse_math": False}):
         axes.axhline(base, color=_SOFT, linestyle="--", linewidth=1, label="base, untrained")
         for n, (arm, points) in enumerate(curves.items()):
             amounts, losses = zip(*sorted(points), strict=True)
-            below = [max(e.value - e.low, 0) for e in losses]
-            above = [max(e.high - e.value, 0) for e in losses]
+            values, colour = [e.value for e in losses], colours[n % 10]
+            ends = [[max(e.value - e.low, 0), max(e.high - e.value, 0)] for e in losses]
+            aside = reach ** (2 * n + 1 - len(curves))  # so that no interval hides another
+            axes.plot(amounts, values, "os^D"[n % 4] + "-", color=colour, label=arm)
             axes.errorbar(
-                amounts, [e.value for e in losses], yerr=[below, above], fmt="os^D"[n % 4] + "-",
-                markersize=6, capsize=3, linewidth=1.6, color=colours[n % 10], label=arm,
+                [x * aside for x in amounts], values, yerr=[*zip(*ends, strict=True)],
+                fmt="none", capsize=3, linewidth=1.6, ecolor=colour,
             )  # fmt: skip
-        axes.legend(frameon=False)
+        beside = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": len(curves) + 1}
+        axes.legend(frameon=False, borderpad=0, **beside)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     if ticks:

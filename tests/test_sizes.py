@@ -29,7 +29,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         replicates=2,
         price_hour=3.6,
         limit=8,
-        judge=Judge("local", questions=1),
+        judge=Judge(backend="local", questions=1),
         preset="quickstart",
         train={"batch_size": 2, "num_epochs": 1},
         generate={"max_new_tokens": 2},
@@ -180,7 +180,7 @@ def test_a_size_that_cannot_be_is_refused_before_any_work(ablation, tmp_path):
     questions = tmp_path / "questions.jsonl"
     asked = {"id": "q", "test_set": "t", "category": "c", "instruction": "Why?", "input": ""}
     questions.write_text(json.dumps(asked) + "\n")
-    with pytest.raises(UserError, match="no question of .* has a `reference`"):
+    with pytest.raises(UserError, match=r"no question of .* has a `reference`"):
         run_recipe(replace(ablation, questions=[str(questions)]), tmp_path / "no", progress=False)
     assert not (tmp_path / "over").exists() and not (tmp_path / "no").exists()
 

@@ -11,6 +11,7 @@ __all__ = ['RATING_VERSION', 'PAIR_VERSION', 'VERDICT_VERSION', 'Ask', 'DRIFT', 
 # %% ../nbs/04_judge.ipynb #fe396af0
 import hashlib
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -248,7 +249,8 @@ def carry_out(
 ) -> list[dict]:  # all lines of the file
     "Ask what is open, append each answer, resume where the file stops."
     since = _asked_since(output, retry)
-    note = {"retry": since} if since else {}
+    note: dict[str, Any] = {"seconds": None} | ({"retry": since} if since else {})
+    start, before = time.perf_counter(), _seconds_before(output)
     with recorded(output, plan.settings, **note) as entry, Journal(output) as journal:
         try:
             _refuse_other_answers(plan.lines, journal)
@@ -267,7 +269,16 @@ def carry_out(
         finally:  # a run that was stopped has its cost, too
             entry["counts"] = status_counts(journal.rows())
             entry["cost"] = cost_of(read_jsonl(output))
+            if before is not None:
+                entry["seconds"] = round(before + time.perf_counter() - start, 2)
         return journal.rows()
+
+
+def _seconds_before(output: str | Path) -> float | None:
+    "What earlier runs took for this file; None where one was killed, and did not say."
+    output = Path(output)
+    entry = read_manifest(output.parent).get("outputs", {}).get(output.name, {})
+    return entry.get("seconds") if output.exists() else 0.0
 
 
 def _read(plan: Plan, line: Mapping, reply: Reply) -> dict[str, Any]:
@@ -392,10 +403,12 @@ def write_ratings(
     dimension: str,  # the selector's name: flaws, superfiltering, ...
     rater: str,  # the model that was read
     signals: Sequence[Mapping] | None = None,  # what the scores were made from
+    seconds: float | None = None,  # that the scoring took, for the manifest
 ) -> list[dict]:  # the lines
     "Write the scores of a selector that needs no reply, in the form of all ratings."
     who = {"kind": dimension, "model": rater, "prompt_version": None}
-    with recorded(output, {"rater": rater, "dimension": dimension}), Journal(output) as journal:
+    settings = {"rater": rater, "dimension": dimension}
+    with recorded(output, settings, seconds=seconds), Journal(output) as journal:
         for n, (row, score) in enumerate(zip(rows, scores, strict=True)):
             line = {"id": row["id"], "dimension": dimension, "vote": 0, "score": score}
             line |= {"review": None, "status": "ok", "rater": who, "usage": {}}

@@ -45,9 +45,11 @@ MAY_IMPORT = {
     "charts": "",
     "report": "analysis forms charts",
     "filtering": "similarity data evidence",
+    "sizes": "analysis",
+    "design": "data endpoint quant_lora train generate evidence analysis",
     "recipe": "data prices cache limits endpoint batch quant_lora forward score checkpoint "
     "train decode generate replies judge standings leaderboard evidence analysis plots forms "
-    "charts report filtering",
+    "charts report filtering sizes design",
 }
 # a command loads the step that it runs, and no other
 MAY_IMPORT |= {
@@ -61,8 +63,8 @@ ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
 # without torch
 LIGHT = (
     "similarity categories data runs prices cache limits endpoint batch doctor share generate "
-    "replies judge standings forms evidence analysis plots charts report filtering parser cli_ask "
-    "cli_train cli".split()
+    "replies judge standings forms evidence analysis plots charts report filtering sizes parser "
+    "cli_ask cli_train cli".split()
 )
 
 

@@ -283,6 +283,9 @@ def _run(recipe: Any, output_dir: str, dry_run: bool) -> None:
         arms = ", ".join(f"{n} ({a.rows:,} rows)" for n, a in recipe.arms.items())
         asked = ", ".join(recipe.questions)
         print(f"{recipe.replicates} x {arms}; preset {recipe.preset}; questions {asked}")
+        if recipe.sizes:
+            sizes = ", ".join(f"{k:,}" for k in recipe.sizes)
+            print(f"{recipe.replicates} x {' and '.join(recipe.curves)} at {sizes} rows, too")
         return
     results = run_recipe(recipe, output_dir)
     print("\n".join(summary_lines(results)))

@@ -197,3 +197,13 @@ def test_the_command_says_it_in_one_sentence(tmp_path, capsys):
     assert main(["run", str(tmp_path / "recipe.yaml"), "--dry_run"]) == 2
     said = capsys.readouterr().err.strip()
     assert said.count("\n") == 0 and "sizes=[4]: give a list of different numbers" in said
+
+
+def test_a_dry_run_names_the_sizes(tmp_path, capsys):
+    arms = (
+        "{filtered: {select: quantile, value: 0.3, rows: 4}, random: {select: random_k, rows: 4}}"
+    )
+    text = f"base_model: smollm2-135m\ndata: sample\nsizes: [2, 3]\narms: {arms}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert main(["run", str(tmp_path / "recipe.yaml"), "--dry_run", "true"]) == 0
+    assert "1 x filtered and random at 2, 3 rows, too" in capsys.readouterr().out

@@ -78,7 +78,7 @@ from alpagasus2.runs import (
     write_json,
 )
 from .score import choice_logprobs, flaws, heldout_nll, signals, superfiltering
-from .sizes import Costs, fewest_rows, size_points
+from .sizes import Costs, fewest_rows, priced, size_points
 from .train import train
 
 # %% ../nbs/06_recipe.ipynb #1b645389
@@ -536,7 +536,7 @@ def _costs(run: Run) -> Costs:
         training[name] = None if None in seconds else sum(seconds) / len(seconds)
     rated = [a for a, arm in recipe.arms.items() if arm.select in BY_SCORE]
     seconds, price, rater = spent["rating_seconds"], recipe.price_hour, recipe.rater
-    usd = None if seconds is None or price is None else seconds / 3600 * price
+    usd = priced(seconds, price)
     if rater.kind == "llm" and rater.backend == "endpoint":
         usd = _usage(run, "ratings.jsonl")["usd"]
     return Costs(training, rated, seconds, usd, price)

@@ -29,8 +29,8 @@ def _ask(
         print(f"{prompts:,} prompts for {model} on this machine", file=sys.stderr)
         if dry_run:
             return None
+        from alpagasus2.local import Models, local_ask
         from alpagasus2.quant_lora import QuantLoraConfig
-        from alpagasus2.recipe import Models, local_ask
 
         models = Models(model, QuantLoraConfig())
         return local_ask(models.load, "012345", True) if digits else local_ask(models.load)
@@ -131,8 +131,8 @@ def _rate_locally(
     if dry_run:
         return
     from alpagasus2.judge import write_ratings
+    from alpagasus2.local import Models, rate_by_signals
     from alpagasus2.quant_lora import QuantLoraConfig
-    from alpagasus2.recipe import Models, rate_by_signals
 
     scores, found = rate_by_signals(Models(model, QuantLoraConfig()), rows, rater, template)
     _say_status(output, write_ratings(rows, scores, output, rater, model, found))
@@ -216,7 +216,7 @@ def generate(
     if dry_run:
         return
     if not base_url:
-        from alpagasus2.recipe import local_arms
+        from alpagasus2.local import local_arms
 
         models = local_arms(base_model, paths, settings, load_in_4bit, name)
     backend = {"base_url": base_url} if base_url else {"load_in_4bit": load_in_4bit}

@@ -79,7 +79,7 @@ def test_the_self_instruct_inputs_are_in_the_prompts(tmp_path):
 
 
 def test_four_test_sets_three_arms_one_load(tmp_path, monkeypatch):
-    from alpagasus2 import cli, recipe
+    from alpagasus2 import cli, local
     from alpagasus2.quant_lora import add_lora, load_base
 
     for seed, arm in enumerate(("filtered", "random")):
@@ -94,7 +94,7 @@ def test_four_test_sets_three_arms_one_load(tmp_path, monkeypatch):
         loads.append(name)
         return load_base(name, *rest)
 
-    monkeypatch.setattr(recipe, "load_base", counted)
+    monkeypatch.setattr(local, "load_base", counted)
     adapters = [f"{arm}={tmp_path / arm}" for arm in ("filtered", "random")]
     options = ["--base_model", "smollm2-135m", "--max_new_tokens", "4", "--export", "seed"]
     command = ["generate", "--questions", *write_schemas(tmp_path), *options]

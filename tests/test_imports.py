@@ -45,16 +45,17 @@ MAY_IMPORT = {
     "charts": "",
     "report": "analysis forms charts",
     "filtering": "similarity data evidence",
+    "local": "data cache generate judge quant_lora score",
     "sizes": "analysis",
     "design": "data endpoint quant_lora train generate evidence analysis",
     "recipe": "data prices cache limits endpoint batch quant_lora forward score checkpoint "
     "train decode generate replies judge standings leaderboard evidence analysis plots forms "
-    "charts report filtering sizes design",
+    "charts report filtering local sizes design",
 }
 # a command loads the step that it runs, and no other
 MAY_IMPORT |= {
     "parser": "",
-    "cli_ask": "data prices endpoint batch quant_lora generate judge leaderboard recipe",
+    "cli_ask": "data prices endpoint batch quant_lora generate judge leaderboard local",
     "cli_train": "data quant_lora forward score estimate merge doctor train preview share",
     "cli": "data judge analysis plots forms report filtering recipe train parser cli_ask cli_train",
 }

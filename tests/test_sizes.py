@@ -129,7 +129,7 @@ def test_what_is_done_is_not_done_again(run, ablation, monkeypatch):
     def refused(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(room, "load_base", refused)
+    monkeypatch.setattr("alpagasus2.local.load_base", refused)
     monkeypatch.setattr(room, "train", refused)
     assert run_recipe(ablation, folder, progress=False) == results
     assert stamps(folder) == before

@@ -164,8 +164,9 @@ def installed_in(folder: Path, *what: str) -> Path:
     programs = folder / "bin"
     constraints = ["-c", str(ROOT / "constraints.txt")]
     subprocess.run(
-        [programs / "python", "-m", "pip", "install", "-q", *constraints, *what], check=True
-    )
+        [programs / "python", "-m", "pip", "install", "-q", *constraints, *what],
+        env=without_checkout(), check=True,
+    )  # fmt: skip
     return programs
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from .cache import Reply, Request
 from .data import Template
@@ -24,9 +25,6 @@ from .judge import Ask
 from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
 from .runs import UserError
 from .score import choice_logprobs, flaws, signals, superfiltering
-
-# %% ../nbs/04d_local.ipynb #15aa5968
-from tqdm import tqdm
 
 # %% ../nbs/04d_local.ipynb #de91c5e6
 class Models:
@@ -81,6 +79,7 @@ def local_ask(
     "Make a function that answers requests from a local model's probabilities."
 
     def ask(requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]:
+        "One reply for each request, with the probabilities that it stands on."
         todo = list(requests)
         if not todo:
             return

@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from alpagasus2.analysis import (
     analyse,
     canary_outcomes,
@@ -79,9 +81,6 @@ from alpagasus2.runs import (
 from .score import heldout_nll
 from .sizes import Costs, fewest_rows, priced, size_points
 from .train import train
-
-# %% ../nbs/06_recipe.ipynb #1b645389
-from tqdm import tqdm
 
 # %% ../nbs/06_recipe.ipynb #0716d970
 class Run:

@@ -263,6 +263,7 @@ def _speed(model: Any, encoded: Sequence[Encoded]) -> Callable[[int], float]:
     longest = sorted(encoded, key=lambda e: -len(e.ids))
 
     def tokens_per_second(budget: int) -> float:
+        "Tokens of one pass, at least `budget`, over its seconds."
         tokens, rows = 0, list[Encoded]()
         while tokens < budget:
             rows.append(longest[len(rows) % len(longest)])

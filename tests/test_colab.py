@@ -1,16 +1,14 @@
 """The Colab notebook, from its first cell to its last, twice, with Colab's modules stubbed."""
 
 import json
-import os
-import subprocess
 import time
-import venv
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from test_package import installed_in, wheel_of
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "colab.ipynb"
 USERDATA = '''
@@ -49,19 +47,15 @@ def colab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fresh(colab: Path, dist: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, with a kernel in a virtual environment in which nothing of ours is installed."""
     here = colab.parent
-    venv.create(here / "venv", with_pip=True)
-    python = str(here / "venv" / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "-q", "ipykernel"], check=True)
+    python = str(installed_in(here / "venv", "ipykernel") / "python")
     launch = [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     spec = here / "jupyter" / "kernels" / "fresh" / "kernel.json"
     spec.parent.mkdir(parents=True)
     spec.write_text(json.dumps({"argv": launch, "display_name": "fresh", "language": "python"}))
-    wheel = next(dist.glob("*.whl"))
     monkeypatch.setenv("JUPYTER_PATH", str(here / "jupyter"))
     monkeypatch.setenv("PYTHONPATH", str(here / "stub"))
     monkeypatch.setenv("ALPAGASUS2_CACHE", str(here / "cache"))
-    monkeypatch.setenv("ALPAGASUS2_PACKAGE", f"alpagasus2[train] @ {wheel.as_uri()}")
-    monkeypatch.setenv("PATH", f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("ALPAGASUS2_PACKAGE", f"alpagasus2[train] @ {wheel_of(dist).as_uri()}")
     return colab
 
 

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "local": "data cache generate judge quant_lora score",
     "sizes": "analysis",
     "design": "data endpoint quant_lora train generate evidence analysis",
-    "recipe": "data prices cache limits endpoint batch quant_lora forward score checkpoint "
+    "recipe": "data prices limits endpoint batch forward score checkpoint "
     "train decode generate replies judge standings leaderboard evidence analysis plots forms "
     "charts report filtering local sizes design",
 }

@@ -350,7 +350,7 @@ def _rates(optimizer: Any, config: TrainConfig, steps: int, done: int) -> Any:
 
     def share(step: int) -> float:
         if step < warmup:
-            return (step + 1) / (warmup + 1)
+            return (step + 1) / warmup
         return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share, last_epoch=done - 1)

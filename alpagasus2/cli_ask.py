@@ -130,12 +130,11 @@ def _rate_locally(
     print(f"{len(rows):,} rows, two forward passes of {model} each", file=sys.stderr)
     if dry_run:
         return
-    from alpagasus2.judge import write_ratings
     from alpagasus2.local import Models, rate_by_signals
     from alpagasus2.quant_lora import QuantLoraConfig
 
-    scores, found = rate_by_signals(Models(model, QuantLoraConfig()), rows, rater, template)
-    _say_status(output, write_ratings(rows, scores, output, rater, model, found))
+    models = Models(model, QuantLoraConfig())
+    _say_status(output, rate_by_signals(models, rows, rater, output, template))
 
 # %% ../nbs/06c_cli_ask.ipynb #0ade7c2c
 def judge(

@@ -308,7 +308,6 @@ def row_nll(
     model: Any,  # a causal LM, with or without adapters
     encoded: Sequence[Encoded],  # the rows
     token_budget: int = 2048,  # computed tokens a pack
-    progress: Callable[[int], Any] | None = None,  # told how many rows each pack finished
 ) -> list[np.ndarray]:  # for each row, in its order, the nll of its target tokens
     "Negative log-probabilities of all target tokens, row by row, without gradients."
     result: list[np.ndarray] = [np.empty(0)] * len(encoded)
@@ -318,7 +317,5 @@ def row_nll(
         nll, row_of = target_nll(model, [encoded[i] for i in pack])
         for k, i in enumerate(pack):
             result[i] = nll[row_of == k].double().cpu().numpy()
-        if progress:
-            progress(len(pack))
     model.train(training)  # left in eval mode, a model would go on training without dropout
     return result

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['RATING_VERSION', 'PAIR_VERSION', 'VERDICT_VERSION', 'Ask', 'DRIFT', 'NULL_ANSWER', 'JudgeConfig', 'RatingPrompt',
            'load_prompt', 'rating_messages', 'comparison_messages', 'Plan', 'carry_out', 'reread', 'status_counts',
-           'rating_plan', 'rate', 'score_counts', 'drift', 'write_ratings', 'pair_responses', 'pair_arms',
-           'read_comparison', 'comparison_plan', 'compare', 'canary_pairs', 'canaries_path']
+           'rating_plan', 'rate', 'score_counts', 'drift', 'pair_responses', 'pair_arms', 'read_comparison',
+           'comparison_plan', 'compare', 'canary_pairs', 'canaries_path']
 
 # %% ../nbs/04_judge.ipynb #fe396af0
 import hashlib
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from .cache import Reply, Request, moment
 from .data import dataset_path, question_of, response_of
 from .prices import cost_of, dollars
 from .replies import Verdict, parse_pair, parse_rating, parse_verdict
-from .runs import Journal, UserError, latest, read_jsonl, read_manifest, recorded, row_key
+from .runs import Journal, UserError, latest, read_jsonl, read_manifest, row_key, timed
 
 # %% ../nbs/04_judge.ipynb #b750c6e8
 @dataclass
@@ -249,9 +248,8 @@ def carry_out(
 ) -> list[dict]:  # all lines of the file
     "Ask what is open, append each answer, resume where the file stops."
     since = _asked_since(output, retry)
-    note: dict[str, Any] = {"seconds": None} | ({"retry": since} if since else {})
-    start, before = time.perf_counter(), _seconds_before(output)
-    with recorded(output, plan.settings, **note) as entry, Journal(output) as journal:
+    note = {"retry": since} if since else {}
+    with timed(output, plan.settings, **note) as entry, Journal(output) as journal:
         try:
             _refuse_other_answers(plan.lines, journal)
             reread(plan, journal)
@@ -269,16 +267,7 @@ def carry_out(
         finally:  # a run that was stopped has its cost, too
             entry["counts"] = status_counts(journal.rows())
             entry["cost"] = cost_of(read_jsonl(output))
-            if before is not None:
-                entry["seconds"] = round(before + time.perf_counter() - start, 2)
         return journal.rows()
-
-
-def _seconds_before(output: str | Path) -> float | None:
-    "What earlier runs took for this file; None where one was killed, and did not say."
-    output = Path(output)
-    entry = read_manifest(output.parent).get("outputs", {}).get(output.name, {})
-    return entry.get("seconds") if output.exists() else 0.0
 
 
 def _read(plan: Plan, line: Mapping, reply: Reply) -> dict[str, Any]:
@@ -394,26 +383,6 @@ def drift(
         f"warning: {share:.0%} of the scores are {score:g}, so that a threshold keeps nearly all "
         "rows or nearly none; select with --top_k, ask for several votes, or use another rater"
     )
-
-# %% ../nbs/04_judge.ipynb #7f5f75e9
-def write_ratings(
-    rows: Sequence[Mapping],  # examples with ids
-    scores: Sequence[float | None],  # one for each row, None where the selector gives none
-    output: str | Path,  # ratings.jsonl
-    dimension: str,  # the selector's name: flaws, superfiltering, ...
-    rater: str,  # the model that was read
-    signals: Sequence[Mapping] | None = None,  # what the scores were made from
-    seconds: float | None = None,  # that the scoring took, for the manifest
-) -> list[dict]:  # the lines
-    "Write the scores of a selector that needs no reply, in the form of all ratings."
-    who = {"kind": dimension, "model": rater, "prompt_version": None}
-    settings = {"rater": rater, "dimension": dimension}
-    with recorded(output, settings, seconds=seconds), Journal(output) as journal:
-        for n, (row, score) in enumerate(zip(rows, scores, strict=True)):
-            line = {"id": row["id"], "dimension": dimension, "vote": 0, "score": score}
-            line |= {"review": None, "status": "ok", "rater": who, "usage": {}}
-            journal.append(line | ({"signals": dict(signals[n])} if signals else {}))
-        return journal.rows()
 
 # %% ../nbs/04_judge.ipynb #e79b60ce
 def pair_responses(

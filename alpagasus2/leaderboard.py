@@ -419,8 +419,6 @@ def _model_settings(
     base |= {"quantization": bits, "adapter": None}
     arms = {name: base}
     for arm, path in adapters.items():
-        if arm == name:
-            raise UserError(f"--adapters {arm}=...: the base has this name, too; see --name")
         weights = Path(path) / "adapter_model.safetensors"
         seen = file_sha256(weights)[:16] if weights.exists() else str(path)
         arms[arm] = {**base, "adapter": seen}
@@ -487,13 +485,15 @@ def leaderboard(
 ) -> dict[str, Any]:  # what leaderboard.json has; {} on a dry run
     "Ask a base model and its adapters all tasks, and put the figures side by side."
     config, quant_lora = config or LeaderboardConfig(), quant_lora or QuantLoraConfig()
-    arms = _model_settings(base_model, quant_lora, adapters or {}, name)
+    if name in (adapters or {}):
+        raise UserError(f"--adapters {name}=...: the base has this name, too; see --name")
     tokenizer = load_tokenizer(base_model)
     planned = plan_tasks(_chosen(tasks, say), tokenizer, config, include_path)
-    for line in cost_lines(planned, len(arms)):
+    for line in cost_lines(planned, 1 + len(adapters or {})):
         say(line)
     if dry_run:
         return {}
+    arms = _model_settings(base_model, quant_lora, adapters or {}, name)
     output = Path(output_dir) / "leaderboard.jsonl"
     files = sorted(Path(include_path).rglob("*.*")) if include_path else ()
     with recorded(output, config.recorded(), files) as entry, Journal(output) as journal:

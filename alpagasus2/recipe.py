@@ -9,7 +9,6 @@ __all__ = ['Run', 'rate_pool', 'part_name', 'select_arms', 'train_arms', 'measur
 
 # %% ../nbs/06_recipe.ipynb #77de68da
 import re
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,6 @@ from alpagasus2.judge import (
     pair_arms,
     rating_plan,
     score_counts,
-    write_ratings,
 )
 from alpagasus2.local import (
     Models,
@@ -153,13 +151,7 @@ def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
         else:
             other = rater.model and rater.model != run.recipe.base_model
             models = Models(rater.model, run.models.config) if other else run.models
-            models.load()  # no part of the time, as it is no part of a training's
-            start = time.perf_counter()
-            rated, found = rate_by_signals(
-                models, run.rows, rater.kind, rater.template, run.progress
-            )
-            spent, reader = time.perf_counter() - start, models.base_model
-            write_ratings(run.rows, rated, output, rater.kind, reader, found, spent)
+            rate_by_signals(models, run.rows, rater.kind, output, rater.template, run.progress)
     scores = load_scores(output, run.rows, dimension)
     if not scores:
         raise UserError(f"{output}: no row got a readable score; see the `review` of its lines")

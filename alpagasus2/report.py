@@ -282,7 +282,8 @@ def _require(rows: Sequence[Mapping], fields: Iterable[str], what: str) -> None:
 def _unjudged(by_model: Mapping[str, Mapping]) -> dict[str, Any]:
     "The viewer's entry of a question that was answered and not judged."
     answers = [{"model": m, "text": r["response"] or ""} for m, r in by_model.items()]
-    empty = {"models": "not judged", "outcome": "not judged", "flip": False, "verdicts": []}
+    models = " vs ".join(by_model)
+    empty = {"models": models, "outcome": "not judged", "flip": False, "verdicts": []}
     return _question(next(iter(by_model.values()))) | empty | {"answers": answers}
 
 # %% ../nbs/05a_report.ipynb #91032ad7

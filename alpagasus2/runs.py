@@ -6,7 +6,7 @@
 __all__ = ['T', 'KEYS', 'LIBRARIES', 'UserError', 'check_names', 'build', 'say', 'atomic', 'dumps', 'write_json', 'write_jsonl',
            'replace_folder', 'standing', 'check_output', 'read_json', 'read_jsonl', 'row_key', 'latest', 'Journal',
            'cache_dir', 'file_sha256', 'json_sha256', 'environment', 'now', 'read_manifest', 'changed_setting',
-           'is_complete', 'annotate', 'recorded']
+           'is_complete', 'annotate', 'recorded', 'timed']
 
 # %% ../nbs/00a_runs.ipynb #77de68da
 import dataclasses
@@ -18,6 +18,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -403,3 +404,21 @@ def recorded(
         _update_manifest(output.parent, output.name, result)
         raise
     _update_manifest(output.parent, output.name, {"ended": now(), **result})
+
+
+@contextmanager
+def timed(
+    output: str | Path,  # as in `recorded`
+    config: Mapping,  # as in `recorded`
+    **notes: Any,  # as in `recorded`
+) -> Iterator[dict]:  # put what is known at the end here
+    "`recorded`, with the seconds of all runs that added to the file; None once one was killed."
+    path = Path(output)
+    entry = read_manifest(path.parent).get("outputs", {}).get(path.name, {})
+    start, before = time.perf_counter(), entry.get("seconds") if path.exists() else 0.0
+    with recorded(output, config, seconds=None, **notes) as result:
+        try:
+            yield result
+        finally:
+            if before is not None:
+                result["seconds"] = round(before + time.perf_counter() - start, 2)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import alpagasus2
 from .categories import category_by_rules
-from .runs import UserError, atomic, cache_dir, read_json, read_manifest
+from .runs import UserError, atomic, cache_dir, manifest_entry, read_json
 from .similarity import NearDuplicates
 
 # %% ../nbs/00_data.ipynb #c1dfd96e
@@ -96,7 +96,7 @@ def describe_data(
         return {**found, "sha256": None, "licence": None, "page": None}
     content = path.read_bytes()
     blob, sha256 = git_blob_id(content), hashlib.sha256(content).hexdigest()
-    noted = read_manifest(path.parent).get("outputs", {}).get(path.name, {})
+    noted = manifest_entry(path)
     entry = next(
         (e for n, e in known.items() if n == name or e.get("git_blob") == blob),
         noted if noted.get("sha256") == sha256 else {},

@@ -24,7 +24,7 @@ from .cache import Reply, Request, moment
 from .data import dataset_path, question_of, response_of
 from .prices import cost_of, dollars
 from .replies import Verdict, parse_pair, parse_rating, parse_verdict
-from .runs import Journal, UserError, latest, read_jsonl, read_manifest, row_key, timed
+from .runs import Journal, UserError, latest, manifest_entry, read_jsonl, row_key, timed
 
 # %% ../nbs/04_judge.ipynb #b750c6e8
 @dataclass
@@ -229,8 +229,7 @@ class Plan:
 
 def _asked_since(output: str | Path, retry: bool) -> str:
     "When the asking again began: one that was stopped goes on, so that nothing is paid for twice."
-    entry = read_manifest(Path(output).parent).get("outputs", {}).get(Path(output).name, {})
-    return (entry.get("retry") or moment()) if retry else ""
+    return (manifest_entry(output).get("retry") or moment()) if retry else ""
 
 
 def _request(plan: Plan, line: Mapping, old: Mapping | None, since: str) -> Request:

@@ -485,15 +485,16 @@ def leaderboard(
 ) -> dict[str, Any]:  # what leaderboard.json has; {} on a dry run
     "Ask a base model and its adapters all tasks, and put the figures side by side."
     config, quant_lora = config or LeaderboardConfig(), quant_lora or QuantLoraConfig()
-    if name in (adapters or {}):
+    adapters = adapters or {}
+    if name in adapters:
         raise UserError(f"--adapters {name}=...: the base has this name, too; see --name")
     tokenizer = load_tokenizer(base_model)
     planned = plan_tasks(_chosen(tasks, say), tokenizer, config, include_path)
-    for line in cost_lines(planned, 1 + len(adapters or {})):
+    for line in cost_lines(planned, 1 + len(adapters)):
         say(line)
     if dry_run:
         return {}
-    arms = _model_settings(base_model, quant_lora, adapters or {}, name)
+    arms = _model_settings(base_model, quant_lora, adapters, name)
     output = Path(output_dir) / "leaderboard.jsonl"
     files = sorted(Path(include_path).rglob("*.*")) if include_path else ()
     with recorded(output, config.recorded(), files) as entry, Journal(output) as journal:

@@ -9,7 +9,7 @@ __all__ = ['UNRANKED', 'Models', 'rate_by_signals', 'local_ask', 'check_local_ju
 # %% ../nbs/04d_local.ipynb #072f33af
 import gc
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cache, cached_property
@@ -74,18 +74,17 @@ def rate_by_signals(
     who = {"kind": selector, "model": models.base_model, "prompt_version": None}
     read = {x["id"] for x in latest(output) if x.get("signals")}
     todo = [r for r in rows if r["id"] not in read]
-    if todo:
-        models.load()  # no part of the time, as it is no part of a training's
+    # The load is no part of the time, as it is no part of a training's.
+    found = signals(*models.load(), todo, template) if todo else ()
     with timed(output, settings) as entry, Journal(output) as journal:
-        bar = tqdm(total=len(rows), initial=len(read), unit="row", disable=not progress)
-        with bar:
-            found = signals(*models.load(), todo, template) if todo else ()
+        done = len(rows) - len(todo)
+        with tqdm(total=len(rows), initial=done, unit="row", disable=not progress) as bar:
             for row, s in zip(todo, found, strict=True):
                 line = {"id": row["id"], "dimension": selector, "vote": 0, "score": None}
                 line |= {"review": UNRANKED, "status": "error", "rater": who, "usage": {}}
                 journal.append(line | {"signals": _without_nan(s)})
                 bar.update()
-        _rank(journal, [r["id"] for r in rows], selector)
+        _rank(journal, {r["id"] for r in rows}, selector)
         lines = journal.rows()
         entry["counts"] = status_counts(lines)
         return lines
@@ -96,9 +95,9 @@ def _without_nan(found: Signals) -> dict[str, float | None]:
     return {k: None if math.isnan(v) else v for k, v in asdict(found).items()}
 
 
-def _rank(journal: Journal, ids: Collection[str], selector: str) -> None:
+def _rank(journal: Journal, ids: Set[str], selector: str) -> None:
     "Append a line with its score for each of these rows whose score is not there, or has changed."
-    lines = [x for x in journal.rows() if x["id"] in set(ids)]
+    lines = [x for x in journal.rows() if x["id"] in ids]
     found = [
         Signals(**{k: math.nan if v is None else v for k, v in x["signals"].items()})
         for x in lines

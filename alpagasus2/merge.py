@@ -16,8 +16,8 @@ from .quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenize
 from alpagasus2.runs import (
     UserError,
     build,
+    manifest_entry,
     read_json,
-    read_manifest,
     recorded,
     replace_folder,
     write_json,
@@ -38,7 +38,7 @@ def training_settings(
     if not (path / "adapter_config.json").is_file():
         reason = "holds no adapter_config.json" if path.exists() else "there is no such folder"
         raise UserError(f"{adapter}: {reason}; name the folder that `train` wrote")
-    entry = read_manifest(path.parent).get("outputs", {}).get(path.name, {})
+    entry = manifest_entry(path)
     base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
     return {"base_model": base, **entry.get("config", {})}
 

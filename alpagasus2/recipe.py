@@ -71,6 +71,7 @@ from alpagasus2.runs import (
     file_sha256,
     is_complete,
     latest,
+    manifest_entry,
     read_json,
     read_jsonl,
     read_manifest,
@@ -426,7 +427,7 @@ def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, li
 def run_cost(run: Run) -> dict[str, Any]:
     "Seconds of training and rating, and the tokens that raters and judges were sent and wrote."
     trained = read_manifest(run.dir / "adapters").get("outputs", {})
-    rated = read_manifest(run.dir).get("outputs", {}).get("ratings.jsonl", {})
+    rated = manifest_entry(run.dir / "ratings.jsonl")
     return {
         "training_seconds": {arm: entry.get("seconds") for arm, entry in trained.items()},
         "rating_seconds": rated.get("seconds"),

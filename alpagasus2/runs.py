@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'KEYS', 'LIBRARIES', 'UserError', 'check_names', 'build', 'say', 'atomic', 'dumps', 'write_json', 'write_jsonl',
            'replace_folder', 'standing', 'check_output', 'read_json', 'read_jsonl', 'row_key', 'latest', 'Journal',
-           'cache_dir', 'file_sha256', 'json_sha256', 'environment', 'now', 'read_manifest', 'changed_setting',
-           'is_complete', 'annotate', 'recorded', 'timed']
+           'cache_dir', 'file_sha256', 'json_sha256', 'environment', 'now', 'read_manifest', 'manifest_entry',
+           'changed_setting', 'is_complete', 'annotate', 'recorded', 'timed']
 
 # %% ../nbs/00a_runs.ipynb #77de68da
 import dataclasses
@@ -338,6 +338,14 @@ def read_manifest(
     return read_json(path) if path.exists() else {}
 
 
+def manifest_entry(
+    output: str | Path,  # a file or folder that a step writes
+) -> dict:  # {} when nothing is said of it
+    "What the manifest beside an output says of it."
+    output = Path(output)
+    return read_manifest(output.parent).get("outputs", {}).get(output.name, {})
+
+
 def _update_manifest(folder: Path, name: str, entry: Mapping) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".manifest.lock", timeout=60):
@@ -362,10 +370,9 @@ def is_complete(
     config: Mapping | None = None,  # the settings it should have been made with; None: any
 ) -> bool:  # True: nothing is left to do
     "Whether `output` was finished, and with exactly these settings."
-    output = Path(output)
-    entry = read_manifest(output.parent).get("outputs", {}).get(output.name, {})
+    entry = manifest_entry(output)
     same = config is None or entry.get("config") == json.loads(dumps(config))
-    return output.exists() and bool(entry.get("ended")) and same
+    return Path(output).exists() and bool(entry.get("ended")) and same
 
 
 def annotate(
@@ -388,7 +395,7 @@ def recorded(
     "Describe `output` in the manifest beside it; raises `UserError` on a changed setting."
     output = Path(output)
     config = json.loads(dumps(config))
-    entry = read_manifest(output.parent).get("outputs", {}).get(output.name, {})
+    entry = manifest_entry(output)
     change = changed_setting(entry["config"], config) if "config" in entry else None
     if change and output.exists():
         raise UserError(f"{output}: {change}; choose another output, or delete this one")
@@ -413,9 +420,8 @@ def timed(
     **notes: Any,  # as in `recorded`
 ) -> Iterator[dict]:  # put what is known at the end here
     "`recorded`, with the seconds of all runs that added to the file; None once one was killed."
-    path = Path(output)
-    entry = read_manifest(path.parent).get("outputs", {}).get(path.name, {})
-    start, before = time.perf_counter(), entry.get("seconds") if path.exists() else 0.0
+    start = time.perf_counter()
+    before = manifest_entry(output).get("seconds") if Path(output).exists() else 0.0
     with recorded(output, config, seconds=None, **notes) as result:
         try:
             yield result

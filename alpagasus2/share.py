@@ -21,8 +21,8 @@ from alpagasus2.runs import (
     UserError,
     atomic,
     file_sha256,
+    manifest_entry,
     read_json,
-    read_manifest,
     standing,
 )
 
@@ -249,7 +249,7 @@ def card_for(
     "The card of a folder, from what was recorded in it and in the manifest beside it."
     folder = Path(folder).resolve()
     result = folder / "train_result.json"
-    entry = read_manifest(folder.parent).get("outputs", {}).get(folder.name, {})
+    entry = manifest_entry(folder)
     settings = entry.get("config") or {}
     if "base_model" not in settings:
         adapter = folder / "adapter_config.json"

@@ -33,7 +33,11 @@ setup(
     # dataset/ stays a readable top-level folder here and travels inside the package
     packages=[*find_packages(include=[f"{lib}*"]), f"{lib}._dataset"],
     package_dir={lib: lib, f"{lib}._dataset": "dataset"},
-    package_data={lib: ["*.html", "*.css", "*.js", "py.typed"], f"{lib}._dataset": ["*"]},
+    package_data={
+        lib: ["py.typed"],
+        f"{lib}.report": ["*.html", "*.css", "*.js"],
+        f"{lib}._dataset": ["*"],
+    },
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     long_description=Path("README.md").read_text() if Path("README.md").exists() else "",

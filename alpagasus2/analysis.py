@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['LIMITS', 'LENGTH_SHIFT', 'load_judgments', 'orient', 'prompt_table', 'order_sums', 'winning_score', 'outcomes',
            'length_adjusted_win_rate', 'category_table', 'pair_statistics', 'judge_health', 'canary_outcomes',
-           'heldout_summary', 'is_right', 'checkable', 'load_labels', 'label_statistics', 'read_claim', 'analyse',
-           'rank_models']
+           'is_right', 'checkable', 'load_labels', 'label_statistics', 'analyse', 'rank_models']
 
 # %% ../nbs/05_analysis.ipynb #77de68da
 import re
@@ -14,21 +13,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alpagasus2.evidence import (
-    RESAMPLES,
-    claim,
+from .core.files import UserError, read_json
+from .core.run_folder import latest
+from .evidence.claim import claim, noise_floor
+from alpagasus2.evidence.intervals import (
     crossed_interval,
     detectable_effect,
     few_prompts_warning,
-    few_replicates_factor,
     holm,
     kappa_with_interval,
-    noise_floor,
-    percentile_interval,
     prediction_powered_mean,
-    ranking,
 )
-from .runs import UserError, json_sha256, latest, read_json
+from .evidence.ranking import ranking
 
 # %% ../nbs/05_analysis.ipynb #1b645389
 import numpy as np
@@ -362,55 +358,6 @@ def _slot_sentence(first: int, second: int, p: float | None) -> str:
         f"{first + second} decided verdicts (sign test over prompts, p = {p:.2g})."
     )
 
-# %% ../nbs/05_analysis.ipynb #63266754
-def heldout_summary(
-    lines: Sequence[Mapping],  # id, model, replicate, nll, tokens
-    model_a: str,  # the arm that the others are compared with
-    seed: int = 0,  # of the resampling
-) -> dict[str, dict[str, Any]]:  # arm -> loss, ci95, difference and difference_ci95 to model_a
-    "Loss a token; intervals over questions and replicates, resampled alike for every arm."
-    table = pd.DataFrame(lines)
-    arms, runs = list(dict.fromkeys(table["model"])), sorted(table["replicate"].unique())
-    sums = table.pivot_table(
-        index=[k for k in ("test_set", "id") if k in table], columns=["model", "replicate"],
-        values=["nll", "tokens"], aggfunc="sum", sort=False,
-    )  # fmt: skip
-    columns = pd.MultiIndex.from_product([["nll", "tokens"], arms, runs])
-    cells = sums.reindex(columns=columns).fillna(0).to_numpy().reshape(-1, 2, len(arms), len(runs))
-    loss = cells[:, 0].sum((0, 2)) / cells[:, 1].sum((0, 2))
-    draws, each = _loss_draws(cells, seed), cells[:, 0] / np.maximum(cells[:, 1], 1)
-    base, summary = arms.index(model_a), {}
-    for k, arm in enumerate(arms):
-        summary[arm] = {"loss": float(loss[k]), "ci95": _widened(draws[:, k], loss[k], each[:, k])}
-        if k != base:
-            gap, rows = loss[k] - loss[base], each[:, k] - each[:, base]
-            ends = _widened(draws[:, k] - draws[:, base], gap, rows)
-            summary[arm] |= {"difference": float(gap), "difference_ci95": ends}
-    return summary
-
-
-def _loss_draws(
-    cells: np.ndarray,  # [questions, nll or tokens, arms, replicates]
-    seed: int,  # of the resampling
-) -> np.ndarray:  # [resamples, arms] loss a token
-    "Questions and replicates drawn with replacement, independently."
-    rng, (n, *rest) = np.random.default_rng(seed), cells.shape
-    runs, draws = rest[-1], []
-    for _ in range(RESAMPLES // 1000):  # a thousand at a time keeps the weights small
-        questions = rng.multinomial(n, np.full(n, 1 / n), size=1000)
-        sums = (questions @ cells.reshape(n, -1)).reshape(1000, *rest)
-        nll, tokens = np.einsum(
-            "btar,br->tba", sums, rng.multinomial(runs, np.full(runs, 1 / runs), size=1000)
-        )
-        draws.append(nll / tokens)
-    return np.concatenate(draws)
-
-
-def _widened(draws: np.ndarray, estimate: float, each: np.ndarray) -> list[float]:
-    "Percentile interval, its ends moved out where replicates are few; `each`: by question and run."
-    factor = few_replicates_factor(each)
-    return [float(estimate + factor * (x - estimate)) for x in percentile_interval(draws)]
-
 # %% ../nbs/05_analysis.ipynb #c2a4923d
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -534,17 +481,6 @@ def _agreement(pair: pd.DataFrame) -> dict[str, Any]:
         "kappa": kappa, "kappa_ci95": kappa_ci95, "ppi_win_rate": win_rate,
         "ppi_win_rate_ci95": ends, "judge_win_rate": float(of_all.mean()),
     }  # fmt: skip
-
-# %% ../nbs/05_analysis.ipynb #38af81c5
-def read_claim(
-    path: str | Path,  # claim.json
-) -> dict[str, Any]:  # its content: recipe, model_a, control, aa, rows, steps, seeds, pool, files
-    "What was fixed before the run; raises `UserError` when the file was changed since."
-    content = read_json(path)
-    plan = {k: v for k, v in content.items() if k != "sha256"}
-    if json_sha256(plan) != content.get("sha256"):
-        raise UserError(f"{path}: not what was written before the run; a claim cannot be changed")
-    return content
 
 # %% ../nbs/05_analysis.ipynb #5b384ce3
 def analyse(

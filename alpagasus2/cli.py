@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .cli_ask import generate, judge, leaderboard, rate
-from .cli_train import doctor, estimate, merge, preview, train
-from .parser import command_parser, config_text, exit_status, take_auth_token
-from .runs import UserError
+from .commands.ask import generate, judge, leaderboard, rate
+from .commands.options import command_parser, config_text, exit_status, take_auth_token
+from .commands.training import doctor, estimate, merge, preview, train
+from .core.files import UserError
 
 # %% ../nbs/07_cli.ipynb #c1dfd96e
 def fetch(
@@ -25,8 +25,8 @@ def fetch(
     output: str | None = None,  # where to put the file; default: the user's cache folder
 ) -> None:
     "Download a catalogued data set and verify it."
-    from alpagasus2.data import catalog
-    from alpagasus2.data import fetch as fetch_file
+    from alpagasus2.catalog import catalog
+    from alpagasus2.catalog import fetch as fetch_file
 
     path = fetch_file(name, output)
     entry = catalog()[name]
@@ -38,8 +38,8 @@ def check(
     output: str | None = None,  # write the good rows here, with their ids
 ) -> None:
     "List what is wrong with a data set, row by row; exit status 2 when something is."
+    from alpagasus2.core.files import write_json
     from alpagasus2.data import check_rows, read_rows
-    from alpagasus2.runs import write_json
 
     rows = read_rows(path)
     good, problems = check_rows(rows)
@@ -71,9 +71,12 @@ def select(
     other_scores: list[str] | None = None,  # other raters' scores: their agreement with --scores
 ) -> None:
     "Keep some rows by exactly one rule."
-    from alpagasus2.data import describe_data, dropped, load_examples, load_scores
-    from alpagasus2.data import select as select_rows
-    from alpagasus2.runs import annotate, file_sha256, write_json
+    from alpagasus2.catalog import describe_data
+    from alpagasus2.core.files import file_sha256, write_json
+    from alpagasus2.core.run_folder import annotate
+    from alpagasus2.data import dropped, load_examples
+    from alpagasus2.selection import load_scores
+    from alpagasus2.selection import select as select_rows
 
     rows, problems = load_examples(data)
     if problems:
@@ -128,7 +131,7 @@ def _agreement(
     path: str | None, scores: Mapping[str, float] | None, others: Mapping[str, Mapping], kept: int
 ) -> dict[str, Any]:
     "Each other file's agreement with the scores, at the top over as many rows as were kept."
-    from alpagasus2.filtering import rater_agreement
+    from alpagasus2.evidence.filtering import rater_agreement
 
     found, mine = {}, scores or {}
     for other, theirs in others.items():
@@ -150,8 +153,13 @@ def _filter_page(
 ) -> Path:  # fmt: skip
     "Write the filter's report for these selections."
     from alpagasus2.data import load_questions
-    from alpagasus2.filtering import filter_report, plot_categories, plot_lengths, plot_scores
-    from alpagasus2.report import write_report
+    from alpagasus2.evidence.filtering import (
+        filter_report,
+        plot_categories,
+        plot_lengths,
+        plot_scores,
+    )
+    from alpagasus2.report.page import write_report
 
     asked = [q for name in questions for q in load_questions(name)]
     figures = {"Scores": plot_scores(rows, scores)} if scores else {}
@@ -173,10 +181,10 @@ def report(
 ) -> None:
     "Make the page and results.json from verdicts or answers."
     from alpagasus2.analysis import analyse, orient
-    from alpagasus2.forms import without_orders
-    from alpagasus2.plots import plot_outcomes, plot_slots
-    from alpagasus2.report import write_report
-    from alpagasus2.runs import read_jsonl
+    from alpagasus2.core.files import read_jsonl
+    from alpagasus2.report.formats import without_orders
+    from alpagasus2.report.page import write_report
+    from alpagasus2.report.plots import plot_outcomes, plot_slots
 
     if not judgments and not responses:
         raise UserError("give --judgments, --responses or both")
@@ -203,7 +211,7 @@ def report(
 def _verdicts(judgments: str) -> tuple[list[dict], bool]:
     "Judgment lines in both orders, and whether a missing order had to be copied."
     from alpagasus2.analysis import load_judgments
-    from alpagasus2.forms import in_both_orders, load_other_forms
+    from alpagasus2.report.formats import in_both_orders, load_other_forms
 
     if others := load_other_forms(judgments):
         return in_both_orders(others)
@@ -217,7 +225,7 @@ def _terms(
     judgments: str | None, models: set[str], model_a: str | None, margin: float | None
 ) -> dict[str, Any]:
     "What `analyse` goes by: the claim of a run's folder, unless other terms are given."
-    from alpagasus2.analysis import read_claim
+    from alpagasus2.evidence.claim import read_claim
 
     claim = Path(judgments or "") / "claim.json"
     if judgments and model_a is None and margin is None and claim.exists():
@@ -238,8 +246,8 @@ def _labels(paths: Sequence[str] | None) -> list[Any] | None:
 def _canaries(judgments: str) -> dict[str, float]:
     "The judge's canaries: of a run's folder, or beside a file of judgments."
     from alpagasus2.analysis import canary_outcomes
+    from alpagasus2.core.run_folder import latest
     from alpagasus2.judge import canaries_path
-    from alpagasus2.runs import latest
 
     path = Path(judgments)
     return canary_outcomes(
@@ -271,13 +279,13 @@ def quickstart(
     output_dir: str = "runs/quickstart",  # the run's folder; run again to resume
 ) -> None:
     "The whole loop offline on a CPU, with a real 135M model."
-    from alpagasus2.recipe import quickstart_recipe
+    from alpagasus2.experiment import quickstart_recipe
 
     _run(quickstart_recipe(), output_dir, False)
 
 
 def _run(recipe: Any, output_dir: str, dry_run: bool) -> None:
-    from alpagasus2.recipe import run_recipe, summary_lines
+    from alpagasus2.experiment import run_recipe, summary_lines
 
     if dry_run:
         arms = ", ".join(f"{n} ({a.rows:,} rows)" for n, a in recipe.arms.items())
@@ -297,15 +305,15 @@ COMMANDS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "run": (run, ()),
     "fetch": (fetch, ()),
     "check": (check, ()),
-    "rate": (rate, ("judge.JudgeConfig", "endpoint.EndpointConfig")),
+    "rate": (rate, ("judge.JudgeConfig", "endpoint.client.EndpointConfig")),
     "select": (select, ()),
     "preview": (preview, ("train.TrainConfig",)),
     "estimate": (estimate, ("train.TrainConfig", "quant_lora.QuantLoraConfig")),
     "train": (train, ("train.TrainConfig", "quant_lora.QuantLoraConfig")),
     "merge": (merge, ()),
-    "generate": (generate, ("generate.GenerateConfig", "endpoint.EndpointConfig")),
-    "leaderboard": (leaderboard, ("leaderboard.LeaderboardConfig",)),
-    "judge": (judge, ("judge.JudgeConfig", "endpoint.EndpointConfig")),
+    "generate": (generate, ("generate.GenerateConfig", "endpoint.client.EndpointConfig")),
+    "leaderboard": (leaderboard, ("extras.leaderboard.LeaderboardConfig",)),
+    "judge": (judge, ("judge.JudgeConfig", "endpoint.client.EndpointConfig")),
     "report": (report, ()),
     "doctor": (doctor, ()),
 }  # the function, and the config classes whose fields its **config takes

@@ -17,12 +17,13 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from .batch import asker
-from .cache import Request
+from .core.files import UserError, file_sha256, read_jsonl, write_json
+from .core.run_folder import Journal, recorded
 from .data import Template, prompt, question_of
-from .endpoint import Endpoint
-from .prices import cost_of, dollars
-from .runs import Journal, UserError, file_sha256, read_jsonl, recorded, write_json
+from .endpoint.batch_api import asker
+from .endpoint.cache import Request
+from .endpoint.client import Endpoint
+from .endpoint.prices import cost_of, dollars
 
 # %% ../nbs/03_generate.ipynb #c1dfd96e
 @dataclass
@@ -84,7 +85,7 @@ def local_answers(
     config: GenerateConfig,  # length, sampling, memory
 ) -> Answers:
     "Answer questions with a model in this process."
-    from alpagasus2.decode import cache_budget, chooser, decode
+    from alpagasus2.model.decode import cache_budget, chooser, decode
 
     context = model.config.get_text_config().max_position_embeddings
     prompts = encode_prompts(questions, tokenizer, context - config.max_new_tokens, config)

@@ -20,11 +20,13 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from .cache import Reply, Request, moment
-from .data import dataset_path, question_of, response_of
-from .prices import cost_of, dollars
-from .replies import Verdict, parse_pair, parse_rating, parse_verdict
-from .runs import Journal, UserError, latest, manifest_entry, read_jsonl, row_key, timed
+from .catalog import dataset_path
+from .core.files import UserError, read_jsonl
+from .core.run_folder import Journal, latest, manifest_entry, row_key, timed
+from .data import question_of, response_of
+from .endpoint.cache import Reply, Request, moment
+from .endpoint.prices import cost_of, dollars
+from .endpoint.replies import Verdict, parse_pair, parse_rating, parse_verdict
 
 # %% ../nbs/04_judge.ipynb #b750c6e8
 @dataclass

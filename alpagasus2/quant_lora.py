@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL_MODEL', 'QuantLoraConfig', 'pick_device', 'compute_dtype', 'small_model', 'resolve_model', 'load_tokenizer',
-           'load_base', 'unpack', 'Dropout', 'add_lora', 'load_adapters', 'adapter_parameters']
+           'load_base', 'unpack', 'keep_trainable', 'Dropout', 'add_lora', 'load_adapters', 'adapter_parameters']
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
 import importlib.util
@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from .runs import UserError, cache_dir
+from .core.files import UserError, cache_dir
 
 # %% ../nbs/01_quant_lora.ipynb #ac3478d6
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -177,7 +177,7 @@ def load_base(
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     if config.unpacked or (config.unpacked is None and device == "cpu"):
         return unpack(model)
-    return _keep_trainable(model)
+    return keep_trainable(model)
 
 
 def unpack(
@@ -194,7 +194,9 @@ def _contiguous(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tu
     return tuple(x.contiguous() for x in inputs)
 
 # %% ../nbs/01_quant_lora.ipynb #9e6a55b6
-def _keep_trainable(model: Any) -> Any:
+def keep_trainable(
+    model: Any,  # a model, or a part of one
+) -> Any:  # the same
     "Switch off bitsandbytes' repacking, whose product has no gradient."
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):

@@ -20,9 +20,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from .checkpoint import Checkpoint, stop_request
+from .core.files import UserError, check_names, check_output, replace_folder, write_json
+from .core.run_folder import recorded
 from .data import Template, dropped, load_examples
-from .forward import Encoded, encode, packs, row_nll, target_nll
+from .model.checkpoint import Checkpoint, stop_request
+from .model.forward import Encoded, encode, packs, row_nll, target_nll
 from alpagasus2.quant_lora import (
     QuantLoraConfig,
     adapter_parameters,
@@ -30,14 +32,6 @@ from alpagasus2.quant_lora import (
     load_base,
     load_tokenizer,
     pick_device,
-)
-from alpagasus2.runs import (
-    UserError,
-    check_names,
-    check_output,
-    recorded,
-    replace_folder,
-    write_json,
 )
 
 # %% ../nbs/02_train.ipynb #1b645389

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from stand_ins import without
 
+from alpagasus2.catalog import describe_data
 from alpagasus2.cli import main
-from alpagasus2.data import describe_data
-from alpagasus2.runs import dumps
+from alpagasus2.core.files import dumps
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROW = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
@@ -221,7 +221,8 @@ def test_doctor_shows_no_secret_and_works_without_torch(tmp_path):
 
 def test_doctor_fails_with_a_status_and_one_closing_sentence(tmp_path):
     code = (
-        "import shutil, sys; from collections import namedtuple; from alpagasus2 import doctor;"
+        "import shutil, sys; from collections import namedtuple;"
+        "from alpagasus2.extras import doctor;"
         "doctor.check_disk.__defaults__ = (lambda p: namedtuple('Usage', 'free')(1e6),);"
         "from alpagasus2.cli import main; sys.exit(main(['doctor']))"
     )

@@ -29,8 +29,8 @@ import pytest
 from stand_ins import tiny_llama
 from test_endpoint import serving
 
+from alpagasus2.catalog import dataset_path
 from alpagasus2.cli import COMMANDS, build_parser, main
-from alpagasus2.data import dataset_path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "nbs" / "pages").glob("*.md"))
@@ -218,7 +218,7 @@ def test_a_page_in_a_shell_with_the_real_model(name, tmp_path):
 def templates() -> str:
     """Every text in the package, with … where a value comes in."""
     texts = []
-    for module in (ROOT / "alpagasus2").glob("*.py"):
+    for module in (ROOT / "alpagasus2").rglob("*.py"):
         for node in ast.walk(ast.parse(module.read_text())):
             if isinstance(node, ast.JoinedStr):
                 parts = (v.value if isinstance(v, ast.Constant) else "…" for v in node.values)

@@ -11,114 +11,199 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "alpagasus2"
 
-# DESIGN's table: a room and the rooms that it may import. Every room may import runs.
-MAY_IMPORT = {
-    "similarity": "",
-    "categories": "",
-    "data": "similarity categories",
-    "runs": "",
-    "prices": "",
-    "cache": "",
-    "limits": "",
-    "endpoint": "prices cache limits",
-    "batch": "prices cache limits endpoint",
-    "quant_lora": "",
-    "forward": "data",
-    "score": "data forward",
-    "estimate": "quant_lora",
-    "merge": "quant_lora",
-    "doctor": "quant_lora",
-    "checkpoint": "",
-    "train": "data quant_lora forward checkpoint",
-    "preview": "forward train",
-    "share": "data",
-    "decode": "",
-    "generate": "data prices cache endpoint batch quant_lora decode",
-    "replies": "",
-    "judge": "data prices cache replies",
-    "standings": "",
-    "leaderboard": "quant_lora standings",
-    "evidence": "",
-    "forms": "replies judge evidence",
-    "analysis": "data evidence",
-    "plots": "",
-    "charts": "",
-    "report": "analysis forms charts",
-    "filtering": "similarity data evidence",
-    "local": "data cache generate judge quant_lora score",
-    "sizes": "analysis",
-    "design": "data endpoint quant_lora train generate evidence analysis",
-    "recipe": "data prices limits endpoint batch forward score checkpoint "
-    "train decode generate replies judge standings leaderboard evidence analysis plots forms "
-    "charts report filtering local sizes design",
+# The main street, from top to bottom: a module may import those above it. 00_data is read first;
+# it finds data sets by name, so the catalogue, which needs no other module, stands above it.
+STREET = (
+    "catalog data selection quant_lora train generate judge local analysis recipe experiment cli"
+).split()
+# The wings: a folder of modules, and what these may import beside each other.
+WINGS = {
+    "core": "",
+    "endpoint": "core",
+    "model": "core data quant_lora",
+    "evidence": "core data selection",
+    "report": "core evidence analysis judge",
+    "commands": "core",  # each command loads the step it runs: see LOADED
+    "extras": "core data quant_lora model train",
 }
-# a command loads the step that it runs, and no other
-MAY_IMPORT |= {
-    "parser": "",
-    "cli_ask": "data prices endpoint batch quant_lora generate judge leaderboard local",
-    "cli_train": "data quant_lora forward score estimate merge doctor train preview share",
-    "cli": "data judge analysis plots forms report filtering recipe train parser cli_ask cli_train",
-}
-NO_ROOMS = {"__init__", "__main__", "_modidx", "_dataset"}
-ROOMS = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in NO_ROOMS)
-# without torch
+# What the main street takes from the wings.
+STEPS = "core endpoint model"  # catalog to local
+RESULTS = "core endpoint model evidence report"  # analysis and recipe
+EVERYTHING = " ".join(WINGS)  # experiment and cli
+# Loaded inside a function, when its command is run.
+LOADED = {"commands": f"{EVERYTHING} {' '.join(STREET)}"}
+# Without torch: all of these folders and modules.
 LIGHT = (
-    "similarity categories data runs prices cache limits endpoint batch doctor share generate "
-    "replies judge standings forms evidence analysis plots charts report filtering sizes parser "
-    "cli_ask cli_train cli".split()
-)
+    "core endpoint evidence report commands catalog data selection generate judge analysis cli "
+    "extras.doctor extras.hub extras.benchmark_tables"
+).split()
+
+NO_MODULES = {"__init__", "__main__", "_modidx"}
 
 
-def imported(source: str) -> Iterator[str]:
-    "Names of the package's modules that a module imports, at its top or inside a function."
-    for node in ast.walk(ast.parse(source)):
-        names = []
+def name_of(path: Path) -> str:
+    "A module's name below the package: data, or endpoint.cache."
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {
+    name_of(p): p
+    for p in sorted(PACKAGE.rglob("*.py"))
+    if p.stem not in NO_MODULES and "_dataset" not in p.parts
+}
+
+
+def allowed(module: str) -> set[str]:
+    "Folders and modules that a module may import at its top."
+    wing, _, inner = module.partition(".")
+    if inner:
+        return {wing, *WINGS[wing].split()}
+    place = STREET.index(module)
+    wings = EVERYTHING
+    if place < STREET.index("experiment"):
+        wings = RESULTS if place >= STREET.index("analysis") else STEPS
+    return {*STREET[:place], *wings.split()}
+
+
+def may_load(module: str) -> set[str]:
+    "Those, and what a module may import inside a function."
+    return allowed(module) | set(LOADED.get(module.partition(".")[0], "").split())
+
+
+def absolute(module: str, node: ast.ImportFrom) -> str:
+    "The full name of what `from ..x import y` names."
+    if not node.level:
+        return node.module or ""
+    above = f"alpagasus2.{module}".split(".")[: -node.level]
+    return ".".join([*above, *filter(None, [node.module])])
+
+
+def resolved(name: str) -> str | None:
+    "The module of this package that a dotted name leads to; None for another package's."
+    top, _, rest = name.partition(".")
+    if top != "alpagasus2" or not rest:
+        return None
+    parts = rest.split(".")
+    for k in range(len(parts), 0, -1):
+        if ".".join(parts[:k]) in MODULES:
+            return ".".join(parts[:k])
+    return None if parts[0].startswith("__") else parts[0]
+
+
+def imported(module: str, tree: ast.AST) -> Iterator[tuple[str, str]]:
+    "(module, name or '') of whatever a module imports from this package, wherever it stands."
+    for node in ast.walk(tree):
+        found = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found = [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["alpagasus2" if node.level else "", node.module]))
-            names = [f"{base}.{alias.name}" for alias in node.names]
+            base = absolute(module, node)
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                deeper = resolved(whole) != resolved(base)
+                found.append((whole, "") if deeper else (base, alias.name))
         elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
             text = [a.value for a in node.args if isinstance(a, ast.Constant)]
-            names = [f"alpagasus2{t}" if t.startswith(".") else t for t in map(str, text)]
-        for name in names:
-            top, *rest = name.split(".")
-            if top == "alpagasus2" and rest and not rest[0].startswith("_"):
-                yield rest[0]
+            found = [(f"alpagasus2{t}" if t.startswith(".") else t, "") for t in map(str, text)]
+        for name, what in found:
+            if target := resolved(name):
+                yield target, what
+
+
+def at_the_top(tree: ast.Module) -> ast.Module:
+    "The module without the bodies of its functions."
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    inside = {
+        n
+        for f in ast.walk(tree)
+        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
+        for n in ast.walk(f)
+    }
+    return ast.Module([n for n in nodes if n not in inside], [])
+
+
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text())
 
 
 def test_imports_are_found():
     source = """
 import os, alpagasus2.train
-from .score import encode
+from ..model.likelihood import signals
+from .prices import Price
 def f():
     from alpagasus2 import judge, __version__
-    from . import report as r
+    from alpagasus2.report import page as r
     importlib.import_module(".cli", "alpagasus2")
 """
-    assert set(imported(source)) == {"train", "score", "judge", "report", "cli"}
+    found = {m for m, _ in imported("endpoint.client", ast.parse(source))}
+    wanted = {"train", "model.likelihood", "endpoint.prices", "judge", "report.page", "cli"}
+    assert found == wanted
+    top = {m for m, _ in imported("endpoint.client", at_the_top(ast.parse(source)))}
+    assert top == {"train", "model.likelihood", "endpoint.prices"}
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.stem)
-def test_rooms_import_only_what_is_above_them(path):
-    assert path.stem in MAY_IMPORT, f"{path.stem}.py has no line in the table of rooms"
-    above = {"runs"} - {path.stem} | set(MAY_IMPORT[path.stem].split())
-    found = set(imported(path.read_text()))
-    assert found <= above, f"{path.stem} may not import {sorted(found - above)}"
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_import_only_what_is_above_them(module):
+    wing, _, inner = module.partition(".")
+    assert wing in (WINGS if inner else STREET), f"{module} is on no street and in no wing"
+    for tree, may in (
+        (at_the_top(tree_of(module)), allowed(module)),
+        (tree_of(module), may_load(module)),
+    ):
+        found = {m for m, _ in imported(module, tree)}
+        wrong = {m for m in found if m not in may and m.partition(".")[0] not in may}
+        assert not wrong, f"{module} may not import {sorted(wrong)}"
 
 
-def test_the_table_has_no_circle():
-    above = {"runs"}
-    for room, allowed in MAY_IMPORT.items():
-        assert set(allowed.split()) <= above, room
-        above.add(room)
+def test_no_circle():
+    above: dict[str, set[str]] = {m: {x for x, _ in imported(m, tree_of(m))} for m in MODULES}
+    while above:
+        free = [m for m, needs in above.items() if not needs & above.keys()]
+        assert free, f"a circle among {sorted(above)}"
+        above = {m: needs for m, needs in above.items() if m not in free}
 
 
-def test_no_room_is_missing():
-    built = {p.stem for p in ROOMS}
-    if "cli" not in built:
-        pytest.skip("the rooms are being built: alpagasus2/cli.py does not exist yet")
-    assert not set(MAY_IMPORT) - built
+def test_no_module_is_missing():
+    assert not set(STREET) - set(MODULES)
+    assert set(WINGS) == {m.partition(".")[0] for m in MODULES if "." in m}
+
+
+def is_private(name: str) -> bool:
+    "Not __init__, nor _repr_html_, which is Jupyter's."
+    return name.startswith("_") and not name.endswith("_")
+
+
+def private_names(tree: ast.Module) -> set[str]:
+    "Private functions, classes, methods, attributes and constants that a module defines."
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self":
+            names.add(node.attr)
+    return {n for n in names if is_private(n)}
+
+
+def taken(module: str) -> Iterator[str]:
+    "Private names of other modules that a module uses."
+    tree = tree_of(module)
+    for target, name in imported(module, tree):
+        if is_private(name):
+            yield f"{target}.{name}"
+    own = private_names(tree)
+    others = {n for m in MODULES if m != module for n in private_names(tree_of(m))} - own
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in others:
+            if ast.unparse(node.value) not in ("self", "cls"):
+                yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_takes_a_private_name_of_another(module):
+    assert not (found := sorted(set(taken(module)))), f"{module} uses {', '.join(found)}"
 
 
 def python(code: str) -> subprocess.CompletedProcess:
@@ -126,12 +211,13 @@ def python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("room", LIGHT)
-def test_light_rooms_load_no_torch(room):
-    if not (PACKAGE / f"{room}.py").exists():
-        pytest.skip(f"alpagasus2/{room}.py does not exist yet")
-    done = python(f"import sys, alpagasus2.{room}; sys.exit('torch' in sys.modules)")
-    assert done.returncode == 0, done.stderr or f"alpagasus2.{room} loads torch"
+LIGHT_MODULES = [m for m in MODULES if m in LIGHT or m.partition(".")[0] in LIGHT]
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_light_modules_load_no_torch(module):
+    done = python(f"import sys, alpagasus2.{module}; sys.exit('torch' in sys.modules)")
+    assert done.returncode == 0, done.stderr or f"alpagasus2.{module} loads torch"
 
 
 def seconds(code: str) -> float:
@@ -161,7 +247,5 @@ def test_import_is_fast():
 
 
 def test_help_is_fast_and_light():
-    if not (PACKAGE / "cli.py").exists():
-        pytest.skip("alpagasus2/cli.py does not exist yet")
     assert "quickstart" in python(HELP).stdout
     assert seconds(HELP) - seconds("pass") < 0.6

@@ -182,7 +182,8 @@ def test_the_small_model_in_4_bits_matches_lm_eval_by_hand(tasks, tmp_path, caps
 
 @needs_lm_eval
 def test_base_adapter_and_merged_match_lm_eval_by_hand(tasks, tiny, tmp_path):
-    from alpagasus2.leaderboard import LeaderboardConfig, QuantLoraConfig, leaderboard
+    from alpagasus2.extras.leaderboard import LeaderboardConfig, leaderboard
+    from alpagasus2.quant_lora import QuantLoraConfig
 
     sixteen, output = QuantLoraConfig(load_in_4bit=False), tmp_path / "out"
     config = LeaderboardConfig(token_budget=200)  # several batches, with padding
@@ -363,8 +364,8 @@ def test_ifeval_matches_lm_eval_by_hand_where_its_data_is(tiny, tmp_path):
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    from alpagasus2.leaderboard import QuantLoraConfig, ifeval_lacks, leaderboard
-    from alpagasus2.quant_lora import load_base, load_tokenizer
+    from alpagasus2.extras.leaderboard import ifeval_lacks, leaderboard
+    from alpagasus2.quant_lora import QuantLoraConfig, load_base, load_tokenizer
 
     if lacks := ifeval_lacks():
         pytest.skip(lacks)
@@ -401,7 +402,7 @@ def test_ifeval_matches_lm_eval_by_hand_where_its_data_is(tiny, tmp_path):
 def test_a_mistake_is_one_sentence(tasks, tiny, capsys, monkeypatch, words, says):
     from lm_eval.tasks import TaskManager
 
-    from alpagasus2 import leaderboard
+    from alpagasus2.extras import leaderboard
 
     def own_only(include_path: object, include_defaults: bool = False) -> TaskManager:
         return TaskManager(include_path=include_path, include_defaults=False)

@@ -51,9 +51,13 @@ def test_the_wheel_holds_the_package_its_types_and_the_data_set(dist):
         names = set(files.namelist())
         entry = next(n for n in names if n.endswith("entry_points.txt"))
         assert "alpagasus2 = alpagasus2.cli:main" in files.read(entry).decode()
-    ours = {f"alpagasus2/{p.name}" for p in (ROOT / "alpagasus2").iterdir() if p.is_file()}
+    ours = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "alpagasus2").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
     ours |= {f"alpagasus2/_dataset/{p.name}" for p in (ROOT / "dataset").iterdir() if p.is_file()}
-    assert ours <= names and "alpagasus2/py.typed" in ours
+    assert ours <= names and {"alpagasus2/py.typed", "alpagasus2/report/page.html"} <= ours
     assert any(n.endswith("licenses/LICENSE") for n in names)
     others = {n for n in names if not n.startswith("alpagasus2")}
     assert not others, f"these would be installed beside the package: {others}"

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alpagasus2.judge import parse_pair, parse_rating, parse_verdict
+from alpagasus2.endpoint.replies import parse_pair, parse_rating
+from alpagasus2.judge import parse_verdict
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "judgments"
 KINDS = {"single": parse_rating, "pair": parse_pair, "threeclass": parse_verdict}

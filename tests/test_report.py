@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from alpagasus2.report import pair_name, write_report
+from alpagasus2.report.page import pair_name, write_report
 
 CHROMIUM = Path("/usr/bin/chromium")
 OWNED = "</script><script>document.title='owned'</script>"

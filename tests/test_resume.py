@@ -15,7 +15,7 @@ import pytest
 SCRIPT = """
 import sys, torch
 from alpagasus2 import quant_lora
-from alpagasus2.recipe import quickstart_recipe, run_recipe
+from alpagasus2.experiment import quickstart_recipe, run_recipe
 quant_lora.compute_dtype = lambda device=None: torch.float32
 recipe = quickstart_recipe()
 recipe.limit, recipe.judge.questions = 8, 2
@@ -86,10 +86,11 @@ def test_twenty_kills_at_random_moments(uninterrupted, tmp_path):
 
 RATING = """
 import sys
-from alpagasus2 import local, score
+from alpagasus2 import local
 from alpagasus2.data import load_examples
+from alpagasus2.model import likelihood
 from alpagasus2.quant_lora import QuantLoraConfig
-score.CHUNK = 16
+likelihood.CHUNK = 16
 read = local.signals
 def counted(model, tokenizer, rows, template):
     for row, found in zip(rows, read(model, tokenizer, rows, template), strict=True):

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
+from alpagasus2.core.files import UserError
 from alpagasus2.quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
-from alpagasus2.runs import UserError
 
 PLAIN = QuantLoraConfig(load_in_4bit=False)
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "_docs"
 CHROMIUM = Path("/usr/bin/chromium")
-PAGES = sorted(p.name for p in SITE.glob("*.html") if p.name != "404.html")
+PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html") if p.name != "404.html")
 if not PAGES:
     pytest.skip("no site in _docs: run `make docs`", allow_module_level=True)
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from stand_ins import tiny_llama
 
-from alpagasus2 import recipe as room
+from alpagasus2 import experiment
 from alpagasus2.cli import main
-from alpagasus2.recipe import Arm, Judge, Recipe, run_recipe
-from alpagasus2.runs import UserError
+from alpagasus2.core.files import UserError
+from alpagasus2.experiment import run_recipe
+from alpagasus2.recipe import Arm, Judge, Recipe
+from alpagasus2.report.page import write_report
 
 NAMES = ("filtered@2", "random@2", "filtered@3", "random@3")
 
@@ -115,7 +117,7 @@ def test_the_page_has_a_section_only_with_sizes(run, tmp_path):
         assert shown in page
     assert page.count("base, untrained") == 2
     without = {k: v for k, v in results.items() if not k.startswith("sizes")}
-    assert 'id="sizes"' not in room.write_report(without, tmp_path).read_text()
+    assert 'id="sizes"' not in write_report(without, tmp_path).read_text()
 
 
 def stamps(folder: Path) -> dict[Path, int]:
@@ -130,7 +132,7 @@ def test_what_is_done_is_not_done_again(run, ablation, monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("alpagasus2.local.load_base", refused)
-    monkeypatch.setattr(room, "train", refused)
+    monkeypatch.setattr(experiment, "train", refused)
     assert run_recipe(ablation, folder, progress=False) == results
     assert stamps(folder) == before
 
@@ -138,13 +140,13 @@ def test_what_is_done_is_not_done_again(run, ablation, monkeypatch):
 def counted(monkeypatch: pytest.MonkeyPatch, name: str, what: Callable) -> list:
     """Note, of every call of a function of the recipe's, `what` of its arguments."""
     calls: list = []
-    real = getattr(room, name)
+    real = getattr(experiment, name)
 
     def call(*args: object) -> object:
         calls.append(what(*args))
         return real(*args)
 
-    monkeypatch.setattr(room, name, call)
+    monkeypatch.setattr(experiment, name, call)
     return calls
 
 

@@ -16,15 +16,15 @@ from scipy.stats import binomtest, bootstrap
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
 
-from alpagasus2.analysis import analyse, heldout_summary, pair_statistics, prompt_table
-from alpagasus2.evidence import (
-    VERDICTS,
+from alpagasus2.analysis import analyse, pair_statistics, prompt_table
+from alpagasus2.evidence.claim import VERDICTS, decide
+from alpagasus2.evidence.intervals import (
     crossed_interval,
-    decide,
     detectable_effect,
+    heldout_summary,
     prediction_powered_mean,
 )
-from alpagasus2.forms import in_both_orders, without_orders
+from alpagasus2.report.formats import in_both_orders, without_orders
 
 SIGNS = np.array([1, 0, -1])
 AGREE = 0.5  # share of prompts whose second order repeats the first

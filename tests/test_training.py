@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from stand_ins import tiny_llama
 
 import alpagasus2.train as training
-from alpagasus2.checkpoint import Checkpoint
 from alpagasus2.cli import main
+from alpagasus2.core.files import UserError
 from alpagasus2.data import load_examples
+from alpagasus2.model.checkpoint import Checkpoint
 from alpagasus2.quant_lora import QuantLoraConfig, load_tokenizer
-from alpagasus2.runs import UserError
 
 STEPS = 24  # 24 rows, 4 a step, 4 epochs
 FEW = {"batch_size": 4, "num_epochs": 4, "learning_rate": 1e-2}
@@ -34,7 +34,7 @@ SPY = """
 import json, os, sys
 from pathlib import Path
 import alpagasus2.train as training
-from alpagasus2.checkpoint import Checkpoint
+from alpagasus2.model.checkpoint import Checkpoint
 from alpagasus2.cli import main
 seen = {"rows": [], "saves": 0, "adapters": 0}
 nll, save, adapter = training.target_nll, Checkpoint.save, training.save_adapter

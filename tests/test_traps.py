@@ -17,10 +17,12 @@ import transformers
 from stand_ins import tiny_llama
 
 from alpagasus2.cli import main
+from alpagasus2.core.files import UserError, build
 from alpagasus2.data import load_examples, prompt
-from alpagasus2.forward import Encoded, encode, packs, target_nll
+from alpagasus2.extras.merge import divergence, merged_model
 from alpagasus2.generate import GenerateConfig, local_answers
-from alpagasus2.merge import divergence, merged_model
+from alpagasus2.model.forward import Encoded, encode, packs, target_nll
+from alpagasus2.model.likelihood import target_logprobs
 from alpagasus2.quant_lora import (
     QuantLoraConfig,
     adapter_parameters,
@@ -29,8 +31,6 @@ from alpagasus2.quant_lora import (
     load_base,
     load_tokenizer,
 )
-from alpagasus2.runs import UserError, build
-from alpagasus2.score import target_logprobs
 from alpagasus2.train import (
     TrainConfig,
     batch_schedule,
@@ -337,7 +337,9 @@ def test_what_happens_after_training_is_checked_before(base, tmp_path, nothing_l
 
 def test_the_hub_is_asked_before(base, tmp_path, monkeypatch, capsys, nothing_loads):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with patch("alpagasus2.share.check_push", side_effect=UserError("hub_path: refused")) as ask:
+    with patch(
+        "alpagasus2.extras.hub.check_push", side_effect=UserError("hub_path: refused")
+    ) as ask:
         (tmp_path / "rows.json").write_text(json.dumps(ROWS))
         argv = ["train", "--base_model", str(base), "--data_path", str(tmp_path / "rows.json"),
                 "--output_dir", str(tmp_path / "a"), "--hub_path", "ada/x"]  # fmt: skip
@@ -355,8 +357,8 @@ def test_one_process_pushes(rank, pushes, tmp_path, monkeypatch):
     result = {"steps": 1, "rows": 6, "loss": [2.0], "seconds": 1.0}
     with (
         patch("alpagasus2.train.train", return_value=result),
-        patch("alpagasus2.share.check_push", return_value="ada/x") as ask,
-        patch("alpagasus2.share.push", return_value="there") as push,
+        patch("alpagasus2.extras.hub.check_push", return_value="ada/x") as ask,
+        patch("alpagasus2.extras.hub.push", return_value="there") as push,
     ):
         argv = ["train", "--base_model", "b", "--data_path", str(tmp_path / "rows.json"),
                 "--output_dir", str(tmp_path / "a"), "--hub_path", "ada/x"]  # fmt: skip
@@ -422,7 +424,7 @@ def test_generation_reads_the_prompt_of_the_training_and_keeps_the_answer(base, 
     with_input = {"id": "b", "instruction": "Translate.", "input": "Bonjour", "output": said}
     echo, rows = Echo(new), [{**ROWS[0], "output": said}, with_input]
     model, config = load_base(base, PLAIN), GenerateConfig(max_new_tokens=64)
-    with patch("alpagasus2.decode.decode", echo):
+    with patch("alpagasus2.model.decode.decode", echo):
         answers = dict(local_answers(model, tokenizer, rows, config))
     trained = [encode(r, tokenizer) for r in rows]
     assert sorted(echo.prompts) == sorted(e.ids[: e.n_prompt] for e in trained)

@@ -7,8 +7,8 @@ Works offline and without Quarto: nbdev fills in `show_doc`, nbconvert writes th
 cells and cells that do nothing but import are executed, so that `show_doc` has something to show;
 no other cell is, and outputs are those that the notebooks carry.
 
-A relative link in a notebook may name a notebook, a page (`data.html`), a picture below `nbs/` or
-any file of the repository. On the site it leads to the page; in README.md, which is also read on
+A relative link in a notebook may name a notebook, a page (`commands.html`), a picture below `nbs/`
+or any file of the repository. On the site it leads to the page; in README.md, which is also read on
 GitHub and PyPI, it becomes a full address. A link that leads nowhere stops the build.
 
 The texts are nbs/pages/ and some files of the repository's root; tools/site_pages.py makes the
@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES, IMAGES = ROOT / "_pages", ROOT / "nbs" / "images"
+PAGES, NBS, IMAGES = ROOT / "_pages", ROOT / "nbs", ROOT / "nbs" / "images"
 os.chdir(ROOT)  # nbdev looks for settings.ini from here upwards
 os.environ |= {"MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -38,6 +38,7 @@ import yaml  # noqa: E402
 from nbconvert import MarkdownExporter  # noqa: E402
 from nbdev.config import get_config  # noqa: E402
 from nbdev.serve_drv import main as process  # noqa: E402
+from site_pages import NOTEBOOKS  # noqa: E402
 
 CFG = get_config()
 SITE = CFG.doc_host + CFG.doc_baseurl
@@ -78,22 +79,12 @@ def runs_at_build(
 nbdev.processors._do_eval = runs_at_build
 
 
-def page_of(
-    notebook: Path,  # such as nbs/00_data.ipynb
-) -> str:  # such as data
-    "Its name on the site, by nbdev's rule."
-    return re.sub(r"^\d+[a-zA-Z0-9]*_", "", notebook.stem.lower())
-
-
-NOTEBOOKS = {p.name: page_of(p) for p in sorted((ROOT / "nbs").glob("*.ipynb"))}
-
-
 def place(
     target: str,  # a relative link, without its anchor
     source: Path,  # the file it stands in
 ) -> Path:  # the file it names
     "A link counts from its own folder or from the repository's root; anything else is a mistake."
-    for base in (source.parent, ROOT):
+    for base in (source.parent, NBS, ROOT):
         path = (base / target).resolve()
         if path.exists() and path.is_relative_to(ROOT):
             return path
@@ -103,19 +94,34 @@ def place(
 DOCUMENTED = {
     symbol.lower()
     for file in NOTEBOOKS
-    for symbol in re.findall(r"show_doc\(([\w.]+)", (ROOT / "nbs" / file).read_text())
+    for symbol in re.findall(r"show_doc\(([\w.]+)", (NBS / file).read_text())
 }  # on their own: nbdev documents each class unasked, but not its methods
+
+
+def page_of(
+    source: Path,  # a notebook or a text
+) -> str:  # its page on the site, such as endpoint/cache
+    "Where a source is read."
+    if source.suffix == ".ipynb":
+        return NOTEBOOKS[source.relative_to(NBS).as_posix()]
+    return TEXTS[source.relative_to(ROOT).as_posix()]
 
 
 def page_named(
     path: str,  # a relative link, without its anchor
+    source: Path,  # the file it stands in
 ) -> str | None:  # the page's name, or None for another kind of file
     "The page that a link means, if it means one."
-    name = path.rsplit("/", 1)[-1]
-    texts = {Path(file).name: page for file, page in TEXTS.items()}
-    texts |= {f"{page}.md": page for page in MADE}
-    known = NOTEBOOKS | texts | {f"{p}.html": p for p in [*NOTEBOOKS.values(), *texts.values()]}
-    return known.get(name)
+    name = path.removesuffix(".html").removesuffix(".md")
+    if path.endswith(".html") and name in {*NOTEBOOKS.values(), *TEXTS.values(), *MADE}:
+        return name
+    if name in MADE:
+        return name
+    if path.endswith((".ipynb", ".md")):
+        file = place(path, source)
+        known = file.suffix == ".ipynb" or file.relative_to(ROOT).as_posix() in TEXTS
+        return page_of(file) if known else None
+    return None
 
 
 def resolve(
@@ -133,8 +139,10 @@ def resolve(
     if anchor.startswith("_"):  # nbdev links a private name too, which is documented nowhere
         anchor = ""
     anchor = anchor and f"#{anchor}"
-    if page := page_named(path):
-        return f"{SITE}/{page}.html{anchor}" if readme else f"{page}.md{anchor}"
+    folder = os.path.dirname(page_of(source))
+    if page := page_named(path, source):
+        inside = os.path.relpath(page, folder or ".")
+        return f"{SITE}/{page}.html{anchor}" if readme else f"{inside}.md{anchor}"
     file = place(path, source)
     inside = file.relative_to(ROOT).as_posix()
     if file.suffix not in PICTURES:
@@ -144,7 +152,7 @@ def resolve(
         return f"{raw}/{CFG.branch}/{inside}"
     (PAGES / inside).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(file, PAGES / inside)
-    return inside
+    return os.path.relpath(inside, folder or ".")
 
 
 def relink(
@@ -241,7 +249,7 @@ def rendered(
     readme: bool = False,  # for README.md
 ) -> tuple[str, dict[str, bytes]]:  # Markdown, and its figures by path
     "One page."
-    name = NOTEBOOKS[source.name]
+    name = page_of(source).rpartition("/")[2]
     with tempfile.TemporaryDirectory() as folder:
         done = Path(folder) / source.name
         process((source, done, nbdev.processors.FilterDefaults))
@@ -258,7 +266,7 @@ def rendered(
 
 def readme_files() -> dict[Path, bytes]:  # contents by path
     "README.md and the figures of index.ipynb's outputs, which are committed under nbs/images/."
-    body, files = rendered(ROOT / "nbs" / "index.ipynb", readme=True)
+    body, files = rendered(NBS / "index.ipynb", readme=True)
     files["README.md"] = (NOTE + body).encode()
     return {ROOT / path: data for path, data in files.items()}
 
@@ -283,20 +291,16 @@ def check() -> int:
 
 def made_pages() -> dict[str, str]:  # Markdown by name
     "The pages that are written from code."
-    rooms = [page for page in NOTEBOOKS.values() if (ROOT / "alpagasus2" / f"{page}.py").exists()]
-    return {
-        "commands": site_pages.commands_page(),
-        "reference": site_pages.reference_page(rooms),
-    }
+    return {"commands": site_pages.commands_page(), "reference": site_pages.reference_page()}
 
 
 def text_page(
     file: Path,  # Markdown of the repository
 ) -> str:
-    "The same with its links resolved, and the rooms drawn where it asks for them."
+    "The same with its links resolved, and the modules drawn where it asks for them."
     text = relink(file.read_text(), file, readme=False)
-    text = text.replace("<!-- picture of the rooms -->", site_pages.rooms_picture())
-    return text.replace("<!-- table of the rooms -->", site_pages.rooms_list())
+    text = text.replace("<!-- picture of the house -->", site_pages.house_picture())
+    return text.replace("<!-- table of the house -->", site_pages.house_table())
 
 
 def build() -> int:
@@ -309,10 +313,11 @@ def build() -> int:
         (PAGES / f"{page}.md").write_text(text)
     shutil.copy(ROOT / "nbs/pages/extra.css", PAGES)
     for file, page in NOTEBOOKS.items():
-        body, files = rendered(ROOT / "nbs" / file)
-        for path, data in {f"{page}.md": body.encode(), **files}.items():
-            (PAGES / path).parent.mkdir(exist_ok=True)
-            (PAGES / path).write_bytes(data)
+        body, files = rendered(NBS / file)
+        folder, name = (PAGES / page).parent, (PAGES / page).name
+        for path, data in {f"{name}.md": body.encode(), **files}.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data)
     nav = yaml.safe_load(re.sub(r"!!\S+", "", (ROOT / "mkdocs.yml").read_text()))["nav"]
     (PAGES / "llms.txt").write_text(site_pages.llms_txt(nav, PAGES, SITE))
     for path in figures():

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import site_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "_docs"
@@ -97,7 +98,7 @@ def other_hosts(
 
 
 def pictures_of(
-    notebook: Path,  # a notebook of nbs/
+    notebook: Path,  # a notebook
 ) -> int:
     "Figures among the outputs that are shown."
     return sum(
@@ -114,11 +115,11 @@ def lost_pictures(
 ) -> list[str]:  # one line each
     "Notebooks whose page does not show as many figures as the notebook has."
     wrong = []
-    for notebook in sorted((ROOT / "nbs").glob("*.ipynb")):
-        name = re.sub(r"^\d+[a-zA-Z0-9]*_", "", notebook.stem.lower())
-        shown = sum(f"{name}_files/" in x for x in found[f"{name}.html"].loads)
-        if shown != pictures_of(notebook):
-            wrong.append(f"{name}.html shows {shown} figures, {notebook.name} has another number")
+    for notebook, page in site_pages.NOTEBOOKS.items():
+        folder = f"{page.rpartition('/')[2]}_files/"
+        shown = sum(folder in x for x in found[f"{page}.html"].loads)
+        if shown != pictures_of(ROOT / "nbs" / notebook):
+            wrong.append(f"{page}.html shows {shown} figures, {notebook} has another number")
     return wrong
 
 

@@ -29,7 +29,7 @@ def export_in(
     for name in (PACKAGE, NOTEBOOKS):
         skip = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         shutil.copytree(ROOT / name, copy / name, ignore=skip)
-    for module in (copy / PACKAGE).glob("*.py"):
+    for module in (copy / PACKAGE).rglob("*.py"):
         if generated(module):
             module.unlink()
     for command in ("nbdev_export", "nbdev_clean"):
@@ -46,7 +46,9 @@ def main() -> int:
             (NOTEBOOKS, "*.ipynb", "nbdev_clean"),
             (PACKAGE, "*.py", "nbdev_export"),
         ):
-            files = {p.name for top in (ROOT, copy) for p in (top / name).glob(pattern)}
+            tops = [top / name for top in (ROOT, copy)]
+            files = {p.relative_to(top) for top in tops for p in top.rglob(pattern)}
+            files -= {f for f in files if {".ipynb_checkpoints", "__pycache__"} & {*f.parts}}
             for file in sorted(files):
                 here, there = ROOT / name / file, copy / name / file
                 if not there.exists():

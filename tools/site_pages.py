@@ -1,7 +1,7 @@
-"""The pages that are made from code: commands, reference, the picture of the rooms, llms.txt.
+"""The pages that are made from code: commands, reference, the picture of the house, llms.txt.
 
 build_docs.py calls these; each is a pure function from the repository to text, so that a page
-cannot say something else than the parser, the modules or the table of rooms.
+cannot say something else than the parser, the modules or the order of the house.
 """
 
 import ast
@@ -14,7 +14,26 @@ from types import NoneType
 from typing import Any, Literal, Union, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "alpagasus2"
+PACKAGE, NBS = ROOT / "alpagasus2", ROOT / "nbs"
+
+
+def page_of(
+    notebook: str,  # such as 00_data.ipynb or endpoint/cache.ipynb
+) -> str:  # such as data or endpoint/cache
+    "A notebook's name on the site, by nbdev's rule."
+    folder, _, name = notebook.removesuffix(".ipynb").lower().rpartition("/")
+    name = re.sub(r"^\d+[a-zA-Z0-9]*_", "", name)
+    return f"{folder}/{name}" if folder else name
+
+
+def notebooks() -> dict[str, str]:  # path below nbs/ -> page
+    "All notebooks: the main street in its order, then the wings."
+    found = [p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb")]
+    found = [f for f in found if ".ipynb_checkpoints" not in f]
+    return {f: page_of(f) for f in sorted(found, key=lambda f: ("/" in f, f))}
+
+
+NOTEBOOKS = notebooks()
 
 
 # --- commands ----------------------------------------------------------------------------------
@@ -103,131 +122,107 @@ def public_symbols(
     ]
 
 
-def room_title(
+def module_title(
     module: Path,  # a module of the package
 ) -> str:
     "The module's docstring, which is its notebook's subtitle."
     return ast.get_docstring(ast.parse(module.read_text())) or ""
 
 
-def reference_page(
-    rooms: list[str],  # names of the modules, in the order of the notebooks
-) -> str:
+def module_file(
+    page: str,  # such as endpoint/cache
+) -> Path:  # the module that its notebook exports; benchmarks export none
+    "Where a page's code is."
+    return PACKAGE / f"{page}.py"
+
+
+def reference_page() -> str:
     "Every public function and class, each linked to its signature, types and source."
-    page = [
+    text = [
         "# API reference\n\nEvery public function and class. Its name leads to its signature, with "
         "types, a comment for each parameter, and a link to the source; the cells around it show "
         "it at work.\n"
     ]
-    for room in rooms:
-        if symbols := public_symbols(PACKAGE / f"{room}.py"):
-            page.append(f"## alpagasus2.{room}\n\n{room_title(PACKAGE / f'{room}.py')}\n")
-            page.append("| name | what it does |\n|---|---|")
-            page += [f"| [`{n}`]({room}.md#{n.lower()}) | {cell(d)} |" for n, d in symbols]
-            page.append("")
-    return "\n".join(page)
+    for page in NOTEBOOKS.values():
+        module = module_file(page)
+        if module.exists() and (symbols := public_symbols(module)):
+            text.append(f"## alpagasus2.{page.replace('/', '.')}\n\n{module_title(module)}\n")
+            text.append("| name | what it does |\n|---|---|")
+            text += [f"| [`{n}`]({page}.md#{n.lower()}) | {cell(d)} |" for n, d in symbols]
+            text.append("")
+    return "\n".join(text)
 
 
-# --- the rooms ---------------------------------------------------------------------------------
-def rooms_table() -> tuple[dict[str, set[str]], set[str]]:
-    "Which room may import which, and those that load no torch: what tests/test_imports.py holds."
-    spec = importlib.util.spec_from_file_location("rooms", ROOT / "tests" / "test_imports.py")
+# --- the house ---------------------------------------------------------------------------------
+def house() -> Any:
+    "The order of the modules, as tests/test_imports.py holds it: STREET, WINGS, LIGHT, MODULES."
+    spec = importlib.util.spec_from_file_location("house", ROOT / "tests" / "test_imports.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    table = {room: set(above.split()) for room, above in module.MAY_IMPORT.items()}
-    built = {room for room in table if (PACKAGE / f"{room}.py").exists()}
-    return {r: table[r] & built for r in table if r in built}, set(module.LIGHT) & built
+    return module
 
 
-def direct(
-    table: Mapping[str, set[str]],  # room -> what it may import
-) -> dict[str, set[str]]:  # the same without what follows
-    "Only the arrows that no chain of other arrows implies; the others would hide the order."
-    reach: dict[str, set[str]] = {}
-    for room, above in table.items():
-        reach[room] = above.union(*(reach[a] for a in above))
-    return {r: above - set().union(*(reach[a] for a in above)) for r, above in table.items()}
+STREET_WIDTH, WIDTH, BOX, LINE = 250, 880, 132, 30  # of the picture; a module's box, and a line
 
 
-def levels(
-    table: Mapping[str, set[str]],  # room -> what it may import
-) -> dict[str, int]:  # room -> row, 0 on top
-    "Each room stands as low as those that import it allow, so near to them."
-    below: dict[str, int] = {}
-    for room in reversed(table):
-        users = [below[u] for u in table if room in table[u]]
-        below[room] = 1 + max(users, default=-1)
-    return {room: max(below.values()) - n for room, n in below.items()}
+def _box(page: str, name: str, x: float, y: float, width: float, light: bool) -> str:
+    "A module as a link to its page."
+    return (
+        f'<a href="{page}.html"><rect class="{"light" if light else "heavy"}" x="{x}" y="{y}" '
+        f'width="{width}" height="22" rx="5"/>'
+        f'<text x="{x + width / 2}" y="{y + 15.5}">{name}</text></a>'
+    )
 
 
-WIDTH, BOX, HIGH, STEP = 880, 88, 30, 84  # of the picture, a room's box, and from row to row
-
-
-def places(
-    table: Mapping[str, set[str]],  # room -> what it may import
-) -> dict[str, tuple[float, float]]:  # the middle of each box
-    "Rows by level; within a row, each room as near as may be to what it imports."
-    depth, found = levels(table), dict[str, tuple[float, float]]()
-    for level in range(max(depth.values()) + 1):
-        row = [r for r in table if depth[r] == level]
-
-        def wish(room: str) -> float:
-            xs = [found[a][0] for a in direct(table)[room]]
-            return sum(xs) / len(xs) if xs else 0
-
-        row.sort(key=wish)
-        gap = WIDTH / len(row)
-        for i, room in enumerate(row):
-            found[room] = (gap * (i + 0.5), 24 + level * STEP)
-    return found
-
-
-def rooms_picture() -> str:
-    "The rooms as SVG in the colours of the page, light or dark."
-    table, light = rooms_table()
-    table = {room: above for room, above in table.items() if room != "runs"}
-    at = places(table)
-    shapes = []
-    for room, above in direct(table).items():
-        x, y = at[room]
-        for a in sorted(above):
-            ax, ay = at[a]
-            y1, y2 = ay + HIGH / 2, y - HIGH / 2
-            bend = (y2 - y1) / 2
-            path = f"M{ax:.0f},{y1:.0f} C{ax:.0f},{y1 + bend:.0f} {x:.0f},{y2 - bend:.0f}"
-            shapes.append(f'<path class="arrow" d="{path} {x:.0f},{y2:.0f}"/>')
-    for room, (x, y) in at.items():
-        kind = "light" if room in light else "heavy"
-        shapes.append(
-            f'<a href="{room}.html"><rect class="{kind}" x="{x - BOX / 2:.0f}" '
-            f'y="{y - HIGH / 2:.0f}" width="{BOX}" height="{HIGH}" rx="6"/>'
-            f'<text x="{x:.0f}" y="{y + 4:.0f}">{room}</text></a>'
-        )
-    height = max(y for _, y in at.values()) + HIGH
+def house_picture() -> str:
+    "The main street down the left, the wings beside it, in the colours of the page."
+    rules = house()
+    light = {m for m in rules.MODULES if m in rules.LIGHT or m.partition(".")[0] in rules.LIGHT}
+    main = [(n, p) for n, p in NOTEBOOKS.items() if p in rules.STREET]
+    shapes = ['<text class="head" x="10" y="16">The main street</text>']
+    for k, (file, page) in enumerate(main):
+        y = 28 + k * LINE
+        shapes.append(_box(page, Path(file).stem, 10, y, STREET_WIDTH - 30, page in light))
+    y = 0.0
+    for wing in rules.WINGS:
+        pages = [p for p in NOTEBOOKS.values() if p.startswith(f"{wing}/")]
+        x, shapes = STREET_WIDTH + 12, [*shapes]
+        shapes.append(f'<text class="head" x="{x}" y="{y + 16}">{wing}/</text>')
+        for k, page in enumerate(pages):
+            column, row = k % 4, k // 4
+            at = (x + column * (BOX + 16), y + 24 + row * 28)
+            light_one = page.replace("/", ".") in light
+            shapes.append(_box(page, page.partition("/")[2], *at, BOX, light_one))
+        y += 34 + 28 * -(-len(pages) // 4)
+    height = max(y, 28 + len(main) * LINE) + 6
     style = (
-        ".rooms text{font:13px sans-serif;text-anchor:middle;fill:currentColor}"
-        ".rooms rect{stroke:#0072b2;fill:color-mix(in srgb,#0072b2 15%,var(--md-default-bg-color))}"
-        ".rooms rect.heavy{stroke:#d55e00;"
+        ".house text{font:13px sans-serif;text-anchor:middle;fill:currentColor}"
+        ".house .head{text-anchor:start;font-weight:bold}"
+        ".house rect{stroke:#0072b2;fill:color-mix(in srgb,#0072b2 15%,var(--md-default-bg-color))}"
+        ".house rect.heavy{stroke:#d55e00;"
         "fill:color-mix(in srgb,#d55e00 15%,var(--md-default-bg-color))}"
-        ".rooms .arrow{fill:none;stroke:currentColor;opacity:.35}"
     )
     return (
-        f'<div class="scroll"><svg class="rooms" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
-        f'aria-label="The rooms and what each imports"><style>{style}</style>'
+        f'<div class="scroll"><svg class="house" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+        f'aria-label="The main street and the wings"><style>{style}</style>'
         + "".join(shapes)
         + "</svg></div>"
     )
 
 
-def rooms_list() -> str:
-    "The whole table: every room, what it does, and all that it may import."
-    table, light = rooms_table()
-    lines = ["| room | what happens in it | may import | torch |", "|---|---|---|---|"]
-    for room, above in table.items():
-        names = ", ".join(a for a in table if a in above and a != "runs") or "–"
-        title, torch = cell(room_title(PACKAGE / f"{room}.py")), "no" if room in light else "yes"
-        lines.append(f"| [{room}]({room}.md) | {title} | {names} | {torch} |")
+def house_table() -> str:
+    "Every module, what it does, and the folders and modules that it may import."
+    rules = house()
+    lines = ["| module | what happens in it | may import |", "|---|---|---|"]
+    for page in NOTEBOOKS.values():
+        name = page.replace("/", ".")
+        if name in rules.MODULES:
+            own = [*rules.WINGS, *rules.STREET]
+            may = ", ".join(sorted(rules.allowed(name), key=own.index)) or "–"
+            lines.append(
+                f"| [{name}]({page}.md) | {cell(module_title(module_file(page)))} | {may} |"
+            )
     return "\n".join(lines)
 
 
@@ -246,6 +241,16 @@ def first_words(
     return (title[1] if title else "").replace("`", ""), sentence[0] if sentence else plain
 
 
+def files_of(
+    nav: Any,  # of mkdocs.yml, or a part of it
+) -> Iterator[str]:
+    "The files that a part of the navigation names, in order."
+    if isinstance(nav, str):
+        yield nav
+    for part in nav.values() if isinstance(nav, Mapping) else nav if isinstance(nav, list) else ():
+        yield from files_of(part)
+
+
 def llms_txt(
     nav: list,  # of mkdocs.yml
     pages: Path,  # the folder with the Markdown pages
@@ -253,12 +258,10 @@ def llms_txt(
 ) -> str:
     "The site in one text file for a language model, in the form of llmstxt.org."
     lines = ["# alpagasus2\n\n> Train a better model with fewer data on one GPU, and prove it.\n"]
-    loose = [x for x in nav if isinstance(x, str)]
-    for heading, files in [("Pages", loose)] + [
-        (k, v) for x in nav if isinstance(x, Mapping) for k, v in x.items()
-    ]:
+    for part in nav:
+        heading = next(iter(part))
         lines.append(f"## {heading}\n")
-        for file in files:
+        for file in files_of(part):
             title, text = first_words((pages / file).read_text())
             lines.append(f"- [{title}]({site}/{file.removesuffix('.md')}.html): {text}")
         lines.append("")

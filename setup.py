@@ -36,6 +36,7 @@ setup(
     package_data={
         lib: ["py.typed"],
         f"{lib}.report": ["*.html", "*.css", "*.js"],
+        f"{lib}.extras": ["card.md"],
         f"{lib}._dataset": ["*"],
     },
     install_requires=cfg["requirements"].split(),

@@ -29,14 +29,14 @@ def catalog() -> dict[str, dict]:  # name -> {"file", "address", "git_blob", "ro
     "The data sets known by name."
     return read_json(dataset_path("catalog.json"))
 
-
+# %% ../nbs/00a_catalog.ipynb #2188487b
 def git_blob_id(
     data: bytes,  # a file's content
 ) -> str:  # 40 hex digits
     "SHA-1 of `blob`, the size, a zero byte and the content, as git names a file's content."
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
-
+# %% ../nbs/00a_catalog.ipynb #22cca1d4
 def fetch(
     name: str,  # a name in the catalogue
     output: str | Path | None = None,  # where to put it; default: the user's cache folder
@@ -62,7 +62,7 @@ def fetch(
         part.write_bytes(data)
     return path
 
-
+# %% ../nbs/00a_catalog.ipynb #fb481a39
 def locate(
     name: str,  # a name in the catalogue
 ) -> Path:  # a file on this machine

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATING_VERSION', 'PAIR_VERSION', 'VERDICT_VERSION', 'Ask', 'DRIFT', 'NULL_ANSWER', 'JudgeConfig', 'RatingPrompt',
-           'load_prompt', 'rating_messages', 'comparison_messages', 'Plan', 'carry_out', 'reread', 'status_counts',
+           'load_prompt', 'rating_messages', 'comparison_messages', 'Plan', 'reread', 'carry_out', 'endpoint_ask',
            'rating_plan', 'rate', 'score_counts', 'drift', 'pair_responses', 'pair_arms', 'read_comparison',
            'comparison_plan', 'compare', 'canary_pairs', 'canaries_path']
 
@@ -18,37 +18,41 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
+from pydantic import Field
 
 from .catalog import dataset_path
-from .core.files import UserError, read_jsonl
-from .core.run_folder import Journal, latest, manifest_entry, row_key, timed
+from .core.files import UserError, read_jsonl, say, settings
+from .core.run_folder import Journal, finder, manifest_entry, open_lines, resumed
 from .data import question_of, response_of
+from .endpoint.batch_api import announced, asker
 from .endpoint.cache import Reply, Request, moment
-from .endpoint.prices import cost_of, dollars
+from .endpoint.client import EndpointConfig
 from .endpoint.replies import Verdict, parse_pair, parse_rating, parse_verdict
 
 # %% ../nbs/04_judge.ipynb #b750c6e8
-@dataclass
+@settings
 class JudgeConfig:
     "How a rater or judge is asked. The prompts have versions, recorded with every line."
 
     dimension: str = "accuracy"  # what is rated: accuracy (the paper's) or helpfulness
     protocol: Literal["pair", "verdict"] = "pair"  # two scores from 1 to 10, or 1, 2 or 3 (tie)
-    votes: int = 1  # how often the same question is asked; above 1 needs a temperature
-    temperature: float = 0.0  # 0: the same reply each time, as far as the server can
-    max_tokens: int = 256  # of a reply
+    votes: int = Field(1, gt=0)  # how often the same question is asked; above 1 needs a temperature
+    temperature: float = Field(0.0, ge=0)  # 0: the same reply each time, as far as the server can
+    max_tokens: int = Field(256, gt=0)  # of a reply
 
     def __post_init__(self) -> None:
-        for name in ("votes", "max_tokens"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)}: it must be above 0")
         if self.votes > 1 and self.temperature == 0:
             raise UserError(f"votes={self.votes} at temperature 0 would be one vote repeated")
 
 # %% ../nbs/04_judge.ipynb #89c8da48
 RATING_VERSION, PAIR_VERSION, VERDICT_VERSION = "alpagasus-1", "pair-1", "verdict-1"
-_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
+
+
+def _tag(*texts: str) -> str:
+    "Eight hex digits that no judged text can contain by design, since they depend on all of it."
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+
+# %% ../nbs/04_judge.ipynb #f10080cd
 _RATE = (
     "We would like to request your feedback on the performance of AI assistant in response to the "
     "instruction and the given input displayed following."
@@ -60,31 +64,8 @@ _RATE_HOW = (
     "the scores. In the subsequent line, please provide a comprehensive explanation of your "
     "evaluation, avoiding any potential bias."
 )
-_COMPARE = (
-    "We would like to request your feedback on the performance of two AI assistants in response "
-    "to the user question displayed above.\n"
-)
-_FAIR = (
-    "avoiding any potential bias and ensuring that the order in which the responses were "
-    "presented does not affect your judgment."
-)
-_HOW = {
-    "pair": _COMPARE + "Please rate the helpfulness, relevance, accuracy, level of details of "
-    "their responses. Each assistant receives an overall score on a scale of 1 to 10, where a "
-    "higher score indicates better overall performance.\nPlease first output a single line "
-    "containing only two values indicating the scores for Assistant 1 and 2, respectively. The "
-    "two scores are separated by a space. In the subsequent line, please provide a comprehensive "
-    "explanation of your evaluation, " + _FAIR,
-    "verdict": "Which answer is more helpful, relevant and accurate? Reply with only 1 if Answer 1 "
-    "is better, 2 if Answer 2 is better, or 3 if they are equal. Their order must not matter.",
-}
 
-
-def _tag(*texts: str) -> str:
-    "Eight hex digits that no judged text can contain by design, since they depend on all of it."
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:8]
-
-
+# %% ../nbs/04_judge.ipynb #dea2ea1f
 @dataclass(frozen=True)
 class RatingPrompt:
     "What a rater is asked, and on which scale it answers."
@@ -98,7 +79,7 @@ class RatingPrompt:
         if self.low >= self.high:
             raise UserError(f"a scale from {self.low:g} to {self.high:g}: low must be below high")
 
-
+# %% ../nbs/04_judge.ipynb #0b97c02a
 def load_prompt(
     path: str | Path,  # a text file, UTF-8
     low: float = 0.0,  # lowest score that it asks for
@@ -115,7 +96,7 @@ def load_prompt(
     version = f"own-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return RatingPrompt(text, version, low, high)
 
-
+# %% ../nbs/04_judge.ipynb #b80b75b1
 def _rated_question(row: Mapping) -> tuple[str, str]:  # instruction, input
     "What a row asks; a system turn opens the instruction, since the response had to follow it."
     if "messages" not in row:
@@ -127,7 +108,7 @@ def _rated_question(row: Mapping) -> tuple[str, str]:  # instruction, input
                         "holds one instruction, so leave such rows out")  # fmt: skip
     return "\n\n".join([*system, turns[0]["content"]]), ""
 
-
+# %% ../nbs/04_judge.ipynb #91fc1805
 def rating_messages(
     row: Mapping,  # an Alpaca-schema or messages row
     dimension: str = "accuracy",  # what is rated
@@ -150,7 +131,28 @@ def rating_messages(
         {"role": "user", "content": f"{triplet}\n\n{how}"},
     ]
 
+# %% ../nbs/04_judge.ipynb #db4faa23
+_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
+_COMPARE = (
+    "We would like to request your feedback on the performance of two AI assistants in response "
+    "to the user question displayed above.\n"
+)
+_FAIR = (
+    "avoiding any potential bias and ensuring that the order in which the responses were "
+    "presented does not affect your judgment."
+)
+_HOW = {
+    "pair": _COMPARE + "Please rate the helpfulness, relevance, accuracy, level of details of "
+    "their responses. Each assistant receives an overall score on a scale of 1 to 10, where a "
+    "higher score indicates better overall performance.\nPlease first output a single line "
+    "containing only two values indicating the scores for Assistant 1 and 2, respectively. The "
+    "two scores are separated by a space. In the subsequent line, please provide a comprehensive "
+    "explanation of your evaluation, " + _FAIR,
+    "verdict": "Which answer is more helpful, relevant and accurate? Reply with only 1 if Answer 1 "
+    "is better, 2 if Answer 2 is better, or 3 if they are equal. Their order must not matter.",
+}
 
+# %% ../nbs/04_judge.ipynb #16fd5fff
 def comparison_messages(
     question: Mapping,  # instruction, input
     first: str,  # the answer of Assistant 1
@@ -190,12 +192,12 @@ def _status(reply: Reply, value: object) -> str:
     return "refused" if refused else "unparsed"
 
 
-def _is_open(line: Mapping | None, retry: bool) -> bool:
-    "Whether a line is still to be asked for."
+def _to_ask_again(retry: bool) -> Callable[[Mapping], bool]:
+    "Whether a line of the file is asked for again."
     again = ("error", "unparsed", "refused") if retry else ("error",)
-    return line is None or line["status"] in again
+    return lambda line: line["status"] in again
 
-
+# %% ../nbs/04_judge.ipynb #08561e5a
 Ask = Callable[[Iterable[Request]], Iterator[tuple[int, Reply]]]  # Endpoint.complete is one
 
 
@@ -205,18 +207,21 @@ class Plan:
 
     lines: Sequence[dict]  # what is known before asking, with the fields of the line's key
     ask: Callable[[Mapping], Request]  # the question of a line
-    read: Callable[[Mapping, Reply], dict]  # what a reply says; its last field is None if unread
+    read: Callable[[Mapping, Reply], dict]  # the fields that a reply states
+    states: str  # the one of these that is None where the reply could not be read
     settings: Mapping[str, Any]  # what can change a reply: a file never mixes two of them
     who: Mapping[str, Any]  # fields that every line gets
     unit: str = "row"  # of the progress bar
 
-    def todo(
+    def request(
         self,
-        find: Callable[[Mapping], Mapping | None],  # the line of the file with the same key
-        retry: bool = False,  # also where the reply was unreadable or a refusal
-    ) -> list[dict]:  # lines that are still to be asked for
-        "What a file lacks."
-        return [x for x in self.lines if _is_open(find(x), retry)]
+        line: Mapping,  # one of `lines`
+        old: Mapping | None,  # the same of the file
+        since: str,  # when asking again began
+    ) -> Request:
+        "A reply that is there but says nothing must not be taken from the cache again."
+        again = old is not None and old["status"] != "error"
+        return replace(self.ask(line), since=since if again else "")
 
     def requests(
         self,
@@ -224,64 +229,25 @@ class Plan:
         retry: bool = False,  # also where the reply was unreadable or a refusal
     ) -> Iterator[Request]:
         "The questions that `carry_out` will ask, for an estimate."
-        there, since = {row_key(x): x for x in latest(output)}, _asked_since(output, retry)
-        for line in self.todo(lambda x: there.get(row_key(x)), retry):
-            yield _request(self, line, there.get(row_key(line)), since)
+        find, since = finder(output), _asked_since(output, retry)
+        for line in open_lines(self.lines, find, _to_ask_again(retry)):
+            yield self.request(line, find(line), since)
+
+    def fields(
+        self,
+        line: Mapping,  # one of `lines`
+        reply: Reply,  # to its question
+    ) -> dict[str, Any]:  # status, and what `read` finds
+        "What a reply says, and whether it says it."
+        values = self.read(line, reply)
+        return {**values, "status": _status(reply, values[self.states])}
 
 
 def _asked_since(output: str | Path, retry: bool) -> str:
     "When the asking again began: one that was stopped goes on, so that nothing is paid for twice."
     return (manifest_entry(output).get("retry") or moment()) if retry else ""
 
-
-def _request(plan: Plan, line: Mapping, old: Mapping | None, since: str) -> Request:
-    "An unreadable reply that is asked for again must not be the stored one."
-    again = old is not None and old["status"] != "error"
-    return replace(plan.ask(line), since=since if again else "")
-
-
-def carry_out(
-    plan: Plan,  # from `rating_plan` or `comparison_plan`
-    ask: Ask,  # what answers: `Endpoint(...).complete`, or a local model
-    output: str | Path,  # ratings.jsonl or judgments.jsonl
-    retry: bool = False,  # ask again where the reply was unreadable or a refusal
-    progress: bool = True,  # show a bar, with the cost where there is one
-) -> list[dict]:  # all lines of the file
-    "Ask what is open, append each answer, resume where the file stops."
-    since = _asked_since(output, retry)
-    note = {"retry": since} if since else {}
-    with timed(output, plan.settings, **note) as entry, Journal(output) as journal:
-        try:
-            _refuse_other_answers(plan.lines, journal)
-            reread(plan, journal)
-            todo = plan.todo(journal.get, retry)
-            requests = (_request(plan, x, journal.get(x), since) for x in todo)
-            with tqdm(total=len(todo), unit=plan.unit, disable=not progress) as bar:
-                usd = 0.0
-                for i, reply in ask(requests):
-                    line = {**todo[i], **_read(plan, todo[i], reply), **plan.who}
-                    journal.append(line)
-                    usd += line["usage"].get("usd") or 0.0
-                    bar.set_postfix_str(dollars(usd) if usd else "", refresh=False)
-                    bar.update()
-            entry |= {"retry": None} if since else {}  # the next one begins anew
-        finally:  # a run that was stopped has its cost, too
-            entry["counts"] = status_counts(journal.rows())
-            entry["cost"] = cost_of(read_jsonl(output))
-        return journal.rows()
-
-
-def _read(plan: Plan, line: Mapping, reply: Reply) -> dict[str, Any]:
-    "The fields that a line gets from its reply."
-    values = plan.read(line, reply)
-    return {
-        **values,
-        "review": reply.error or reply.text,
-        "status": _status(reply, [*values.values()][-1]),
-        "usage": dict(reply.usage or {}),
-    }
-
-
+# %% ../nbs/04_judge.ipynb #a2e5529f
 def reread(
     plan: Plan,  # whose lines are read again
     journal: Journal,  # the file, open
@@ -292,10 +258,9 @@ def reread(
         old = journal.get(line)
         if old is None or old["status"] == "error" or not isinstance(old.get("review"), str):
             continue
-        values = plan.read(line, Reply(old["review"], usage=old.get("usage")))
-        if any(old.get(k) != v for k, v in values.items()):
-            status = _status(Reply(old["review"]), [*values.values()][-1])
-            journal.append({**old, **values, "status": status})
+        found = plan.fields(line, Reply(old["review"], usage=old.get("usage")))
+        if any(old.get(k) != v for k, v in found.items() if k != "status"):
+            journal.append({**old, **found})
             changed += 1
     return changed
 
@@ -308,17 +273,46 @@ def _refuse_other_answers(lines: Iterable[Mapping], journal: Journal) -> None:
             where = f"{journal.path}: {line['id']}"
             raise UserError(f"{where} was judged with other answers; choose another output")
 
+# %% ../nbs/04_judge.ipynb #2b2fa9d4
+def carry_out(
+    plan: Plan,  # from `rating_plan` or `comparison_plan`
+    ask: Ask,  # what answers: `Endpoint(...).complete`, or a local model
+    output: str | Path,  # ratings.jsonl or judgments.jsonl
+    retry: bool = False,  # ask again where the reply was unreadable or a refusal
+    progress: bool = True,  # show a bar, with the cost where there is one
+) -> list[dict]:  # all lines of the file
+    "Ask what is open, append each answer, resume where the file stops."
+    since = _asked_since(output, retry)
+    note = {"retry": since} if since else {}
+    with resumed(output, plan.settings, plan.unit, progress, **note) as step:
+        _refuse_other_answers(plan.lines, step.journal)
+        reread(plan, step.journal)
+        todo = step.todo(plan.lines, _to_ask_again(retry))
+        for i, reply in ask(plan.request(x, step.journal.get(x), since) for x in todo):
+            said = {"review": reply.error or reply.text, "usage": dict(reply.usage or {})}
+            step.append({**todo[i], **plan.fields(todo[i], reply), **said, **plan.who})
+        step.entry |= {"retry": None} if since else {}  # the next one begins anew
+        return step.journal.rows()
 
+# %% ../nbs/04_judge.ipynb #c31693fa
+def endpoint_ask(
+    model: str,  # the name that the endpoint knows
+    base_url: str | None,  # the endpoint; default: OPENAI_BASE_URL, else OpenAI's
+    config: JudgeConfig,  # temperature, max_tokens
+    limits: EndpointConfig,  # how hard it may be asked, and what that may cost
+    plans: Mapping[Path, Plan],  # file -> what it is to hold; the cache lies beside the first
+    retry: bool = False,  # ask again where the reply was unreadable or a refusal
+    tell: Callable[[str], None] = say,  # gets the estimate
+) -> Ask:
+    "What asks a rater or judge behind an endpoint."
+    requests = (r for path, plan in plans.items() for r in plan.requests(path, retry))
+    sampling = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+    return asker(announced(model, base_url, [*plans], limits, requests, tell, **sampling))
+
+# %% ../nbs/04_judge.ipynb #8fabe188
 def _asked_with(config: JudgeConfig, *names: str) -> dict[str, Any]:
     "The settings that can change a reply, so that a resumed file never mixes two of them."
     return {n: v for n, v in asdict(config).items() if n in (*names, "temperature", "max_tokens")}
-
-
-def status_counts(
-    lines: Iterable[Mapping],  # lines of ratings.jsonl or judgments.jsonl
-) -> dict[str, int]:  # ok, unparsed, refused, error: how many
-    "How many lines ended in which way."
-    return dict(Counter(line["status"] for line in lines))
 
 # %% ../nbs/04_judge.ipynb #0fa04901
 def rating_plan(
@@ -345,9 +339,9 @@ def rating_plan(
         for r in rows for v in range(config.votes)
     ]  # fmt: skip
     who = {"kind": "llm", "model": rater, "prompt_version": prompt.version}
-    return Plan(keys, ask, read, settings, {"rater": who})
+    return Plan(keys, ask, read, "score", settings, {"rater": who})
 
-
+# %% ../nbs/04_judge.ipynb #c4564690
 def rate(
     rows: Sequence[Mapping],  # examples with ids
     ask: Ask,  # what answers: `Endpoint(...).complete`, or a local model
@@ -413,7 +407,7 @@ def pair_responses(
         if model_a in both and model_b in both
     ]
 
-
+# %% ../nbs/04_judge.ipynb #9456593e
 def pair_arms(
     responses: Sequence[Mapping],  # lines of responses.jsonl
     model_a: str | None = None,  # the arm whose wins are counted; None: every arm in turn
@@ -434,7 +428,7 @@ def pair_arms(
             raise UserError(f"{a!r} is compared with itself; the canaries do that")
     return [pair for a, b in named for pair in pair_responses(responses, a, b)]
 
-
+# %% ../nbs/04_judge.ipynb #4510fa64
 def read_comparison(
     reply: Reply,  # of the judge
     first: Literal["a", "b"],  # which answer was Assistant 1
@@ -458,7 +452,7 @@ def read_comparison(
     score_a, score_b = (one, two) if first == "a" else (two, one)
     return "tie" if winner == 3 else names[winner - 1], score_a, score_b
 
-
+# %% ../nbs/04_judge.ipynb #2826c677
 def comparison_plan(
     pairs: Sequence[Mapping],  # from `pair_responses`
     config: JudgeConfig,  # protocol, votes
@@ -482,9 +476,9 @@ def comparison_plan(
         for p in pairs for v in range(config.votes) for first in ("a", "b")
     ]  # fmt: skip
     who = {"protocol": config.protocol, "judge": {"model": judge, "prompt_version": version}}
-    return Plan(lines, ask, read, settings, who, "verdict")
+    return Plan(lines, ask, read, "verdict", settings, who, "verdict")
 
-
+# %% ../nbs/04_judge.ipynb #2453b771
 def compare(
     pairs: Sequence[Mapping],  # from `pair_responses`
     ask: Ask,  # what answers: `Endpoint(...).complete`, or a local model

@@ -18,6 +18,32 @@ from .core.text import NearDuplicates, category_by_rules
 from .data import Problem, asked_of, read_rows, response_of
 
 # %% ../nbs/00b_selection.ipynb #f1f836cb
+def _score(line: Mapping, n: int, path: str | Path) -> float | None:
+    if "score" not in line:
+        raise UserError(f"{path}: line {n} has no `score` (its fields: {', '.join(line)})")
+    if line.get("status", "ok") != "ok" or line["score"] in (None, ""):
+        return None
+    try:
+        score = float(line["score"])
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: line {n}: score {line['score']!r} is not a number") from None
+    if not abs(score) < float("inf"):
+        raise UserError(f"{path}: line {n}: score {line['score']!r} is not a finite number")
+    return score
+
+
+def _scored_id(line: Mapping, n: int, path: str | Path, by_row: Mapping[int, str]) -> str | None:
+    "The id of the row that a line scores; None for a row that was dropped."
+    if "id" in line:
+        return str(line["id"])
+    if "row" not in line:
+        raise UserError(f"{path}: line {n} has neither `id` nor `row`")
+    text = str(line["row"])
+    if not text.isdigit():
+        raise UserError(f"{path}: line {n}: row {text!r} is no row number, counted from 0")
+    return by_row.get(int(text))
+
+# %% ../nbs/00b_selection.ipynb #111b76c2
 def load_scores(
     path: str | Path,  # ratings.jsonl, or a .csv or .jsonl with id or row, and score
     rows: Sequence[Mapping],  # rows of `load_examples`
@@ -44,32 +70,6 @@ def load_scores(
                 votes[key][line.get("vote", 0)] = score
     return {key: sum(v.values()) / len(v) for key, v in votes.items()}
 
-
-def _score(line: Mapping, n: int, path: str | Path) -> float | None:
-    if "score" not in line:
-        raise UserError(f"{path}: line {n} has no `score` (its fields: {', '.join(line)})")
-    if line.get("status", "ok") != "ok" or line["score"] in (None, ""):
-        return None
-    try:
-        score = float(line["score"])
-    except (TypeError, ValueError):
-        raise UserError(f"{path}: line {n}: score {line['score']!r} is not a number") from None
-    if not abs(score) < float("inf"):
-        raise UserError(f"{path}: line {n}: score {line['score']!r} is not a finite number")
-    return score
-
-
-def _scored_id(line: Mapping, n: int, path: str | Path, by_row: Mapping[int, str]) -> str | None:
-    "The id of the row that a line scores; None for a row that was dropped."
-    if "id" in line:
-        return str(line["id"])
-    if "row" not in line:
-        raise UserError(f"{path}: line {n} has neither `id` nor `row`")
-    text = str(line["row"])
-    if not text.isdigit():
-        raise UserError(f"{path}: line {n}: row {text!r} is no row number, counted from 0")
-    return by_row.get(int(text))
-
 # %% ../nbs/00b_selection.ipynb #c520cf51
 def category_of(
     row: Mapping,  # an Alpaca-schema or messages row
@@ -81,38 +81,6 @@ def category_of(
     return category_by_rules(instruction, f"{question}\n{response_of(row)}")
 
 # %% ../nbs/00b_selection.ipynb #fc074d50
-def select(
-    rows: Sequence[dict],  # rows with ids
-    scores: Mapping[str, float] | None = None,  # row id -> score; for the first three rules
-    threshold: float | None = None,  # keep scores at or above this
-    top_k: int | None = None,  # keep this many best, ties drawn by seed
-    quantile: float | None = None,  # keep scores at or above this quantile, in [0, 1]
-    random_k: int | None = None,  # keep this many at random
-    longest_k: int | None = None,  # keep this many with the longest responses, in characters
-    seed: int = 0,  # for random_k and for ties
-    drop_near_duplicates: float | None = None,  # similarity at which the better stays
-    quota: Mapping[str, float] | Literal["pool"] | None = None,  # category -> share of what is kept
-) -> list[dict]:  # the kept rows, in their first order
-    "Keep rows by exactly one rule; rows without a score are never kept by a score."
-    rules = dict(
-        threshold=threshold, top_k=top_k, quantile=quantile, random_k=random_k, longest_k=longest_k
-    )
-    given = [name for name, value in rules.items() if value is not None]
-    if len(given) != 1:
-        raise UserError(f"give exactly one of {', '.join(rules)}; got {', '.join(given) or 'none'}")
-    rule, value = given[0], float(rules[given[0]] or 0)
-    if rule in ("random_k", "longest_k"):
-        keyed = {r["id"]: float(len(response_of(r))) if rule == "longest_k" else 0.0 for r in rows}
-    else:
-        scored = scores or {}
-        keyed = {r["id"]: scored[r["id"]] for r in rows if r["id"] in scored}
-        if not keyed:
-            raise UserError(f"{rule}: none of the {len(rows)} rows has a score")
-    k, ranking = _ranking(keyed, rule, value, seed)
-    kept = set(_downwards(rows, ranking, k, f"{rule}={k}", drop_near_duplicates, quota))
-    return [r for r in rows if r["id"] in kept]
-
-
 def _ranking(
     scores: Mapping[str, float], rule: str, value: float, seed: int
 ) -> tuple[int | None, list[str]]:
@@ -132,6 +100,36 @@ def _quantile(scores: Mapping[str, float], q: float) -> float:
         raise UserError(f"quantile={q}, but it is a fraction between 0 and 1")
     ordered = sorted(scores.values())
     return ordered[min(round(q * len(ordered)), len(ordered) - 1)]
+
+# %% ../nbs/00b_selection.ipynb #d0c7344e
+def _seats(counts: Mapping[str, int], k: int | None, quota: Any) -> dict[str | None, int]:
+    "How many rows each category gets, by largest remainder; None stands for all others."
+    if k is None:
+        raise UserError("quota: needs a number of rows: use top_k, random_k or longest_k")
+    if quota == "pool":
+        shares: dict[str | None, float] = {c: n / sum(counts.values()) for c, n in counts.items()}
+    else:
+        shares = {**quota, None: 1 - sum(quota.values())}
+        if unknown := [c for c in quota if c not in counts]:
+            there = ", ".join(sorted(counts))
+            raise UserError(f"quota: no row is of category {unknown[0]!r}; there are {there}")
+        if min(shares.values()) < -1e-9:
+            raise UserError(f"quota: {dict(quota)}: shares are fractions, 1 at most in all")
+    exact = {c: max(0.0, share * k) for c, share in shares.items()}
+    seats = {c: math.floor(x + 1e-9) for c, x in exact.items()}
+    fullest = sorted(exact, key=lambda c: (round(seats[c] - exact[c], 9), c is None, str(c)))
+    for c in fullest[: k - sum(seats.values())]:
+        seats[c] += 1
+    return seats
+
+# %% ../nbs/00b_selection.ipynb #1f9e9eac
+def _shortage(rule: str, seat: str | None, seats: Mapping, free: Mapping, near: Any) -> str:
+    "What a selection could not fill."
+    wanted, found = seats[seat], seats[seat] - free[seat]
+    others = " of the other categories" if len(seats) > 1 else ""
+    where = f" of category {seat!r}" if seat else others
+    spared = " once near duplicates are dropped" if near is not None else ""
+    return f"{rule} needs {wanted} rows{where}, but only {found} can be kept{spared}; ask for fewer"
 
 # %% ../nbs/00b_selection.ipynb #3b71972d
 def _downwards(
@@ -170,32 +168,34 @@ def _downwards(
         raise UserError(_shortage(rule, short[0], seats, free, similarity))
     return kept
 
-
-def _shortage(rule: str, seat: str | None, seats: Mapping, free: Mapping, near: Any) -> str:
-    "What a selection could not fill."
-    wanted, found = seats[seat], seats[seat] - free[seat]
-    others = " of the other categories" if len(seats) > 1 else ""
-    where = f" of category {seat!r}" if seat else others
-    spared = " once near duplicates are dropped" if near is not None else ""
-    return f"{rule} needs {wanted} rows{where}, but only {found} can be kept{spared}; ask for fewer"
-
-
-def _seats(counts: Mapping[str, int], k: int | None, quota: Any) -> dict[str | None, int]:
-    "How many rows each category gets, by largest remainder; None stands for all others."
-    if k is None:
-        raise UserError("quota: needs a number of rows: use top_k, random_k or longest_k")
-    if quota == "pool":
-        shares: dict[str | None, float] = {c: n / sum(counts.values()) for c, n in counts.items()}
+# %% ../nbs/00b_selection.ipynb #222fdae5
+def select(
+    rows: Sequence[dict],  # rows with ids
+    scores: Mapping[str, float] | None = None,  # row id -> score; for the first three rules
+    threshold: float | None = None,  # keep scores at or above this
+    top_k: int | None = None,  # keep this many best, ties drawn by seed
+    quantile: float | None = None,  # keep scores at or above this quantile, in [0, 1]
+    random_k: int | None = None,  # keep this many at random
+    longest_k: int | None = None,  # keep this many with the longest responses, in characters
+    seed: int = 0,  # for random_k and for ties
+    drop_near_duplicates: float | None = None,  # similarity at which the better stays
+    quota: Mapping[str, float] | Literal["pool"] | None = None,  # category -> share of what is kept
+) -> list[dict]:  # the kept rows, in their first order
+    "Keep rows by exactly one rule; rows without a score are never kept by a score."
+    rules = dict(
+        threshold=threshold, top_k=top_k, quantile=quantile, random_k=random_k, longest_k=longest_k
+    )
+    given = [name for name, value in rules.items() if value is not None]
+    if len(given) != 1:
+        raise UserError(f"give exactly one of {', '.join(rules)}; got {', '.join(given) or 'none'}")
+    rule, value = given[0], float(rules[given[0]] or 0)
+    if rule in ("random_k", "longest_k"):
+        keyed = {r["id"]: float(len(response_of(r))) if rule == "longest_k" else 0.0 for r in rows}
     else:
-        shares = {**quota, None: 1 - sum(quota.values())}
-        if unknown := [c for c in quota if c not in counts]:
-            there = ", ".join(sorted(counts))
-            raise UserError(f"quota: no row is of category {unknown[0]!r}; there are {there}")
-        if min(shares.values()) < -1e-9:
-            raise UserError(f"quota: {dict(quota)}: shares are fractions, 1 at most in all")
-    exact = {c: max(0.0, share * k) for c, share in shares.items()}
-    seats = {c: math.floor(x + 1e-9) for c, x in exact.items()}
-    fullest = sorted(exact, key=lambda c: (round(seats[c] - exact[c], 9), c is None, str(c)))
-    for c in fullest[: k - sum(seats.values())]:
-        seats[c] += 1
-    return seats
+        scored = scores or {}
+        keyed = {r["id"]: scored[r["id"]] for r in rows if r["id"] in scored}
+        if not keyed:
+            raise UserError(f"{rule}: none of the {len(rows)} rows has a score")
+    k, ranking = _ranking(keyed, rule, value, seed)
+    kept = set(_downwards(rows, ranking, k, f"{rule}={k}", drop_near_duplicates, quota))
+    return [r for r in rows if r["id"] in kept]

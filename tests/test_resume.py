@@ -117,7 +117,7 @@ def test_a_killed_local_rating_reads_no_row_twice(tmp_path):
     said += process.communicate()[0].splitlines(keepends=True)
     assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
     kept = [json.loads(line) for line in cut.read_text().splitlines() if line.endswith("}")]
-    assert {x["status"] for x in kept} == {"error"}, "a row that is not ranked has no score"
+    assert kept and not any("score" in x for x in kept), "a row that is not ranked has no score"
     said += rate_locally(cut).communicate()[0].splitlines(keepends=True)
     assert rate_locally(whole).wait() == 0
     finished, expected = (

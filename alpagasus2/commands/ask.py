@@ -12,64 +12,44 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.files import UserError
+from ..core.run_folder import dollars, spent_on, status_counts
 
-# %% ../../nbs/commands/ask.ipynb #ed72794e
+# %% ../../nbs/commands/ask.ipynb #00808a72
 def _sorted_out(values: Mapping[str, Any], *classes: Any) -> list[Any]:
     "One config of each class, from the options that are its fields."
     return [c(**{k: v for k, v in values.items() if k in c.__dataclass_fields__}) for c in classes]
 
-
+# %% ../../nbs/commands/ask.ipynb #ed72794e
 def _ask(
     backend: str, model: str, base_url: str | None, settings: Any, limits: Any,
     plans: Mapping[Path, Any], retry: bool, dry_run: bool, digits: bool = False,
 ) -> Any:  # fmt: skip
     "What answers the plans' questions; None on a dry run. Host and price are named before."
-    if backend == "local":
-        prompts = sum(len(p.lines) for p in plans.values())
-        print(f"{prompts:,} prompts for {model} on this machine", file=sys.stderr)
-        if dry_run:
-            return None
-        from alpagasus2.local import Models, local_ask
-        from alpagasus2.quant_lora import QuantLoraConfig
+    if backend == "endpoint":
+        from alpagasus2.judge import endpoint_ask
 
-        models = Models(model, QuantLoraConfig())
-        return local_ask(models.load, "012345", True) if digits else local_ask(models.load)
-    requests = (r for path, plan in plans.items() for r in plan.requests(path, retry))
-    client = _client(
-        model, base_url, [*plans], limits, requests,
-        temperature=settings.temperature, max_tokens=settings.max_tokens,
-    )  # fmt: skip
-    from alpagasus2.endpoint.batch_api import asker
+        ask = endpoint_ask(model, base_url, settings, limits, plans, retry)
+        return None if dry_run else ask
+    prompts = sum(len(p.lines) for p in plans.values())
+    print(f"{prompts:,} prompts for {model} on this machine", file=sys.stderr)
+    if dry_run:
+        return None
+    from alpagasus2.local import Models, local_ask
+    from alpagasus2.quant_lora import QuantLoraConfig
 
-    return None if dry_run else asker(client)
-
-
-def _client(
-    model: str, base_url: str | None, outputs: Sequence[Path], limits: Any, requests: Any,
-    **sampling: Any,
-) -> Any:  # fmt: skip
-    "An endpoint, after saying what these requests will cost there."
-    from alpagasus2.endpoint.client import Endpoint
-    from alpagasus2.endpoint.prices import spent_on
-
-    cache, spent = outputs[0].parent / "cache.sqlite", spent_on(*outputs)
-    client = Endpoint(model, base_url, cache, limits, spent, **sampling)
-    print(client.estimate(requests), file=sys.stderr)
-    return client
+    load = Models(model, QuantLoraConfig()).load
+    return local_ask(load, "012345", average=True) if digits else local_ask(load)
 
 # %% ../../nbs/commands/ask.ipynb #cefa2147
 def _say_status(output: str, lines: Sequence[Mapping]) -> None:
     "Count what became of the lines; a file of nothing but errors is a failure."
-    from alpagasus2.endpoint.prices import dollars, spent_on
-    from alpagasus2.judge import status_counts
-
     counts, usd = status_counts(lines), spent_on(output)
     cost = f"; {dollars(usd)} spent" if usd else ""
     print(f"{output}: " + ", ".join(f"{n:,} {status}" for status, n in counts.items()) + cost)
     if set(counts) == {"error"}:
         raise UserError(f"{output}: every call failed, the last with: {lines[-1]['review']}")
 
-
+# %% ../../nbs/commands/ask.ipynb #f89fa356
 def _say_scores(lines: Sequence[Mapping]) -> None:
     "The distribution of the scores, and a warning where it tells nothing."
     from alpagasus2.judge import drift, score_counts
@@ -81,6 +61,19 @@ def _say_scores(lines: Sequence[Mapping]) -> None:
             print(f"{score:>6g}  {n:>7,}  {n / total:4.0%}  {'#' * round(40 * n / total)}")
     if warning := drift(counts):
         print(warning, file=sys.stderr)
+
+# %% ../../nbs/commands/ask.ipynb #e670ffe7
+def _rate_locally(
+    rows: list, output: str, rater: str, model: str, template: Any, dry_run: bool
+) -> None:
+    print(f"{len(rows):,} rows, two forward passes of {model} each", file=sys.stderr)
+    if dry_run:
+        return
+    from alpagasus2.local import Models, rate_by_signals
+    from alpagasus2.quant_lora import QuantLoraConfig
+
+    models = Models(model, QuantLoraConfig())
+    _say_status(output, rate_by_signals(models, rows, rater, output, template))
 
 # %% ../../nbs/commands/ask.ipynb #fe5dbbce
 def rate(
@@ -123,19 +116,6 @@ def rate(
         _say_status(output, lines)
         _say_scores(lines)
 
-
-def _rate_locally(
-    rows: list, output: str, rater: str, model: str, template: Any, dry_run: bool
-) -> None:
-    print(f"{len(rows):,} rows, two forward passes of {model} each", file=sys.stderr)
-    if dry_run:
-        return
-    from alpagasus2.local import Models, rate_by_signals
-    from alpagasus2.quant_lora import QuantLoraConfig
-
-    models = Models(model, QuantLoraConfig())
-    _say_status(output, rate_by_signals(models, rows, rater, output, template))
-
 # %% ../../nbs/commands/ask.ipynb #0ade7c2c
 def judge(
     responses: list[str],  # one or more responses.jsonl
@@ -145,7 +125,7 @@ def judge(
     model: str = "",  # the judge: an endpoint's model, or a base model with --backend local
     base_url: str | None = None,  # the endpoint; default: OPENAI_BASE_URL, else OpenAI's
     backend: Literal["endpoint", "local"] = "endpoint",  # where the judge runs
-    canaries: bool = True,  # also ask what is known, into canaries.jsonl beside the output
+    canaries: bool = True,  # also sanity checks of the judge, into canaries.jsonl beside the output
     retry: bool = False,  # ask again where the reply was unreadable or a refusal
     limit: int | None = None,  # only the first so many pairs
     dry_run: bool = False,  # say what would be done
@@ -178,6 +158,49 @@ def judge(
     for path, plan in plans.items() if ask else ():
         _say_status(str(path), carry_out(plan, ask, path, retry))
 
+# %% ../../nbs/commands/ask.ipynb #9a9fcef5
+def _named_path(text: str) -> tuple[str, str]:
+    name, found, path = text.partition("=")
+    if not (name and found and path):
+        raise UserError(f"--adapters {text!r}: write NAME=PATH")
+    if not Path(path).exists() and path.count("/") != 1:
+        raise UserError(f"--adapters {text!r}: no folder {path}")
+    return name, path
+
+# %% ../../nbs/commands/ask.ipynb #653a7857
+def _server(
+    model: str, base_url: str, output: str, settings: Any, limits: Any, questions: Sequence
+) -> Any:
+    from alpagasus2.endpoint.batch_api import announced
+    from alpagasus2.generate import endpoint_answers, endpoint_requests
+
+    client = announced(
+        model, base_url, [Path(output)], limits, endpoint_requests(questions),
+        temperature=settings.temperature, max_tokens=settings.max_new_tokens,
+        top_p=settings.top_p, seed=settings.seed,
+    )  # fmt: skip
+    return lambda questions: endpoint_answers(client, questions)
+
+# %% ../../nbs/commands/ask.ipynb #43161119
+def _check_source(base_model: str, base_url: Any, adapters: Any, export: Sequence[str]) -> None:
+    "Refuse what cannot be answered, or not be written, before a model is loaded."
+    if not base_model:
+        raise UserError("--base_model: name the model that answers")
+    if base_url and adapters:
+        raise UserError("--adapters: a server's adapters are models of their own; use --base_model")
+    if unknown := set(export) - {"seed", "alpaca_eval"}:
+        raise UserError(f"--export: {sorted(unknown)[0]!r} is unknown; use seed or alpaca_eval")
+
+
+def _say_answers(output: str, lines: Sequence[Mapping]) -> None:
+    "How many answers there are, and where too many of them are unfinished."
+    from alpagasus2.generate import length_warnings
+
+    for warning in length_warnings(lines):
+        print(warning, file=sys.stderr)
+    cut = sum(x["finish_reason"] == "length" for x in lines)
+    print(f"{output}: {len(lines):,} answers, {cut:,} of them cut at the length limit")
+
 # %% ../../nbs/commands/ask.ipynb #bd307a3e
 def generate(
     questions: list[str],  # koala, sinstruct, vicuna, wizardlm, sample_questions, files
@@ -188,7 +211,7 @@ def generate(
     replicate: int = 0,  # index of the training seed
     base_url: str | None = None,  # ask this OpenAI-compatible server instead of a local model
     load_in_4bit: bool = True,  # quantise the base; false: 16 bits
-    export: list[str] | None = None,  # other forms to write beside: seed, alpaca_eval
+    export: list[str] | None = None,  # other file formats to write beside: seed, alpaca_eval
     limit: int | None = None,  # only the first so many questions of each set
     dry_run: bool = False,  # say what would be done
     **config: Any,
@@ -196,16 +219,10 @@ def generate(
     "Answer test questions with a base model, its adapters, or a server."
     from alpagasus2.data import load_questions
     from alpagasus2.endpoint.client import EndpointConfig
-    from alpagasus2.generate import GenerateConfig, export_responses, length_warnings
+    from alpagasus2.generate import GenerateConfig, export_responses
     from alpagasus2.generate import generate as answer
 
-    if not base_model:
-        raise UserError("--base_model: name the model that answers")
-    if base_url and adapters:
-        raise UserError("--adapters: a server's adapters are models of their own; use --base_model")
-    unknown = set(export or []) - {"seed", "alpaca_eval"}
-    if unknown:
-        raise UserError(f"--export: {sorted(unknown)[0]!r} is unknown; use seed or alpaca_eval")
+    _check_source(base_model, base_url, adapters, export or [])
     settings, limits = _sorted_out(config, GenerateConfig, EndpointConfig)
     asked = [q for source in questions for q in load_questions(source)[:limit]]
     paths = dict(_named_path(a) for a in adapters or [])
@@ -224,32 +241,7 @@ def generate(
     )
     for form in export or []:
         export_responses(lines, Path(output).parent, form)  # type: ignore[arg-type]
-    for warning in length_warnings(lines):
-        print(warning, file=sys.stderr)
-    cut = sum(x["finish_reason"] == "length" for x in lines)
-    print(f"{output}: {len(lines):,} answers, {cut:,} of them cut at the length limit")
-
-
-def _named_path(text: str) -> tuple[str, str]:
-    name, found, path = text.partition("=")
-    if not (name and found and path):
-        raise UserError(f"--adapters {text!r}: write NAME=PATH")
-    if not Path(path).exists() and path.count("/") != 1:
-        raise UserError(f"--adapters {text!r}: no folder {path}")
-    return name, path
-
-
-def _server(
-    model: str, base_url: str, output: str, settings: Any, limits: Any, questions: Sequence
-) -> Any:
-    from alpagasus2.generate import endpoint_answers, endpoint_requests
-
-    client = _client(
-        model, base_url, [Path(output)], limits, endpoint_requests(questions),
-        temperature=settings.temperature, max_tokens=settings.max_new_tokens,
-        top_p=settings.top_p, seed=settings.seed,
-    )  # fmt: skip
-    return lambda questions: endpoint_answers(client, questions)
+    _say_answers(output, lines)
 
 # %% ../../nbs/commands/ask.ipynb #9edab18e
 def leaderboard(

@@ -39,11 +39,11 @@ def complaint(
 def config_class(
     path: str,  # module and class, as in judge.JudgeConfig
 ) -> Any:
-    "A config class of the package, its room loaded only now."
+    "A config class of the package; its module is imported only now."
     module, _, cls = path.rpartition(".")
     return getattr(importlib.import_module(f"alpagasus2.{module}"), cls)
 
-
+# %% ../../nbs/commands/options.ipynb #7f951bee
 def _empty_parser(command: str, about: str | None) -> Any:
     "A parser that knows --config, and raises its error where `exit_status` prints it."
     from jsonargparse import ArgumentParser
@@ -73,7 +73,7 @@ def _add_lists(parser: Any, function: Callable, first: str | None) -> set[str]:
         )
     return {*lists, first or ""}
 
-
+# %% ../../nbs/commands/options.ipynb #8c7a3f8c
 def _finish_options(
     parser: Any, types: Mapping[str, Any], notes: Mapping[str, Any], alone: Mapping[str, Any]
 ) -> None:
@@ -90,9 +90,7 @@ def _finish_options(
 def command_parser(
     command: str,  # the sub-command's name
     function: Callable,  # its parameters are the options, the comments beside them their help
-    classes: Sequence[
-        str
-    ] = (),  # config classes whose fields its **config takes: judge.JudgeConfig
+    classes: Sequence[str] = (),  # config classes, as judge.JudgeConfig: fields of its **config
     first: str | None = None,  # the parameter that is given by place, without a name
     alone: Mapping[str, Any] | None = None,  # what an option means that is given without a value
 ) -> Any:  # a jsonargparse.ArgumentParser
@@ -115,7 +113,7 @@ def command_parser(
 def take_auth_token(
     argv: Sequence[str],  # words of the command line
 ) -> list[str]:  # the same without the token
-    "Move the seed's --auth_token to HF_TOKEN, before any parser or config can keep it."
+    "Move --auth_token to HF_TOKEN, before any parser or config can keep it."
     kept, words = [], iter(argv)
     for word in words:
         if word.split("=")[0] != "--auth_token":
@@ -126,7 +124,7 @@ def take_auth_token(
             os.environ["HF_TOKEN"] = token
     return kept
 
-
+# %% ../../nbs/commands/options.ipynb #1d62a9f6
 def config_text(
     argv: Sequence[str],  # words of the command line
 ) -> str:

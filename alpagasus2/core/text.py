@@ -19,7 +19,14 @@ from .files import UserError
 # %% ../../nbs/core/text.ipynb #432be32b
 import numpy as np
 
-# %% ../../nbs/core/text.ipynb #eedf32a6
+# %% ../../nbs/core/text.ipynb #a5f0979d
+def words_of(
+    text: str,  # any text
+) -> list[str]:  # without case and punctuation
+    "The words of a text."
+    return re.findall(r"\w+", text.casefold())
+
+# %% ../../nbs/core/text.ipynb #62f8514d
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's hash is lost on the way
 
 
@@ -29,22 +36,7 @@ def _word_hash(word: str) -> int:
     digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
-
-def words_of(
-    text: str,  # any text
-) -> list[str]:  # without case and punctuation
-    "The words of a text."
-    return re.findall(r"\w+", text.casefold())
-
-
-def ngrams(
-    text: str,  # any text
-    n: int,  # words a gram
-) -> np.ndarray:  # uint64, in order of the text; empty where it has fewer than n words
-    "A number for each run of n words."
-    return _windows(_hashes(text), n)
-
-
+# %% ../../nbs/core/text.ipynb #19c17a1f
 def _hashes(text: str) -> np.ndarray:
     words = words_of(text)
     return np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
@@ -57,6 +49,39 @@ def _windows(hashes: np.ndarray, n: int) -> np.ndarray:
     for k in range(1, n):  # arithmetic modulo 2**64
         grams = grams * _BASE + hashes[k : len(hashes) - n + 1 + k]
     return grams
+
+# %% ../../nbs/core/text.ipynb #eedf32a6
+def ngrams(
+    text: str,  # any text
+    n: int,  # words a gram
+) -> np.ndarray:  # uint64, in order of the text; empty where it has fewer than n words
+    "A number for each run of n words."
+    return _windows(_hashes(text), n)
+
+# %% ../../nbs/core/text.ipynb #8b61adda
+def _shingles(text: str) -> np.ndarray:
+    "The distinct 3-grams; of a shorter text, all its words as one gram."
+    hashes = _hashes(text)
+    return np.unique(_windows(hashes, min(3, len(hashes)) or 1))
+
+
+def _reaches(a: np.ndarray, b: np.ndarray, threshold: float) -> bool:
+    "Whether two sets have a Jaccard similarity of at least the threshold; empty ones have none."
+    if min(len(a), len(b)) < threshold * max(len(a), len(b)) - 1e-9:
+        return False
+    common = len(np.intersect1d(a, b, assume_unique=True))
+    return common > 0 and common >= threshold * (len(a) + len(b) - common) - 1e-9
+
+# %% ../../nbs/core/text.ipynb #d8c4fc94
+def _rarest_first(sets: Sequence[np.ndarray]) -> list[np.ndarray]:
+    "The sets with each gram's place in the order of rarity for the gram."
+    if not sets:
+        return []
+    _, codes, counts = np.unique(np.concatenate(sets), return_inverse=True, return_counts=True)
+    place = np.empty(len(counts), dtype=np.int64)
+    place[np.argsort(counts, kind="stable")] = np.arange(len(counts))
+    parts = np.split(place[codes], np.cumsum([len(s) for s in sets])[:-1])
+    return [np.sort(p) for p in parts]
 
 # %% ../../nbs/core/text.ipynb #ef1cfd48
 class NearDuplicates:
@@ -101,31 +126,6 @@ class NearDuplicates:
         return _reaches(_shingles(self.heads[i]), _shingles(self.heads[j]), self.threshold)
 
 # %% ../../nbs/core/text.ipynb #307d9b11
-def _shingles(text: str) -> np.ndarray:
-    "The distinct 3-grams; of a shorter text, all its words as one gram."
-    hashes = _hashes(text)
-    return np.unique(_windows(hashes, min(3, len(hashes)) or 1))
-
-
-def _reaches(a: np.ndarray, b: np.ndarray, threshold: float) -> bool:
-    "Whether two sets have a Jaccard similarity of at least the threshold; empty ones have none."
-    if min(len(a), len(b)) < threshold * max(len(a), len(b)) - 1e-9:
-        return False
-    common = len(np.intersect1d(a, b, assume_unique=True))
-    return common > 0 and common >= threshold * (len(a) + len(b) - common) - 1e-9
-
-
-def _rarest_first(sets: Sequence[np.ndarray]) -> list[np.ndarray]:
-    "The sets with each gram's place in the order of rarity for the gram."
-    if not sets:
-        return []
-    _, codes, counts = np.unique(np.concatenate(sets), return_inverse=True, return_counts=True)
-    place = np.empty(len(counts), dtype=np.int64)
-    place[np.argsort(counts, kind="stable")] = np.arange(len(counts))
-    parts = np.split(place[codes], np.cumsum([len(s) for s in sets])[:-1])
-    return [np.sort(p) for p in parts]
-
-
 def near_duplicates(
     texts: Sequence[str],  # best first: the earlier one of two is the one to keep
     threshold: float = 0.7,  # Jaccard similarity of 3-grams
@@ -141,22 +141,32 @@ def near_duplicates(
             repeats[i] = earlier
     return repeats
 
-# %% ../../nbs/core/text.ipynb #833c8a64
+# %% ../../nbs/core/text.ipynb #75c448ec
 _CODE_MARKS = (
     "```", "<div", "<html", "<body", "<img", "<table", "<script", "<h1", "#include", "print(",
     "console.log(", "public class", "public static",
 )  # fmt: skip
+
+
 _CODE_LINE = re.compile(r"def \w+\(|function \w*\(|SELECT .+ FROM|(?:let|const|var) \w+ = ", re.S)
+
+
 _CODE_TERMS = {
     *"python java javascript typescript sql html css php c++ c# bash regex json xml".split(),
     *"pseudocode pseudo-code algorithm algorithms".split(),
     "shell command", "regular expression", "source code",
 }  # fmt: skip
+
+# %% ../../nbs/core/text.ipynb #200e1f61
 _CODE_THINGS = {"code", "program", "function"}  # after one of the next, with a word between or none
+
+
 _CODE_MAKERS = {
     *"write create design implement develop edit debug optimize generate modify rewrite".split(),
     *"given following of this some a an".split(),
 }
+
+# %% ../../nbs/core/text.ipynb #3c557cc5
 _MATHS_TERMS = {
     *"calculate compute equation equations multiply multiplied multiplication subtract".split(),
     *"integer integers fraction fractions probability derivative integral perimeter".split(),
@@ -165,9 +175,11 @@ _MATHS_TERMS = {
     "median of", "sum of", "average of", "product of", "area of", "volume of", "solve for",
     "percent increase",
 }  # fmt: skip
+
+
 _SUM = re.compile(r"\d ?(?:[+*/^=\u00d7\u00f7]| - ) ?\d")
 
-
+# %% ../../nbs/core/text.ipynb #833c8a64
 def category_by_rules(
     instruction: str,  # what is asked
     text: str,  # everything: the instruction, its input and the response

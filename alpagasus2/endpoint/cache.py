@@ -12,8 +12,8 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,7 +101,7 @@ def _make_tables(db: sqlite3.Connection) -> None:
     db.execute("CREATE TABLE IF NOT EXISTS collected (id TEXT PRIMARY KEY)")
     db.execute("COMMIT")
 
-
+# %% ../../nbs/endpoint/cache.ipynb #6e3c1a53
 class _Damaged(sqlite3.DatabaseError):
     "The check of a file found an error."
 
@@ -126,34 +126,6 @@ def _connect(path: Path) -> sqlite3.Connection:
     return db
 
 # %% ../../nbs/endpoint/cache.ipynb #aaf4dafa
-def _readable(path: Path) -> Iterator[tuple]:
-    "The replies of a damaged file, read from both ends as far as they can be."
-    for order in ("ASC", "DESC"):
-        with closing(sqlite3.connect(path)) as db, suppress(sqlite3.DatabaseError):
-            for row in db.execute(f"SELECT * FROM replies ORDER BY rowid {order}"):
-                if _is_whole(row):
-                    yield row + (None,) * (len(_COLUMNS) - len(row))
-
-
-def _is_whole(row: tuple) -> bool:
-    if not all(isinstance(value, str) for value in row[:7]) or len(row[0]) != 64:
-        return False
-    try:
-        return isinstance(json.loads(row[5]), dict)
-    except ValueError:
-        return False
-
-
-def _lengthen(path: Path) -> None:
-    "Give a file that was cut off its length back, as zeros: SQLite then reads what is before them."
-    with path.open("r+b") as f:
-        head = f.read(32)
-        if head.startswith(b"SQLite format 3\0"):
-            size = int.from_bytes(head[16:18]) * int.from_bytes(head[28:32])
-            if f.seek(0, os.SEEK_END) < size:
-                f.truncate(size)
-
-
 def _set_aside(path: Path) -> Path:  # its new name
     "Move a file out of the way, with what SQLite keeps beside it."
     number = next(n for n in range(1, 1000) if not Path(f"{path}.damaged-{n}").exists())
@@ -164,22 +136,20 @@ def _set_aside(path: Path) -> Path:  # its new name
     return aside
 
 
-def _repair(path: Path) -> sqlite3.Connection:
-    "Move a damaged file aside and keep what can be read; one process does it, the others wait."
+def _opened(path: Path) -> sqlite3.Connection:
+    "Open the file; of several processes that find it damaged, one begins a new one."
+    try:
+        return _connect(path)
+    except sqlite3.DatabaseError as e:
+        if not _is_damage(e):
+            raise UserError(f"{path}: cannot be used as a cache: {e}") from None
     with FileLock(path.with_name(f".{path.name}.lock")):
         with suppress(sqlite3.DatabaseError):
             return _connect(path)  # another process was faster
         aside = _set_aside(path)
-        _lengthen(aside)
-        db = _connect(path)
-        db.execute("BEGIN")
-        insert = f"INSERT OR IGNORE INTO replies VALUES ({', '.join('?' * len(_COLUMNS))})"
-        db.executemany(insert, _readable(aside))
-        db.execute("COMMIT")
-        kept = db.execute("SELECT count(*) FROM replies").fetchone()[0]
-        say(f"{path} was damaged: {kept:,} replies could be read and are kept; the old file is "
-            f"{aside.name}")  # fmt: skip
-        return db
+        say(f"{path} was damaged: it is now {aside.name}, and a new one is begun; what it held is "
+            "asked again, unless you get it back with sqlite3's `.recover`")  # fmt: skip
+        return _connect(path)
 
 # %% ../../nbs/endpoint/cache.ipynb #a6eee9ec
 _BORN = os.urandom(4).hex()  # tells this process from an earlier one with its number
@@ -214,12 +184,7 @@ class ReplyCache:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        try:
-            self._db = _connect(self.path)
-        except sqlite3.DatabaseError as e:
-            if not _is_damage(e):
-                raise UserError(f"{path}: cannot be used as a cache: {e}") from None
-            self._db = _repair(self.path)
+        self._db = _opened(self.path)
         self._run("DELETE FROM claims WHERE since < ?", (time.time() - _PATIENCE,))
 
     def _run(self, sql: str, values: Sequence[Any] = ()) -> list[tuple]:
@@ -227,7 +192,7 @@ class ReplyCache:
             with self._lock:
                 return self._db.execute(sql, values).fetchall()
         except sqlite3.DatabaseError as e:
-            hint = "; run again to repair it" if _is_damage(e) else ""
+            hint = "; run again to begin a new one" if _is_damage(e) else ""
             raise UserError(f"{self.path}: {e}{hint}") from None
 
     def get(

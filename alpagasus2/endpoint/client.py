@@ -17,19 +17,21 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from ..core.files import UserError, json_sha256, say
+# %% ../../nbs/endpoint/client.ipynb #339542d1
+from pydantic import Field
+
+from ..core.files import UserError, json_sha256, say, settings
+from ..core.run_folder import dollars
 from .cache import Reply, ReplyCache, Request, read_completion
 from alpagasus2.endpoint.prices import (
     FREE,
     Estimate,
     Price,
-    dollars,
     find_price,
     load_prices,
     prompt_tokens,
@@ -59,7 +61,7 @@ def check_address(
         raise UserError(f"base_url {base_url!r}: an address such as http://localhost:8000/v1")
     return base_url.rstrip("/")
 
-
+# %% ../../nbs/endpoint/client.ipynb #49137e87
 def check_reachable(
     base_url: str,  # the endpoint
     timeout: float = 10.0,  # seconds
@@ -75,32 +77,24 @@ def check_reachable(
         raise UserError(f"base_url {base_url}: nothing answers there ({e})") from None
 
 # %% ../../nbs/endpoint/client.ipynb #805c077a
-@dataclass
+@settings
 class EndpointConfig:
     "How hard an endpoint may be asked, and what that may cost."
 
-    workers: int = 16  # calls in flight at once
-    timeout: float = 120.0  # seconds a call may take
-    max_retries: int = 8  # of a call that the server or the network failed
-    requests_per_minute: float | None = None  # a limit beside the one that the server names
-    tokens_per_minute: float | None = None  # the same, of prompt and reserved completion tokens
-    max_cost: float | None = None  # US dollars an output may cost; no call goes beyond
+    workers: int = Field(16, gt=0)  # calls in flight at once
+    timeout: float = Field(120.0, gt=0)  # seconds a call may take
+    max_retries: int = Field(8, ge=0)  # of a call that the server or the network failed
+    requests_per_minute: float | None = Field(None, gt=0)  # beside the limit the server names
+    tokens_per_minute: float | None = Field(None, gt=0)  # the same, of prompt and reserved tokens
+    max_cost: float | None = Field(None, gt=0)  # US dollars an output may cost; no call goes beyond
     prices: str | None = None  # a JSON file: {"MODEL": {"price_in": 2.5, "price_out": 10}}
-    price_in: float | None = None  # US dollars per million prompt tokens
-    price_out: float | None = None  # US dollars per million completion tokens
+    price_in: float | None = Field(None, ge=0)  # US dollars per million prompt tokens
+    price_out: float | None = Field(None, ge=0)  # US dollars per million completion tokens
     batch: bool = False  # ask through OpenAI's Batch API: half the price, within a day
 
     def __post_init__(self) -> None:
-        for name in ("workers", "timeout", "requests_per_minute", "tokens_per_minute", "max_cost"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"{name}={value}: it must be above 0")
-        if self.max_retries < 0:
-            raise UserError(f"max_retries={self.max_retries}: 0 or more")
         if (self.price_in is None) != (self.price_out is None):
             raise UserError("price_in and price_out are given together, or neither is")
-        if min(self.price_in or 0, self.price_out or 0) < 0:
-            raise UserError(f"price_in={self.price_in}, price_out={self.price_out}: 0 or more")
 
     def price(
         self,
@@ -242,8 +236,51 @@ class _Pool:
             self.check()
             await asyncio.sleep(min(left, 0.25))
 
+# %% ../../nbs/endpoint/client.ipynb #b443a201
+class _Address:
+    "Where a model is asked and with which key, and a server's words without that key."
+
+    def __init__(
+        self,
+        model: str,  # the name the server knows
+        base_url: str | None = None,  # default: OPENAI_BASE_URL, else OpenAI's
+    ):
+        default = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        self.model, self.base_url = model, check_address(base_url or default)
+        self._api_key = os.environ.get("OPENAI_API_KEY") or ""
+        if not self._api_key and not is_loopback(self.base_url):
+            host = urlsplit(self.base_url).hostname
+            raise UserError(f"OPENAI_API_KEY is not set, and {host} needs a key")
+
+    def connection(self) -> dict[str, Any]:  # base_url, api_key, max_retries
+        "What openai's clients are made with: the retries are ours."
+        return {"base_url": self.base_url, "api_key": self._api_key or "none", "max_retries": 0}
+
+    def masked(
+        self,
+        text: str,  # anything that a server said
+        limit: int = 300,  # characters
+    ) -> str:  # on one line and without the key
+        "A server's own words, fit to be shown and stored."
+        text = " ".join(text.split())
+        return (text.replace(self._api_key, "***") if self._api_key else text)[:limit]
+
+    def without_key(
+        self,
+        text: str,  # of a reply
+    ) -> str:
+        "Some servers repeat the key that they were given: it is stored nowhere."
+        secret = len(self._api_key) >= 16  # EMPTY, none: what one writes where no key is needed
+        return text.replace(self._api_key, "***") if secret else text
+
+# %% ../../nbs/endpoint/client.ipynb #88e5a596
+def _seconds(config: EndpointConfig, calls: int, tokens: float, each: float) -> float:
+    "How long so many calls take, when one takes `each` seconds."
+    limits = ((calls, config.requests_per_minute), (tokens, config.tokens_per_minute))
+    return max([calls * each / config.workers, *(60 * n / m for n, m in limits if m)])
+
 # %% ../../nbs/endpoint/client.ipynb #247320e0
-class Endpoint:
+class Endpoint(_Address):
     "A model behind an OpenAI-compatible address: bounded concurrency, retries, a durable cache."
 
     def __init__(
@@ -255,14 +292,8 @@ class Endpoint:
         spent: float = 0.0,  # US dollars spent on the same output before; counts to max_cost
         **sampling: Any,  # temperature, max_tokens, top_p, seed: sent as they are, part of the key
     ):
-        self.model, self.sampling = model, sampling
-        self.config = config or EndpointConfig()
-        default = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        self.base_url = check_address(base_url or default)
-        self._api_key = os.environ.get("OPENAI_API_KEY") or ""
-        if not self._api_key and not is_loopback(self.base_url):
-            host = urlsplit(self.base_url).hostname
-            raise UserError(f"OPENAI_API_KEY is not set, and {host} needs a key")
+        super().__init__(model, base_url)
+        self.sampling, self.config = sampling, config or EndpointConfig()
         if misplaced := sampling.keys() & EndpointConfig.__dataclass_fields__.keys():
             raise TypeError(
                 f"{', '.join(sorted(misplaced))}: fields of EndpointConfig, not sampling"
@@ -294,10 +325,6 @@ class Endpoint:
         messages = [dict(m) for m in request.messages]
         return {"model": self.model, "messages": messages, **self.sampling}
 
-    def connection(self) -> dict[str, Any]:  # base_url, api_key, max_retries
-        "What openai's clients are made with: the retries are ours."
-        return {"base_url": self.base_url, "api_key": self._api_key or "none", "max_retries": 0}
-
     def estimate(
         self,
         requests: Iterable[Request],  # questions
@@ -321,13 +348,8 @@ class Endpoint:
             self.model, self.base_url, len(keys), cached, tokens, out,
             price.usd(tokens, out) if price else None,
             price.usd(tokens, len(keys) * longest) if price and longest else None,
-            self._seconds(len(keys), tokens + out, took if n >= 20 else 0.5 + each / 50),
+            _seconds(self.config, len(keys), tokens + out, took if n >= 20 else 0.5 + each / 50),
         )  # fmt: skip
-
-    def _seconds(self, calls: int, tokens: float, each: float) -> float:
-        "The slowest of: the workers, the limit on requests, the limit on tokens."
-        limits = ((calls, self.config.requests_per_minute), (tokens, self.config.tokens_per_minute))
-        return max([calls * each / self.config.workers, *(60 * n / m for n, m in limits if m)])
 
     def complete(
         self,
@@ -353,23 +375,6 @@ class Endpoint:
         if isinstance(found, UserError):
             return UserError(f"{self.base_url}, asked for model {self.model}, {found}")
         return found or reason
-
-    def masked(
-        self,
-        text: str,  # anything that a server said
-        limit: int = 300,  # characters
-    ) -> str:  # on one line and without the key
-        "A server's own words, fit to be shown and stored."
-        text = " ".join(text.split())
-        return (text.replace(self._api_key, "***") if self._api_key else text)[:limit]
-
-    def without_key(
-        self,
-        text: str,  # of a reply
-    ) -> str:
-        "Some servers repeat the key that they were given: it is stored nowhere."
-        secret = len(self._api_key) >= 16  # EMPTY, none: what one writes where no key is needed
-        return text.replace(self._api_key, "***") if secret else text
 
     def priced(
         self,

@@ -62,7 +62,7 @@ class Ticket:
     left: Mapping[str, float]  # what our buckets held afterwards, less their corrections
     at: float = 0.0  # when it went out, time.monotonic()
 
-
+# %% ../../nbs/endpoint/rate_limits.ipynb #e814ff17
 class Limits:
     "Lets calls out at the pace of the endpoint's limits."
 
@@ -134,7 +134,7 @@ class Limits:
 
 # %% ../../nbs/endpoint/rate_limits.ipynb #1041a387
 class Transient(Exception):
-    "A failure that the next try may not meet."
+    "A failure that may not happen on the next try."
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class Transient(Exception):
         super().__init__(reason)
         self.wait, self.limited, self.billed = wait, limited, billed
 
-
+# %% ../../nbs/endpoint/rate_limits.ipynb #b55e276e
 def retry_after(
     headers: Mapping[str, str],  # of a refusal
 ) -> float | None:  # seconds; None: the server does not say
@@ -159,7 +159,7 @@ def retry_after(
         return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
     return None
 
-
+# %% ../../nbs/endpoint/rate_limits.ipynb #4a0d3d2d
 def backoff(
     tries: int,  # how often it has failed, from 1
     wait: float | None = None,  # seconds that the server named

@@ -13,7 +13,7 @@ from typing import Any
 from ..core.files import UserError, json_sha256, read_json
 from .intervals import few_prompts_warning
 
-# %% ../../nbs/evidence/claim.ipynb #09f6145a
+# %% ../../nbs/evidence/claim.ipynb #3b9437ea
 def noise_floor(
     aa: Mapping,  # win_rate and win_rate_ci95 of the A/A arm against the control
 ) -> float:  # in win rate, either side of one half
@@ -21,7 +21,11 @@ def noise_floor(
     low, high = aa["win_rate_ci95"]
     return max(abs(aa["win_rate"] - 0.5), (high - low) / 2)
 
+# %% ../../nbs/evidence/claim.ipynb #e8553f2c
+NO_CLAIM = "judge unfit: no claim"  # whatever the win rate
+VERDICTS = ("supported", "not supported", "within noise", NO_CLAIM)
 
+# %% ../../nbs/evidence/claim.ipynb #09f6145a
 def check_margin(
     margin: float | None,  # of non-inferiority, in win rate; None: superiority
 ) -> None:
@@ -42,11 +46,36 @@ def decide(
         return "within noise"
     return "supported" if low > bound else "not supported"
 
+# %% ../../nbs/evidence/claim.ipynb #56ab7a67
+def _finding(pair: Mapping, verdict: str, margin: float | None) -> str:
+    "What was held against what."
+    a, b, (low, high) = pair["model_a"], pair["model_b"], pair["win_rate_ci95"]
+    points = f"by more than {100 * (margin or 0):g} points"
+    better = f"is not worse than {b} {points}" if margin else f"is better than {b}"
+    worse = f"is worse than {b} {points}" if margin else f"is not better than {b}"
+    unclear = f"Whether {a} {better} cannot be told from noise"
+    opening = {"supported": f"{a} {better}", "not supported": f"{a} {worse}"}.get(verdict, unclear)
+    return (
+        f"{opening}: its win rate is {pair['win_rate']:.1%} [{low:.1%}, {high:.1%}] over "
+        f"{pair['n']} prompts, against a bound of {0.5 - (margin or 0):.1%}."
+    )
+
+# %% ../../nbs/evidence/claim.ipynb #b0b1f68f
+def _noise_sentence(pair: Mapping, aa: Mapping | None) -> str:
+    "Where the noise floor lies, and what it was made of."
+    runs = pair["replicates"]
+    crossed = f"The interval is crossed over prompts and {runs} replicates."
+    if aa is None:
+        none = "no A/A arm was run" if runs > 1 else "one replicate and no A/A arm"
+        one = "There is no noise floor: " + none + ", so another seed may give another answer."
+        return f"{crossed} No A/A arm was run." if runs > 1 else one
+    floor = (
+        f"The noise floor is {100 * noise_floor(aa):.1f} points: {aa['model_a']} against "
+        f"{aa['model_b']}, two draws of one rule, gives {aa['win_rate']:.1%}."
+    )
+    return f"{floor} {crossed}" if runs > 1 else floor
+
 # %% ../../nbs/evidence/claim.ipynb #0251e94e
-NO_CLAIM = "judge unfit: no claim"  # whatever the win rate
-VERDICTS = ("supported", "not supported", "within noise", NO_CLAIM)
-
-
 def claim(
     pairs: Sequence[Mapping],  # pooled statistics, one for each pair of arms
     health: Mapping,  # from `judge_health`
@@ -71,35 +100,6 @@ def claim(
         said.append(f"An effect of {100 * size:.1f} points would be found with 80% power.")
     said.append(few_prompts_warning(deciding["n"]) or "")
     return {"verdict": verdict, "reason": " ".join(filter(None, said))}
-
-
-def _finding(pair: Mapping, verdict: str, margin: float | None) -> str:
-    "What was held against what."
-    a, b, (low, high) = pair["model_a"], pair["model_b"], pair["win_rate_ci95"]
-    points = f"by more than {100 * (margin or 0):g} points"
-    better = f"is not worse than {b} {points}" if margin else f"is better than {b}"
-    worse = f"is worse than {b} {points}" if margin else f"is not better than {b}"
-    unclear = f"Whether {a} {better} cannot be told from noise"
-    opening = {"supported": f"{a} {better}", "not supported": f"{a} {worse}"}.get(verdict, unclear)
-    return (
-        f"{opening}: its win rate is {pair['win_rate']:.1%} [{low:.1%}, {high:.1%}] over "
-        f"{pair['n']} prompts, against a bound of {0.5 - (margin or 0):.1%}."
-    )
-
-
-def _noise_sentence(pair: Mapping, aa: Mapping | None) -> str:
-    "Where the noise floor lies, and what it was made of."
-    runs = pair["replicates"]
-    crossed = f"The interval is crossed over prompts and {runs} replicates."
-    if aa is None:
-        none = "no A/A arm was run" if runs > 1 else "one replicate and no A/A arm"
-        one = "There is no noise floor: " + none + ", so another seed may give another answer."
-        return f"{crossed} No A/A arm was run." if runs > 1 else one
-    floor = (
-        f"The noise floor is {100 * noise_floor(aa):.1f} points: {aa['model_a']} against "
-        f"{aa['model_b']}, two draws of one rule, gives {aa['win_rate']:.1%}."
-    )
-    return f"{floor} {crossed}" if runs > 1 else floor
 
 # %% ../../nbs/evidence/claim.ipynb #1a878920
 def heldout_finding(

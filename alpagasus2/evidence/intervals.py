@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from math import comb
 from typing import Any
 
-from .verdicts import majority
+from .verdicts import majority, outcome
 
 # %% ../../nbs/evidence/intervals.ipynb #a35c1a6c
 import numpy as np
@@ -22,7 +22,7 @@ from scipy.stats import binom, norm, t
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
 
-# %% ../../nbs/evidence/intervals.ipynb #66e49a99
+# %% ../../nbs/evidence/intervals.ipynb #19830bc3
 RESAMPLES = 10_000
 
 
@@ -33,7 +33,7 @@ def percentile_interval(
     "The middle `level` of the resamples."
     return [float(x) for x in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])]
 
-
+# %% ../../nbs/evidence/intervals.ipynb #66e49a99
 def winning_score_interval(
     strata: Sequence[tuple[int, int, int]],  # (win, tie, lose) of each test set
     seed: int = 0,  # of the resampling
@@ -81,7 +81,7 @@ def replicate_resamples(
     sets, times = np.unique(drawn, axis=0, return_counts=True)
     return list(zip(sets, times.tolist(), strict=True))
 
-# %% ../../nbs/evidence/intervals.ipynb #0cee5f3a
+# %% ../../nbs/evidence/intervals.ipynb #cc605551
 def few_replicates_factor(
     outcomes: np.ndarray,  # [prompts, replicates] 1, 0, -1
     level: float = 0.95,  # coverage
@@ -104,7 +104,17 @@ def few_replicates_factor(
     ratio = student / norm.ppf((1 + level) / 2) * np.sqrt(variance / (n * r) / pigeonhole)
     return max(1.0, float(ratio))
 
+# %% ../../nbs/evidence/intervals.ipynb #197d2cac
+def _tallies(outcomes: np.ndarray, codes: np.ndarray) -> list[tuple[int, int, int]]:
+    "Win, tie, lose of each stratum that holds a readable prompt."
+    found = []
+    for stratum in range(codes.max(initial=-1) + 1):
+        x = outcomes[codes == stratum]
+        if counts := [int((x == sign).sum()) for sign in (1, 0, -1)]:
+            found.append((counts[0], counts[1], counts[2]))
+    return [c for c in found if sum(c)]
 
+# %% ../../nbs/evidence/intervals.ipynb #0cee5f3a
 def crossed_interval(
     first: np.ndarray,  # [prompts, replicates] sums of signs with model_a shown first; NaN: unread
     second: np.ndarray,  # the same, shown second
@@ -125,20 +135,10 @@ def crossed_interval(
         if drawn:
             draws.append(sum(d[:, 0] - d[:, 2] for d in drawn) / sum(map(sum, strata_counts)))
     spread = np.concatenate(draws) - np.concatenate(draws).mean()
-    each = np.sign(np.nan_to_num(np.sign(first) + np.sign(second)))
+    each = np.nan_to_num(outcome(first, second))
     centre, factor = np.nanmean(whole) + 1, few_replicates_factor(each, level)
     low, high = (float(centre + factor * x) for x in percentile_interval(spread, level))
     return max(low, 0.0), min(high, 2.0)
-
-
-def _tallies(outcomes: np.ndarray, codes: np.ndarray) -> list[tuple[int, int, int]]:
-    "Win, tie, lose of each stratum that holds a readable prompt."
-    found = []
-    for stratum in range(codes.max(initial=-1) + 1):
-        x = outcomes[codes == stratum]
-        if counts := [int((x == sign).sum()) for sign in (1, 0, -1)]:
-            found.append((counts[0], counts[1], counts[2]))
-    return [c for c in found if sum(c)]
 
 # %% ../../nbs/evidence/intervals.ipynb #a25ef963
 def holm(
@@ -151,7 +151,7 @@ def holm(
     corrected = iter(multipletests(made, method="holm")[1])
     return [None if p is None else float(next(corrected)) for p in p_values]
 
-# %% ../../nbs/evidence/intervals.ipynb #422981b6
+# %% ../../nbs/evidence/intervals.ipynb #ad36deae
 def sign_test_power(
     effect: float,  # true win rate less one half
     n: int,  # prompts
@@ -168,7 +168,7 @@ def sign_test_power(
     found = binom.cdf(critical, m, p) + binom.sf(m - critical - 1, m, p)
     return float((binom.pmf(m, n, decided) * found).sum())
 
-
+# %% ../../nbs/evidence/intervals.ipynb #422981b6
 def detectable_effect(
     n: int,  # judged prompts
     ties: float,  # share of ties
@@ -180,6 +180,29 @@ def detectable_effect(
     if n == 0 or most == 0 or sign_test_power(most, n, ties, level) < power:
         return None
     return float(brentq(lambda x: sign_test_power(x, n, ties, level) - power, 0.0, most, xtol=1e-6))
+
+# %% ../../nbs/evidence/intervals.ipynb #14dfbf15
+def _loss_draws(
+    cells: np.ndarray,  # [questions, nll or tokens, arms, replicates]
+    seed: int,  # of the resampling
+) -> np.ndarray:  # [resamples, arms] loss a token
+    "Questions and replicates drawn with replacement, independently."
+    rng, (n, *rest) = np.random.default_rng(seed), cells.shape
+    runs, draws = rest[-1], []
+    for _ in range(RESAMPLES // 1000):  # a thousand at a time keeps the weights small
+        questions = rng.multinomial(n, np.full(n, 1 / n), size=1000)
+        sums = (questions @ cells.reshape(n, -1)).reshape(1000, *rest)
+        nll, tokens = np.einsum(
+            "btar,br->tba", sums, rng.multinomial(runs, np.full(runs, 1 / runs), size=1000)
+        )
+        draws.append(nll / tokens)
+    return np.concatenate(draws)
+
+
+def _widened(draws: np.ndarray, estimate: float, each: np.ndarray) -> list[float]:
+    "Percentile interval, its ends moved out where replicates are few; `each`: by question and run."
+    factor = few_replicates_factor(each)
+    return [float(estimate + factor * (x - estimate)) for x in percentile_interval(draws)]
 
 # %% ../../nbs/evidence/intervals.ipynb #63266754
 def heldout_summary(
@@ -207,30 +230,7 @@ def heldout_summary(
             summary[arm] |= {"difference": float(gap), "difference_ci95": ends}
     return summary
 
-
-def _loss_draws(
-    cells: np.ndarray,  # [questions, nll or tokens, arms, replicates]
-    seed: int,  # of the resampling
-) -> np.ndarray:  # [resamples, arms] loss a token
-    "Questions and replicates drawn with replacement, independently."
-    rng, (n, *rest) = np.random.default_rng(seed), cells.shape
-    runs, draws = rest[-1], []
-    for _ in range(RESAMPLES // 1000):  # a thousand at a time keeps the weights small
-        questions = rng.multinomial(n, np.full(n, 1 / n), size=1000)
-        sums = (questions @ cells.reshape(n, -1)).reshape(1000, *rest)
-        nll, tokens = np.einsum(
-            "btar,br->tba", sums, rng.multinomial(runs, np.full(runs, 1 / runs), size=1000)
-        )
-        draws.append(nll / tokens)
-    return np.concatenate(draws)
-
-
-def _widened(draws: np.ndarray, estimate: float, each: np.ndarray) -> list[float]:
-    "Percentile interval, its ends moved out where replicates are few; `each`: by question and run."
-    factor = few_replicates_factor(each)
-    return [float(estimate + factor * (x - estimate)) for x in percentile_interval(draws)]
-
-# %% ../../nbs/evidence/intervals.ipynb #d63950a6
+# %% ../../nbs/evidence/intervals.ipynb #431258bb
 def kappa_with_interval(
     one: Sequence[int] | np.ndarray,  # -1, 0 or 1 of one rater
     other: Sequence[int] | np.ndarray,  # of the other, the same pairs
@@ -245,7 +245,7 @@ def kappa_with_interval(
     ends = np.clip([found.kappa_low, found.kappa_upp], -1, 1)
     return float(found.kappa), [float(x) for x in ends]
 
-
+# %% ../../nbs/evidence/intervals.ipynb #d63950a6
 def prediction_powered_mean(
     labels: np.ndarray,  # [n] what the person says
     predictions: np.ndarray,  # [n] what the judge says of the same pairs

@@ -36,6 +36,43 @@ def bradley_terry(
             break
     return strength - strength.mean(-1, keepdims=True)
 
+# %% ../../nbs/evidence/ranking.ipynb #3f0e3fd8
+def _points(outcomes: np.ndarray) -> np.ndarray:
+    "[prompts, pairs, 2] what model_a and model_b get; nothing for an unread pair."
+    seen = ~np.isnan(outcomes)
+    won = (np.nan_to_num(outcomes) + 1) / 2
+    return np.stack([np.where(seen, won, 0), np.where(seen, 1 - won, 0)], axis=-1)
+
+
+def _win_table(points: np.ndarray, a: np.ndarray, b: np.ndarray, models: int) -> np.ndarray:
+    "[..., models, models] from [..., pairs, 2]."
+    wins = np.zeros((*points.shape[:-2], models, models))
+    for pair, (i, j) in enumerate(zip(a, b, strict=True)):
+        wins[..., i, j] += points[..., pair, 0]
+        wins[..., j, i] += points[..., pair, 1]
+    return wins
+
+# %% ../../nbs/evidence/ranking.ipynb #833fbd99
+def _resampled_points(
+    points: np.ndarray,  # [prompts, pairs, 2]
+    codes: np.ndarray,  # [prompts] number of the test set
+    times: int,  # resamples
+    rng: np.random.Generator,  # the source of chance
+) -> np.ndarray:  # [times, pairs, 2]
+    "Sums over prompts drawn with replacement; prompts with the same points are drawn as one."
+    kinds, count = np.unique(
+        np.column_stack([codes, points.reshape(len(points), -1)]), axis=0, return_counts=True
+    )
+    total = np.zeros((times, points[0].size))
+    chunk = max(1, 2_000_000 // len(kinds))  # 16 MB of counts at a time
+    for stratum in np.unique(codes):
+        of_it = kinds[:, 0] == stratum
+        values, n = kinds[of_it, 1:], count[of_it]
+        for start in range(0, times, chunk):
+            size = min(chunk, times - start)
+            total[start : start + size] += rng.multinomial(n.sum(), n / n.sum(), size) @ values
+    return total.reshape(times, *points.shape[1:])
+
 # %% ../../nbs/evidence/ranking.ipynb #eb57c4ee
 def ranking(
     pairs: Sequence[tuple[str, str]],  # the models of each pair
@@ -65,43 +102,6 @@ def ranking(
          "rank": 1 + int((strength > strength[k] + 1e-9).sum()), "n": played[k]}
         for k in np.argsort(-strength, kind="stable")
     ]  # fmt: skip
-
-
-def _points(outcomes: np.ndarray) -> np.ndarray:
-    "[prompts, pairs, 2] what model_a and model_b get; nothing for an unread pair."
-    seen = ~np.isnan(outcomes)
-    won = (np.nan_to_num(outcomes) + 1) / 2
-    return np.stack([np.where(seen, won, 0), np.where(seen, 1 - won, 0)], axis=-1)
-
-
-def _resampled_points(
-    points: np.ndarray,  # [prompts, pairs, 2]
-    codes: np.ndarray,  # [prompts] number of the test set
-    times: int,  # resamples
-    rng: np.random.Generator,  # the source of chance
-) -> np.ndarray:  # [times, pairs, 2]
-    "Sums over prompts drawn with replacement; prompts with the same points are drawn as one."
-    kinds, count = np.unique(
-        np.column_stack([codes, points.reshape(len(points), -1)]), axis=0, return_counts=True
-    )
-    total = np.zeros((times, points[0].size))
-    chunk = max(1, 2_000_000 // len(kinds))  # 16 MB of counts at a time
-    for stratum in np.unique(codes):
-        of_it = kinds[:, 0] == stratum
-        values, n = kinds[of_it, 1:], count[of_it]
-        for start in range(0, times, chunk):
-            size = min(chunk, times - start)
-            total[start : start + size] += rng.multinomial(n.sum(), n / n.sum(), size) @ values
-    return total.reshape(times, *points.shape[1:])
-
-
-def _win_table(points: np.ndarray, a: np.ndarray, b: np.ndarray, models: int) -> np.ndarray:
-    "[..., models, models] from [..., pairs, 2]."
-    wins = np.zeros((*points.shape[:-2], models, models))
-    for pair, (i, j) in enumerate(zip(a, b, strict=True)):
-        wins[..., i, j] += points[..., pair, 0]
-        wins[..., j, i] += points[..., pair, 1]
-    return wins
 
 # %% ../../nbs/evidence/ranking.ipynb #e3fd1b0a
 def elo(

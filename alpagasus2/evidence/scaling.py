@@ -12,7 +12,7 @@ from typing import Any
 
 from .intervals import heldout_summary
 
-# %% ../../nbs/evidence/scaling.ipynb #295cf243
+# %% ../../nbs/evidence/scaling.ipynb #d86ccb67
 def priced(
     seconds: float | None,  # on this machine
     price_hour: float | None,  # US dollars for an hour of it
@@ -21,6 +21,10 @@ def priced(
     return None if seconds is None or price_hour is None else seconds / 3600 * price_hour
 
 
+def _total(training: float | None, rating: float | None) -> float | None:
+    return None if training is None or rating is None else training + rating
+
+# %% ../../nbs/evidence/scaling.ipynb #295cf243
 @dataclass(frozen=True)
 class Costs:
     "What it took to make the models of a curve."
@@ -45,9 +49,18 @@ class Costs:
             "total_usd": _total(usd, self.rating_usd if rated else 0.0),
         }
 
-
-def _total(training: float | None, rating: float | None) -> float | None:
-    return None if training is None or rating is None else training + rating
+# %% ../../nbs/evidence/scaling.ipynb #1e522988
+def _point(
+    arm: str, rows: int, steps: int, to_base: Mapping, to_largest: Mapping
+) -> dict[str, Any]:
+    return {
+        "arm": arm, "rows": rows, "steps": steps,
+        "loss": to_base["loss"], "loss_ci95": to_base["ci95"],
+        "difference": to_base.get("difference"),
+        "difference_ci95": to_base.get("difference_ci95"),
+        "to_largest": to_largest.get("difference"),
+        "to_largest_ci95": to_largest.get("difference_ci95"),
+    }  # fmt: skip
 
 # %% ../../nbs/evidence/scaling.ipynb #ed93b0ea
 def size_points(
@@ -70,19 +83,6 @@ def size_points(
             for k, m in sorted(curve.items())
         ]
     return points
-
-
-def _point(
-    arm: str, rows: int, steps: int, to_base: Mapping, to_largest: Mapping
-) -> dict[str, Any]:
-    return {
-        "arm": arm, "rows": rows, "steps": steps,
-        "loss": to_base["loss"], "loss_ci95": to_base["ci95"],
-        "difference": to_base.get("difference"),
-        "difference_ci95": to_base.get("difference_ci95"),
-        "to_largest": to_largest.get("difference"),
-        "to_largest_ci95": to_largest.get("difference_ci95"),
-    }  # fmt: skip
 
 # %% ../../nbs/evidence/scaling.ipynb #c730d646
 def fewest_rows(

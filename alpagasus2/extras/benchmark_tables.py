@@ -39,13 +39,28 @@ BENCHMARKS = {
         Benchmark("ifeval", "IFEval", "prompt_level_strict_acc", 0, "ifeval"),
     )
 }
+
+
 OPEN_LLM = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2")  # what the average is over
+
+# %% ../../nbs/extras/benchmark_tables.ipynb #3b2b6b38
 PUBLISHED = {
     "model": "AlpaGasus2-QLoRA 13B, published",
     "scores": dict(zip(OPEN_LLM, (0.6109, 0.8246, 0.5527, 0.3853), strict=True)),
     "average": 0.5934,
     "source": "https://github.com/gauss5930/AlpaGasus2-QLoRA, its Open LLM Leaderboard row",
 }
+
+# %% ../../nbs/extras/benchmark_tables.ipynb #4d247881
+def _pooled(errors: Sequence[float], sizes: Sequence[int]) -> float:
+    "lm-eval's pooled standard error of a mean over tasks, weighted by their rows."
+    squares = sum((n - 1) * n * e**2 for e, n in zip(errors, sizes, strict=True))
+    return sqrt(squares / (sum(sizes) - len(sizes)) / sum(sizes))
+
+
+def _independent(errors: Sequence[float]) -> float:
+    "Standard error of the plain mean of independent figures."
+    return sqrt(sum(e**2 for e in errors)) / len(errors)
 
 # %% ../../nbs/extras/benchmark_tables.ipynb #edb1fccc
 def combine(
@@ -63,18 +78,7 @@ def combine(
     return {"value": value, "stderr": error, **sums,
             "metric": settings["metric"], "shots": settings["shots"]}  # fmt: skip
 
-
-def _pooled(errors: Sequence[float], sizes: Sequence[int]) -> float:
-    "lm-eval's pooled standard error of a mean over tasks, weighted by their rows."
-    squares = sum((n - 1) * n * e**2 for e, n in zip(errors, sizes, strict=True))
-    return sqrt(squares / (sum(sizes) - len(sizes)) / sum(sizes))
-
-
-def _independent(errors: Sequence[float]) -> float:
-    "Standard error of the plain mean of independent figures."
-    return sqrt(sum(e**2 for e in errors)) / len(errors)
-
-
+# %% ../../nbs/extras/benchmark_tables.ipynb #d36e0e8b
 def paired_difference(
     a: Sequence[float],  # outcomes of the rows, in [0, 1]
     b: Sequence[float],  # another model's on the same rows
@@ -85,7 +89,34 @@ def paired_difference(
     error = statistics.stdev(differences) / sqrt(n) if n > 1 else None
     return {"value": statistics.fmean(differences), "stderr": error, "n": n}
 
+# %% ../../nbs/extras/benchmark_tables.ipynb #aa45ca7f
+def _average(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    four = [scores[b] for b in OPEN_LLM if b in scores]
+    if len(four) < len(OPEN_LLM):
+        return None
+    errors = [s["stderr"] for s in four]
+    error = None if None in errors else _independent(errors)
+    return {"value": statistics.fmean(s["value"] for s in four), "stderr": error}
 
+# %% ../../nbs/extras/benchmark_tables.ipynb #3b996d81
+def _same_rows(x: Mapping[str, Any], y: Mapping[str, Any]) -> bool:
+    return x["settings"]["rows_sha256"] == y["settings"]["rows_sha256"]
+
+
+def _differences(whole: Mapping[tuple[str, str], Sequence[Mapping]]) -> Iterator[dict[str, Any]]:
+    "Each model against the first one, on each benchmark whose rows have outcomes."
+    first = next(iter(whole), ("", ""))[0]
+    for (model, benchmark), found in whole.items():
+        other = {x["id"]: x for x in whole.get((first, benchmark), ())}
+        same = [(x, other[x["id"]]) for x in found if x["id"] in other]
+        if model == first or len(same) < len(found) or not found[0]["settings"]["by_size"]:
+            continue
+        if all(x["outcomes"] and y["outcomes"] and _same_rows(x, y) for x, y in same):
+            a, b = ([o for pair in same for o in pair[i]["outcomes"]] for i in (0, 1))
+            key = {"model": model, "against": first, "benchmark": benchmark}
+            yield {**key, **paired_difference(a, b)}
+
+# %% ../../nbs/extras/benchmark_tables.ipynb #ff65a23f
 def tabulate(
     lines: Iterable[Mapping[str, Any]],  # of leaderboard.jsonl
 ) -> dict[str, Any]:  # models, averages, differences
@@ -103,34 +134,7 @@ def tabulate(
         "differences": list(_differences(whole)),
     }
 
-
-def _average(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    four = [scores[b] for b in OPEN_LLM if b in scores]
-    if len(four) < len(OPEN_LLM):
-        return None
-    errors = [s["stderr"] for s in four]
-    error = None if None in errors else _independent(errors)
-    return {"value": statistics.fmean(s["value"] for s in four), "stderr": error}
-
-
-def _differences(whole: Mapping[tuple[str, str], Sequence[Mapping]]) -> Iterator[dict[str, Any]]:
-    "Each model against the first one, on each benchmark whose rows have outcomes."
-    first = next(iter(whole), ("", ""))[0]
-    for (model, benchmark), found in whole.items():
-        other = {x["id"]: x for x in whole.get((first, benchmark), ())}
-        same = [(x, other[x["id"]]) for x in found if x["id"] in other]
-        if model == first or len(same) < len(found) or not found[0]["settings"]["by_size"]:
-            continue
-        if all(x["outcomes"] and y["outcomes"] and _same_rows(x, y) for x, y in same):
-            a, b = ([o for pair in same for o in pair[i]["outcomes"]] for i in (0, 1))
-            key = {"model": model, "against": first, "benchmark": benchmark}
-            yield {**key, **paired_difference(a, b)}
-
-
-def _same_rows(x: Mapping[str, Any], y: Mapping[str, Any]) -> bool:
-    return x["settings"]["rows_sha256"] == y["settings"]["rows_sha256"]
-
-# %% ../../nbs/extras/benchmark_tables.ipynb #696f3cf6
+# %% ../../nbs/extras/benchmark_tables.ipynb #5561bfb1
 def _percent(score: Mapping[str, Any] | None, signed: bool = False) -> str:
     if score is None:
         return "–"
@@ -141,7 +145,25 @@ def _percent(score: Mapping[str, Any] | None, signed: bool = False) -> str:
 def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(c.replace('|', '/') for c in cells)} |"
 
+# %% ../../nbs/extras/benchmark_tables.ipynb #fa65e4e3
+def _notes(results: Mapping[str, Any], published: bool) -> Iterator[str]:
+    yield f"Percent ± one standard error; lm-eval {results['lm_eval']}."
+    if results["limit"]:
+        yield f"**Only the first {results['limit']} rows of each task: a look, not a figure.**"
+    cut = sum(s["truncated"] for scores in results["models"].values() for s in scores.values())
+    if cut:
+        yield f"**{cut:,} requests were longer than the model's limit and lost their start.**"
+    if published:
+        yield (
+            f"The published row is from {results['published']['source']}, measured in 2023 with "
+            "an earlier lm-eval: a point or two is no difference."
+        )
+    if results["differences"]:
+        yield from ("", "| difference, same rows | benchmark | ± paired |", "|---|---|---:|")
+        for d in results["differences"]:
+            yield _row([f"{d['model']} − {d['against']}", d["benchmark"], _percent(d, True)])
 
+# %% ../../nbs/extras/benchmark_tables.ipynb #696f3cf6
 def markdown_table(
     results: Mapping[str, Any],  # from `tabulate`, with published and limit
 ) -> str:
@@ -165,25 +187,7 @@ def markdown_table(
         lines.append(_row([published["model"], *cells, f"{100 * published['average']:.2f}"]))
     return "\n".join([*lines, "", *_notes(results, public)]) + "\n"
 
-
-def _notes(results: Mapping[str, Any], published: bool) -> Iterator[str]:
-    yield f"Percent ± one standard error; lm-eval {results['lm_eval']}."
-    if results["limit"]:
-        yield f"**Only the first {results['limit']} rows of each task: a look, not a figure.**"
-    cut = sum(s["truncated"] for scores in results["models"].values() for s in scores.values())
-    if cut:
-        yield f"**{cut:,} requests were longer than the model's limit and lost their start.**"
-    if published:
-        yield (
-            f"The published row is from {results['published']['source']}, measured in 2023 with "
-            "an earlier lm-eval: a point or two is no difference."
-        )
-    if results["differences"]:
-        yield from ("", "| difference, same rows | benchmark | ± paired |", "|---|---|---:|")
-        for d in results["differences"]:
-            yield _row([f"{d['model']} − {d['against']}", d["benchmark"], _percent(d, True)])
-
-
+# %% ../../nbs/extras/benchmark_tables.ipynb #73de5b7c
 def write_results(
     output_dir: str | Path,  # the folder of leaderboard.jsonl
 ) -> dict[str, Any]:  # what leaderboard.json has

@@ -47,8 +47,12 @@ class Finding:
         below = f"\n{'':21}-> {self.advice}" if self.advice else ""
         return f"{status}  {self.name:14} {self.found}{below}"
 
-# %% ../../nbs/extras/doctor.ipynb #2b9ab960
-TRAIN = 'pip install "alpagasus2[train]"'
+# %% ../../nbs/extras/doctor.ipynb #1e9f2978
+def _metadata(key: str) -> str | None:
+    try:
+        return metadata.metadata("alpagasus2")[key]
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def check_python(
@@ -64,42 +68,8 @@ def check_python(
         Finding("python", "fail", f"{version}, wanted {bound.specifier}", "install a newer one")
     ]
 
-
-def _metadata(key: str) -> str | None:
-    try:
-        return metadata.metadata("alpagasus2")[key]
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _installed(name: str) -> str | None:
-    "The version of a distribution, or None."
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def check_versions(
-    requirements: Sequence[str] | None = None,  # as in a wheel's metadata; default: our own
-    version_of: Callable[[str], str | None] = _installed,  # distribution -> version
-) -> list[Finding]:  # a summary for each group, and a line for each library that is wrong
-    "Installed libraries against the bounds that our package declares."
-    if requirements is None:
-        try:
-            requirements = metadata.requires("alpagasus2") or []
-        except metadata.PackageNotFoundError:
-            said = "not installed as a package, so its bounds are unknown"
-            return [Finding("alpagasus2", "warn", said, "pip install -e . in the checkout")]
-    wanted = [Requirement(r) for r in requirements]
-    base = [r for r in wanted if not r.marker or r.marker.evaluate({"extra": ""})]
-    train = [r for r in wanted if r not in base and _for_train(r)]
-    found = _check_group("libraries", base, version_of, "fail", "pip install alpagasus2")
-    return found + _check_group("training", train, version_of, "warn", TRAIN)
-
-
-def _for_train(requirement: Requirement) -> bool:
-    return bool(requirement.marker and requirement.marker.evaluate({"extra": "train"}))
+# %% ../../nbs/extras/doctor.ipynb #b3038d5f
+TRAIN = 'pip install "alpagasus2[train]"'
 
 
 def _check_group(
@@ -117,7 +87,37 @@ def _check_group(
     fine = len(wanted) - len(absent) - len(wrong)
     return [Finding(name, "ok", f"{fine} libraries within their bounds"), *found] if fine else found
 
-# %% ../../nbs/extras/doctor.ipynb #937d2909
+# %% ../../nbs/extras/doctor.ipynb #6cea54d7
+def _installed(name: str) -> str | None:
+    "The version of a distribution, or None."
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _for_train(requirement: Requirement) -> bool:
+    return bool(requirement.marker and requirement.marker.evaluate({"extra": "train"}))
+
+# %% ../../nbs/extras/doctor.ipynb #2b9ab960
+def check_versions(
+    requirements: Sequence[str] | None = None,  # as in a wheel's metadata; default: our own
+    version_of: Callable[[str], str | None] = _installed,  # distribution -> version
+) -> list[Finding]:  # a summary for each group, and a line for each library that is wrong
+    "Installed libraries against the bounds that our package declares."
+    if requirements is None:
+        try:
+            requirements = metadata.requires("alpagasus2") or []
+        except metadata.PackageNotFoundError:
+            said = "not installed as a package, so its bounds are unknown"
+            return [Finding("alpagasus2", "warn", said, "pip install -e . in the checkout")]
+    wanted = [Requirement(r) for r in requirements]
+    base = [r for r in wanted if not r.marker or r.marker.evaluate({"extra": ""})]
+    train = [r for r in wanted if r not in base and _for_train(r)]
+    found = _check_group("libraries", base, version_of, "fail", "pip install alpagasus2")
+    return found + _check_group("training", train, version_of, "warn", TRAIN)
+
+# %% ../../nbs/extras/doctor.ipynb #1ed85da2
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -132,7 +132,7 @@ def cpu_features(
     flags = set(lines[0].split(":", 1)[1].split()) if lines else set()
     return [f for f in _FEATURES if f in flags]
 
-
+# %% ../../nbs/extras/doctor.ipynb #937d2909
 def check_cpu(
     features: list[str] | None = None,  # default: this processor's
 ) -> list[Finding]:
@@ -146,12 +146,12 @@ def check_cpu(
         return [Finding("cpu", "warn", shown, "without AVX2 expect minutes a step; use a GPU")]
     return [Finding("cpu", "ok", shown)]
 
-
+# %% ../../nbs/extras/doctor.ipynb #e68c4f6d
 def has_torch() -> bool:
     "Whether the training libraries are there; asks without loading them."
     return all(importlib.util.find_spec(n) for n in ("torch", "bitsandbytes", "peft"))
 
-
+# %% ../../nbs/extras/doctor.ipynb #d8f430b9
 def check_device() -> list[Finding]:  # device and precision
     "Where a training would run, and in which precision."
     if not has_torch():
@@ -169,6 +169,24 @@ def check_device() -> list[Finding]:  # device and precision
     advice = "computes in fp32, several times slower: use a GPU from Ampere on, or a CPU with bf16"
     fast = dtype == "bfloat16"
     return [*found, Finding("precision", "ok" if fast else "warn", dtype, "" if fast else advice)]
+
+# %% ../../nbs/extras/doctor.ipynb #d3e4e559
+TOLERANCE = 0.02  # bf16 keeps 8 bits, so two orders of summation differ by less than this
+
+
+def _error(found: Any, expected: Any) -> float:
+    return ((found - expected).float().norm() / expected.float().norm()).item()
+
+
+def _gradient(layer: Any, x: Any, weigh: Any) -> Any:
+    "Of the weighted output by the input; zero where the product has none."
+    import torch
+
+    output = layer(x)
+    if not output.requires_grad:
+        return torch.zeros_like(x)
+    return torch.autograd.grad((output * weigh).sum(), x, allow_unused=True,
+                               materialize_grads=True)[0]  # fmt: skip
 
 # %% ../../nbs/extras/doctor.ipynb #e50935b9
 def four_bit_errors(
@@ -200,25 +218,7 @@ def four_bit_errors(
     errors["after_eval"] = _error(_gradient(layer.train(), x, weigh), weigh @ plain)
     return errors
 
-
-def _gradient(layer: Any, x: Any, weigh: Any) -> Any:
-    "Of the weighted output by the input; zero where the product has none."
-    import torch
-
-    output = layer(x)
-    if not output.requires_grad:
-        return torch.zeros_like(x)
-    return torch.autograd.grad((output * weigh).sum(), x, allow_unused=True,
-                               materialize_grads=True)[0]  # fmt: skip
-
-
-def _error(found: Any, expected: Any) -> float:
-    return ((found - expected).float().norm() / expected.float().norm()).item()
-
-
-TOLERANCE = 0.02  # bf16 keeps 8 bits, so two orders of summation differ by less than this
-
-
+# %% ../../nbs/extras/doctor.ipynb #a454579a
 def check_4bit(
     errors: dict[str, float] | None = None,  # default: measured on this process's device
 ) -> list[Finding]:
@@ -238,6 +238,14 @@ def check_4bit(
     if bad == ["after_eval"]:
         advice = "after an evaluation nothing would be learned: " + advice
     return [Finding(name, "fail", f"relative error: {shown}, wanted < {TOLERANCE}", advice)]
+
+# %% ../../nbs/extras/doctor.ipynb #2555d5af
+def _stored_token() -> str | None:
+    if not importlib.util.find_spec("huggingface_hub"):
+        return None
+    from huggingface_hub import get_token
+
+    return get_token()
 
 # %% ../../nbs/extras/doctor.ipynb #40a8d53b
 def check_hub(
@@ -269,15 +277,7 @@ def check_hub(
         found = f"{where} is there; {endpoint} did not answer"
     return [Finding("hub login", "warn", found, "offline, use local folders in place of hub ids")]
 
-
-def _stored_token() -> str | None:
-    if not importlib.util.find_spec("huggingface_hub"):
-        return None
-    from huggingface_hub import get_token
-
-    return get_token()
-
-
+# %% ../../nbs/extras/doctor.ipynb #ece7052c
 def check_openai() -> list[Finding]:
     "The key for an OpenAI-compatible endpoint."
     url = " and OPENAI_BASE_URL" if os.environ.get("OPENAI_BASE_URL") else ""
@@ -286,13 +286,13 @@ def check_openai() -> list[Finding]:
     advice = "set it to rate or judge with an endpoint; a server on this machine needs none"
     return [Finding("OPENAI_API_KEY", "warn", "not set", advice)]
 
-# %% ../../nbs/extras/doctor.ipynb #6bee7ed3
+# %% ../../nbs/extras/doctor.ipynb #ac043329
 def hub_cache() -> Path:
     "Where the hub's library keeps models, found without loading it."
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
-
+# %% ../../nbs/extras/doctor.ipynb #6bee7ed3
 def check_disk(
     name: str,  # of the line
     folder: str | Path,  # need not be there yet
@@ -308,7 +308,7 @@ def check_disk(
         return [Finding(name, "warn", shown, "a 7B base alone is 13.5 GB: make room for it")]
     return [Finding(name, "ok", shown)]
 
-
+# %% ../../nbs/extras/doctor.ipynb #e0f06288
 def free_memory(
     meminfo: str | Path = "/proc/meminfo",  # Linux's
     group: str | Path = "/sys/fs/cgroup",  # the container's limit, if there is one
@@ -324,7 +324,7 @@ def free_memory(
         free = min(free, float(limit.read_text()) - used)
     return free
 
-
+# %% ../../nbs/extras/doctor.ipynb #ada0f8b0
 def check_memory(
     free: float | None = None,  # bytes; default: read from the system
 ) -> list[Finding]:
@@ -339,7 +339,7 @@ def check_memory(
         return [Finding("memory", "warn", shown, "a 7B base in 4 bits needs about 8 GB to load")]
     return [Finding("memory", "ok", shown)]
 
-# %% ../../nbs/extras/doctor.ipynb #95882725
+# %% ../../nbs/extras/doctor.ipynb #8e3bca1c
 def _guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return check()
@@ -347,7 +347,7 @@ def _guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
         reason = (str(e).splitlines() or [""])[0][:200]
         return [Finding(name, "fail", f"{type(e).__name__}: {reason}", f"reinstall: {TRAIN}")]
 
-
+# %% ../../nbs/extras/doctor.ipynb #95882725
 def diagnose(
     folder: str | Path = ".",  # where results would be written
 ) -> Iterator[Finding]:

@@ -19,10 +19,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from tqdm import tqdm
 
-from ..core.files import UserError, file_sha256, json_sha256
-from ..core.run_folder import Journal, changed_setting, recorded
+from ..core.files import UserError, file_sha256, json_sha256, settings
+from ..core.run_folder import Journal, Step, changed_setting, resumed, row_key
 from .benchmark_tables import BENCHMARKS, OPEN_LLM, Benchmark, write_results
 
 # %% ../../nbs/extras/leaderboard.ipynb #40e5865e
@@ -34,7 +35,6 @@ except ModuleNotFoundError as e:
     ) from e
 
 # %% ../../nbs/extras/leaderboard.ipynb #ec7a5ef4
-# before torch is loaded: it says how torch's threads wait
 from alpagasus2.quant_lora import (
     QuantLoraConfig,
     load_adapters,
@@ -69,22 +69,16 @@ def ifeval_lacks() -> str:  # empty when nothing is missing
     return ""
 
 # %% ../../nbs/extras/leaderboard.ipynb #7f08205d
-@dataclass
+@settings
 class LeaderboardConfig:
     "How tasks are asked. A folder has one set of these, so that its rows can be compared."
 
-    limit: int | None = None  # only the first so many rows of each task, for a look
-    max_length: int | None = None  # tokens of prompt and answer; default: the model's own limit
+    limit: int | None = Field(None, gt=0)  # only the first so many rows of each task, for a look
+    max_length: int | None = Field(None, gt=0)  # tokens in all; default: the model's own limit
     apply_chat_template: bool = False  # ask in the model's chat template; published rows do not
     add_bos_token: bool | None = None  # BOS in front; default: what the tokenizer does by itself
     seed: int = 1234  # of the examples that are drawn for a prompt; lm-eval's default
-    token_budget: int = 16384  # tokens a batch; changes speed and memory only
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "max_length", "token_budget"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value}: must be above 0")
+    token_budget: int = Field(16384, gt=0)  # tokens a batch; changes speed and memory only
 
     def recorded(self) -> dict[str, Any]:
         "The settings that change figures."
@@ -111,7 +105,7 @@ def find_tasks(
             raise UserError(f"no task {name!r}; {hint}")
     return manager
 
-
+# %% ../../nbs/extras/leaderboard.ipynb #50dd8817
 def _no_bar(*args: Any, **options: Any) -> Any:
     return tqdm(*args, **{**options, "disable": True})
 
@@ -135,7 +129,18 @@ def _quiet() -> Iterator[None]:
         if shown:
             datasets.enable_progress_bars()
 
+# %% ../../nbs/extras/leaderboard.ipynb #16f213b7
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
+
+def _seed(python: int, others: int) -> None:
+    "As lm-eval does before it loads a task: a task file may draw."
+    random.seed(python)
+    np.random.seed(others)
+    torch.manual_seed(others)
+
+# %% ../../nbs/extras/leaderboard.ipynb #358d5526
 def load_tasks(
     name: str,  # a task, a group or a tag
     manager: TaskManager,  # from `find_tasks`
@@ -151,17 +156,6 @@ def load_tasks(
     except Exception as e:  # a task file may hold anything, and the hub raises a dozen kinds
         advice = "mend the task file" if own else "offline, give --include_path DIR with a copy"
         raise UserError(f"{name}: its rows did not load: {_first_line(e)}; {advice}") from e
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-
-
-def _seed(python: int, others: int) -> None:
-    "As lm-eval does before it loads a task: a task file may draw."
-    random.seed(python)
-    np.random.seed(others)
-    torch.manual_seed(others)
 
 # %% ../../nbs/extras/leaderboard.ipynb #37618120
 class Rehearsal(LM):
@@ -204,7 +198,7 @@ class Rehearsal(LM):
         "Nothing is answered."
         return self._keep(requests, "")
 
-
+# %% ../../nbs/extras/leaderboard.ipynb #75052442
 def carry_out(
     lm: LM,  # who is asked
     task: Any,  # one of `load_tasks`
@@ -235,7 +229,7 @@ class Planned:
     tokens: int  # about so many are computed
     settings: dict[str, Any] = field(default_factory=dict)  # what must not change
 
-
+# %% ../../nbs/extras/leaderboard.ipynb #55c2251a
 def count_tokens(
     asked: Sequence[tuple],  # the arguments of lm-eval's requests
     tokenizer: Any,  # of the model
@@ -250,7 +244,7 @@ def count_tokens(
         new += options.get("max_gen_toks", 256) if options else 0
     return round((sum(map(len, passes)) + new) * len(asked) / max(1, len(asked[:sample])))
 
-
+# %% ../../nbs/extras/leaderboard.ipynb #f5ba2ae3
 def _figure(result: Mapping[str, Any], metric: str) -> tuple[str, str]:
     "The metric's name and lm-eval's key of it, which also names an answer filter."
     keys = [k for k in result if "," in k and "_stderr," not in k]
@@ -264,7 +258,7 @@ def _figure(result: Mapping[str, Any], metric: str) -> tuple[str, str]:
 def _digest(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
-
+# %% ../../nbs/extras/leaderboard.ipynb #ce270771
 def rehearse(
     benchmark: Benchmark,  # which column, metric and shots
     task: Any,  # one of `load_tasks`
@@ -314,7 +308,7 @@ def plan_tasks(
             planned.append(step)
     return planned
 
-
+# %% ../../nbs/extras/leaderboard.ipynb #8cdf8d47
 def cost_lines(
     planned: Iterable[Planned],  # from `plan_tasks`
     arms: int,  # models that will be asked
@@ -399,55 +393,7 @@ def model_sha256(
     files = {path.name: file_sha256(path) for path in sorted(named) if path.is_file()}
     return json_sha256(files)[:16] if files else None
 
-# %% ../../nbs/extras/leaderboard.ipynb #efabb56b
-@contextlib.contextmanager
-def _using(model: Any, adapter: str | None) -> Iterator[None]:
-    "One adapter of a PeftModel, or its base."
-    if adapter:
-        model.set_adapter(adapter)
-        yield
-    else:
-        with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
-            yield
-
-
-def _model_settings(
-    base_model: str, quant_lora: QuantLoraConfig, adapters: Mapping[str, str | Path], name: str
-) -> dict[str, dict[str, Any]]:
-    "What each arm is, in words that can be compared: arm -> settings."
-    bits = "4 bits" if quant_lora.load_in_4bit else "8 bits" if quant_lora.load_in_8bit else "16"
-    base = {"base_model": str(base_model), "weights": model_sha256(base_model)}
-    base |= {"quantization": bits, "adapter": None}
-    arms = {name: base}
-    for arm, path in adapters.items():
-        weights = Path(path) / "adapter_model.safetensors"
-        seen = file_sha256(weights)[:16] if weights.exists() else str(path)
-        arms[arm] = {**base, "adapter": seen}
-    return arms
-
-
-def _line(benchmark: str, task: str, arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {"id": task, "test_set": benchmark, "model": arm, "settings": dict(settings)}
-
-
-def _todo(
-    journal: Journal, planned: Iterable[Planned], arms: Mapping[str, Mapping[str, Any]]
-) -> Iterator[tuple[str, Planned, dict[str, Any]]]:
-    "What is not in the file; raises `UserError` where it is, with other settings."
-    for arm, model in arms.items():
-        for step in planned:
-            settings = {**model, **step.settings}
-            line = _line(step.benchmark, step.task.task_name, arm, settings)
-            done = journal.get(line)
-            if not done:
-                yield arm, step, line
-                continue
-            before = {"weights": model["weights"]} | done["settings"]  # earlier versions had none
-            if change := changed_setting(before, settings):
-                where = f"{journal.path}: {arm} on {line['id']}: {change}"
-                raise UserError(f"{where}; choose another output_dir, or another name for it")
-
-
+# %% ../../nbs/extras/leaderboard.ipynb #1fed99d3
 def ask(
     lm: Scorer,  # the model
     step: Planned,  # the task
@@ -470,7 +416,89 @@ def ask(
         "outcomes": [round(float(o), 6) for o in outcomes] if plain else None,
     }
 
+# %% ../../nbs/extras/leaderboard.ipynb #8ea3a491
+def _model_settings(
+    base_model: str, quant_lora: QuantLoraConfig, adapters: Mapping[str, str | Path], name: str
+) -> dict[str, dict[str, Any]]:
+    "What each arm is, in words that can be compared: arm -> settings."
+    bits = "4 bits" if quant_lora.load_in_4bit else "8 bits" if quant_lora.load_in_8bit else "16"
+    base = {"base_model": str(base_model), "weights": model_sha256(base_model)}
+    base |= {"quantization": bits, "adapter": None}
+    arms = {name: base}
+    for arm, path in adapters.items():
+        weights = Path(path) / "adapter_model.safetensors"
+        seen = file_sha256(weights)[:16] if weights.exists() else str(path)
+        arms[arm] = {**base, "adapter": seen}
+    return arms
+
+# %% ../../nbs/extras/leaderboard.ipynb #efabb56b
+def _lines(
+    planned: Iterable[Planned], arms: Mapping[str, Mapping[str, Any]]
+) -> dict[tuple, tuple[Planned, dict[str, Any]]]:
+    "What the file is to hold: by the key of a line, the task and what is known of the line."
+    found = {}
+    for name, arm in arms.items():
+        for task in planned:
+            line = {"id": task.task.task_name, "test_set": task.benchmark, "model": name}
+            line["settings"] = {**arm, **task.settings}
+            found[row_key(line)] = task, line
+    return found
+
+
+def _refuse_other_settings(journal: Journal, lines: Iterable[Mapping[str, Any]]) -> None:
+    for line in lines:
+        if done := journal.get(line):
+            now = line["settings"]
+            before = {"weights": now["weights"]} | done["settings"]  # earlier versions had none
+            if change := changed_setting(before, now):
+                where = f"{journal.path}: {line['model']} on {line['id']}: {change}"
+                raise UserError(f"{where}; choose another output_dir, or another name for it")
+
+# %% ../../nbs/extras/leaderboard.ipynb #0b5bd4f7
+def _chosen(tasks: Sequence[str] | None, say: Callable[[str], None]) -> Sequence[str]:
+    lacks = ifeval_lacks() if tasks is None or "ifeval" in tasks else ""
+    if tasks is None:
+        if lacks:
+            say(f"left out: {lacks}")
+        return OPEN_LLM if lacks else (*OPEN_LLM, "ifeval")
+    if lacks:
+        raise UserError(lacks)
+    return tasks
+
+# %% ../../nbs/extras/leaderboard.ipynb #54926fc3
+@contextlib.contextmanager
+def _using(model: Any, adapter: str | None) -> Iterator[None]:
+    "One adapter of a PeftModel, or its base."
+    if adapter:
+        model.set_adapter(adapter)
+        yield
+    else:
+        with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+            yield
+
+
+def _ask_all(
+    model: Any, tokenizer: Any, todo: Sequence[tuple[Planned, dict[str, Any]]],
+    config: LeaderboardConfig, step: Step, progress: bool,
+) -> None:  # fmt: skip
+    total = sum(task.requests for task, _ in todo)
+    with tqdm(total=total, unit="request", disable=not progress) as bar:
+        lm = Scorer(model, tokenizer, config, bar)
+        for task, line in todo:
+            bar.set_postfix_str(f"{line['model']}, {line['id']}", refresh=False)
+            with _using(model, line["model"] if line["settings"]["adapter"] else None):
+                step.append({**line, **ask(lm, task, config)})
+
 # %% ../../nbs/extras/leaderboard.ipynb #e5cb7fd8
+def _counted(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    "What the manifest says of the file."
+    return {
+        "counts": {"tasks": len(lines), "rows": sum(x["n"] for x in lines)},
+        "models": {x["model"]: x["settings"]["base_model"] for x in lines},
+        "lm_eval": lm_eval.__version__,
+    }
+
+
 def leaderboard(
     base_model: str,  # a local folder, a hub id, or smollm2-135m; a merged model, too
     output_dir: str | Path,  # leaderboard.jsonl, leaderboard.json, leaderboard.md; resumed
@@ -498,38 +526,13 @@ def leaderboard(
     arms = _model_settings(base_model, quant_lora, adapters, name)
     output = Path(output_dir) / "leaderboard.jsonl"
     files = sorted(Path(include_path).rglob("*.*")) if include_path else ()
-    with recorded(output, config.recorded(), files) as entry, Journal(output) as journal:
-        todo = list(_todo(journal, planned, arms))
-        if todo:
+    lines = _lines(planned, arms)
+    with resumed(output, config.recorded(), progress=False, inputs=files) as step:
+        known = [line for _, line in lines.values()]
+        _refuse_other_settings(step.journal, known)
+        if todo := [lines[row_key(line)] for line in step.todo(known)]:
             model = load_base(base_model, quant_lora)
             model = load_adapters(model, adapters) if adapters else model
-            _ask_all(model, tokenizer, todo, config, journal, progress)
-        lines = journal.rows()
-        entry["counts"] = {"tasks": len(lines), "rows": sum(x["n"] for x in lines)}
-        entry["models"] = {x["model"]: x["settings"]["base_model"] for x in lines}
-        entry["lm_eval"] = lm_eval.__version__
+            _ask_all(model, tokenizer, todo, config, step, progress)
+        step.entry |= _counted(step.journal.rows())
     return write_results(output_dir)
-
-
-def _chosen(tasks: Sequence[str] | None, say: Callable[[str], None]) -> Sequence[str]:
-    lacks = ifeval_lacks() if tasks is None or "ifeval" in tasks else ""
-    if tasks is None:
-        if lacks:
-            say(f"left out: {lacks}")
-        return OPEN_LLM if lacks else (*OPEN_LLM, "ifeval")
-    if lacks:
-        raise UserError(lacks)
-    return tasks
-
-
-def _ask_all(
-    model: Any, tokenizer: Any, todo: Sequence[tuple], config: LeaderboardConfig,
-    journal: Journal, progress: bool,
-) -> None:  # fmt: skip
-    total = sum(step.requests for _, step, _ in todo)
-    with tqdm(total=total, unit="request", disable=not progress) as bar:
-        lm = Scorer(model, tokenizer, config, bar)
-        for arm, step, line in todo:
-            bar.set_postfix_str(f"{arm}, {line['id']}", refresh=False)
-            with _using(model, arm if line["settings"]["adapter"] else None):
-                journal.append({**line, **ask(lm, step, config)})

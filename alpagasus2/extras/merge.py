@@ -16,8 +16,6 @@ from ..core.files import UserError, build, read_json, replace_folder, write_json
 from ..core.run_folder import manifest_entry, recorded
 from ..quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
 
-MergeBase = Literal["dequantised", "original"]
-
 # %% ../../nbs/extras/merge.ipynb #32d5d90a
 import torch
 from peft.tuners.lora import LoraLayer
@@ -35,7 +33,7 @@ def training_settings(
     base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
     return {"base_model": base, **entry.get("config", {})}
 
-
+# %% ../../nbs/extras/merge.ipynb #93f74a89
 def _base_of(adapter: str | Path, base_model: str | Path | None) -> tuple[str, QuantLoraConfig]:
     settings = training_settings(adapter)
     names = {f.name for f in dataclasses.fields(QuantLoraConfig)}
@@ -44,6 +42,9 @@ def _base_of(adapter: str | Path, base_model: str | Path | None) -> tuple[str, Q
     if not base:
         raise UserError(f"{adapter} does not say what base it was trained on; give base_model")
     return base, config
+
+# %% ../../nbs/extras/merge.ipynb #5b1a8a61
+MergeBase = Literal["dequantised", "original"]
 
 # %% ../../nbs/extras/merge.ipynb #425543d1
 def merged_model(
@@ -94,6 +95,25 @@ def divergence(
     trained_loss, loss, kl = (sums / tokens).tolist()
     return {"target_tokens": tokens, "trained_loss": trained_loss, "loss": loss, "kl": kl}
 
+# %% ../../nbs/extras/merge.ipynb #75184b55
+def _save(model: Any, adapter: str | Path, part: Path) -> None:
+    "Write the model and the adapter's tokenizer into an empty folder."
+    part.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(part, ignore_errors=True)
+    need, free = 2.2 * model.num_parameters(), shutil.disk_usage(part.parent).free
+    if free < need:
+        raise UserError(f"{part.parent}: {need / 1e9:.1f} GB needed and {free / 1e9:.1f} GB free")
+    model.save_pretrained(part)  # safetensors, config, generation config
+    load_tokenizer(adapter).save_pretrained(part)
+    for record in ("train_result.json", "data.json"):
+        if (Path(adapter) / record).exists():
+            shutil.copyfile(Path(adapter) / record, part / record)
+
+
+def _trained(adapter: str | Path, base: str, config: QuantLoraConfig) -> Any:
+    "The base as it was trained on, with the adapter."
+    return load_adapters(load_base(base, config), {"default": adapter}).eval()
+
 # %% ../../nbs/extras/merge.ipynb #42b46f0f
 def merge(
     adapter: str | Path,  # an adapter folder
@@ -130,26 +150,7 @@ def merge(
         replace_folder(part, output)
     return result
 
-
-def _trained(adapter: str | Path, base: str, config: QuantLoraConfig) -> Any:
-    "The base as it was trained on, with the adapter."
-    return load_adapters(load_base(base, config), {"default": adapter}).eval()
-
-
-def _save(model: Any, adapter: str | Path, part: Path) -> None:
-    "Write the model and the adapter's tokenizer into an empty folder."
-    part.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(part, ignore_errors=True)
-    need, free = 2.2 * model.num_parameters(), shutil.disk_usage(part.parent).free
-    if free < need:
-        raise UserError(f"{part.parent}: {need / 1e9:.1f} GB needed and {free / 1e9:.1f} GB free")
-    model.save_pretrained(part)  # safetensors, config, generation config
-    load_tokenizer(adapter).save_pretrained(part)
-    for record in ("train_result.json", "data.json"):
-        if (Path(adapter) / record).exists():
-            shutil.copyfile(Path(adapter) / record, part / record)
-
-
+# %% ../../nbs/extras/merge.ipynb #5cd27050
 def merge_table(
     result: Mapping,  # from `merge`
 ) -> list[str]:  # lines for the terminal

@@ -28,7 +28,7 @@ def token_texts(
         texts.append(name if not text or "\ufffd" in text else text)
     return texts
 
-
+# %% ../../nbs/extras/preview.ipynb #d74c8695
 def _visible(text: str) -> str:
     "Newlines and tabs as signs; other control characters as escapes, so that none is obeyed."
     signs = {"\n": "⏎", "\t": "⇥"}
@@ -36,7 +36,7 @@ def _visible(text: str) -> str:
         c if c.isprintable() else signs.get(c) or c.encode("unicode_escape").decode() for c in text
     )
 
-
+# %% ../../nbs/extras/preview.ipynb #12ae8dec
 def preview_counts(
     encoded: Sequence[Encoded],  # from `encode_rows`
     counts: Mapping,  # from `encode_rows`
@@ -136,7 +136,7 @@ class Preview:
         cells = "".join(f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in self.counts.items())
         return "".join(parts) + f"<h4>all rows</h4><table>{cells}</table></div>"
 
-
+# %% ../../nbs/extras/preview.ipynb #57cecb62
 def preview(
     encoded: Sequence[Encoded],  # from `encode_rows`
     tokenizer: Any,  # of the base model

@@ -22,6 +22,22 @@ from safetensors.torch import save_file
 
 from ..core.files import UserError
 
+# %% ../../nbs/model/checkpoint.ipynb #25fc2f6e
+def _flatten(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict, dict]:
+    "An optimiser's state as tensors and numbers under flat names."
+    flat = {f"state {i} {k}": v for i, values in state.items() for k, v in values.items()}
+    tensors = {n: v for n, v in flat.items() if isinstance(v, torch.Tensor)}
+    return tensors, {n: v for n, v in flat.items() if n not in tensors}
+
+
+def _unflatten(tensors: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[int, dict]:
+    "The inverse of `_flatten`."
+    state: dict[int, dict] = {}
+    for name, value in {**tensors, **numbers}.items():
+        _, i, key = name.split(" ", 2)
+        state.setdefault(int(i), {})[key] = value
+    return state
+
 # %% ../../nbs/model/checkpoint.ipynb #c1dfd96e
 class Checkpoint:
     "The state of one unfinished training."
@@ -100,22 +116,6 @@ class Checkpoint:
         "The training is finished."
         self.path.unlink(missing_ok=True)
 
-
-def _flatten(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict, dict]:
-    "An optimiser's state as tensors and numbers under flat names."
-    flat = {f"state {i} {k}": v for i, values in state.items() for k, v in values.items()}
-    tensors = {n: v for n, v in flat.items() if isinstance(v, torch.Tensor)}
-    return tensors, {n: v for n, v in flat.items() if n not in tensors}
-
-
-def _unflatten(tensors: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[int, dict]:
-    "The inverse of `_flatten`."
-    state: dict[int, dict] = {}
-    for name, value in {**tensors, **numbers}.items():
-        _, i, key = name.split(" ", 2)
-        state.setdefault(int(i), {})[key] = value
-    return state
-
 # %% ../../nbs/model/checkpoint.ipynb #17ba0791
 class StopRequest:
     "Has SIGTERM or Ctrl-C arrived? True or false, and `leave` ends the program accordingly."
@@ -142,7 +142,7 @@ class StopRequest:
         print(f"alpagasus2: {sentence}", file=sys.stderr)
         raise SystemExit(128 + (self.signal or signal.SIGTERM))  # 0: another process was asked
 
-
+# %% ../../nbs/model/checkpoint.ipynb #48e91289
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
     "Note SIGTERM and Ctrl-C instead of dying; outside the main thread signals go their usual way."

@@ -14,12 +14,10 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from ..core.files import UserError
+from .attention import ONE_TOKEN, attending
 
 # %% ../../nbs/model/decode.ipynb #19465c7d
 Choose = Callable[[torch.Tensor, Sequence[int]], list[int]]  # logits (rows, vocabulary), prompts
@@ -50,39 +48,14 @@ def chooser(
     return sample
 
 # %% ../../nbs/model/decode.ipynb #423172ca
-def _attention(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
-) -> tuple[torch.Tensor, None]:
-    "Attention of one new token a row, as Transformers calls it; anything else is left to `sdpa`."
-    rows, heads, tokens, width = query.shape
-    by_head = attention_mask is not None and attention_mask.shape[1] > 1
-    if tokens > 1 or by_head or options.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    grouped = query.reshape(rows, key.shape[1], -1, width)  # the queries of each key-value head
-    scaling = options.get("scaling") or width**-0.5
-    weights = (grouped @ key.transpose(-1, -2)).float() * scaling
-    if attention_mask is not None:
-        weights = weights.masked_fill(~attention_mask, float("-inf"))
-    found = weights.softmax(-1).to(value.dtype) @ value
-    return found.reshape(rows, 1, heads, -1), None
-
-
-AttentionInterface.register("alpagasus2_step", _attention)
-AttentionMaskInterface.register("alpagasus2_step", sdpa_mask)
-
-
 @contextmanager
 def _grouped(model: Any) -> Iterator[None]:
-    "Let the model attend with `_attention`, where that is faster."
-    config = _config(model)
-    if model.device.type != "cpu" or config._attn_implementation != "sdpa":
+    "Let the model attend to one new token a row by our kernel, where that is faster."
+    if model.device.type != "cpu" or _config(model)._attn_implementation != "sdpa":
         yield
         return
-    config._attn_implementation = "alpagasus2_step"
-    try:
+    with attending(model, ONE_TOKEN):
         yield
-    finally:
-        config._attn_implementation = "sdpa"
 
 # %% ../../nbs/model/decode.ipynb #44070d83
 @dataclass

@@ -26,7 +26,7 @@ from alpagasus2.model.forward import (
     row_nll,
 )
 
-# %% ../../nbs/model/likelihood.ipynb #b3f0c7f6
+# %% ../../nbs/model/likelihood.ipynb #71817fee
 @dataclass(frozen=True)
 class Signals:
     "What one model's forward passes say of one row."
@@ -35,15 +35,15 @@ class Signals:
     ifd: float  # loss with the instruction over loss without it, > 0
     eos: float  # log-probability of EOS behind the response, <= 0
 
-
-CHUNK = 512  # rows that are packed together; what is read so far is known after each
+# %% ../../nbs/model/likelihood.ipynb #b3f0c7f6
+CHUNK = 512  # rows that are put into micro-batches together; results come after each chunk
 
 
 def signals(
     model: Any,  # a causal LM
     tokenizer: Any,  # its tokenizer
     rows: Sequence[Mapping],  # examples
-    template: Template = "alpaca",  # the text form
+    template: Template = "alpaca",  # the prompt template
     max_length: int = 2048,  # tokens; a longer row is read up to there and has eos = nan
 ) -> Iterator[Signals]:  # in the order of `rows`, `CHUNK` rows after the other
     "The three signals of every row: two forward passes."
@@ -72,7 +72,7 @@ def flaws(
     ranks = [rankdata(c) / len(rows) for c in columns]
     return [float(r) for r in np.mean(np.log(ranks), axis=0)]
 
-
+# %% ../../nbs/model/likelihood.ipynb #006f78de
 def superfiltering(
     rows: Sequence[Signals],  # signals of all rows
 ) -> list[float | None]:  # IFD where it is below 1, else None: such a row is never kept
@@ -84,7 +84,7 @@ def heldout_nll(
     model: Any,  # a causal LM, with or without adapters
     tokenizer: Any,  # its tokenizer
     questions: Iterable[Mapping],  # questions with a `reference`; others are passed over
-    template: Template = "alpaca",  # the text form of the training
+    template: Template = "alpaca",  # the prompt template of the training
     max_length: int = 2048,  # tokens
 ) -> list[dict]:  # id, nll (summed over the reference's tokens and EOS), tokens
     "Loss on reference answers, for each question."
@@ -103,8 +103,8 @@ def choice_logprobs(
     tokenizer: Any,  # its tokenizer
     texts: Sequence[str],  # complete prompts; the choice is the next token
     choices: Sequence[str],  # for example "1", "2": each must begin with a token of its own
-    token_budget: int = 2048,  # computed tokens a pack
-) -> Iterator[tuple[int, list[float]]]:  # (position in texts, log-probabilities), pack by pack
+    token_budget: int = 2048,  # computed tokens a packed micro-batch
+) -> Iterator[tuple[int, list[float]]]:  # (position in texts, log-probabilities), as computed
     "Log-probabilities of the choices, normalised among them."
     first = [tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in choices]
     if len(set(first)) < len(first):

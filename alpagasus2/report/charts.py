@@ -40,10 +40,10 @@ def effect(
     name = name if len(name) <= 60 else f"{name[:59]}…"
     return Effect(name, value, ends[0], ends[1], total)
 
-# %% ../../nbs/report/charts.ipynb #9556eb28
+# %% ../../nbs/report/charts.ipynb #7c2e0e1f
 _INK, _SOFT, _BAND = "black", "#4d4d4d", "#e3e7ee"  # the page maps these to its light and dark ones
 
-
+# %% ../../nbs/report/charts.ipynb #9556eb28
 def effect_chart(
     effects: Sequence[Effect],  # from top to bottom; at least one
     label: str,  # of the axis, with its unit
@@ -84,16 +84,7 @@ def effect_chart(
     sns.despine(ax=axes, left=True)
     return figure
 
-# %% ../../nbs/report/charts.ipynb #d7c17d9b
-_MOST = 24  # rows of a chart
-
-
-def _compared(p: Mapping, several: bool) -> str:
-    "The name of a comparison: its models where there are several pairs of them."
-    models = f"{p['model_a']} vs {p['model_b']} · " if several else ""
-    return f"{models}{p.get('test_set') or 'all test sets'}, n = {p['n']:,}"
-
-
+# %% ../../nbs/report/charts.ipynb #d3c9dd9e
 def noise_band(
     aa: Mapping | None,  # the A/A arm of results.json
 ) -> list[float] | None:  # [low, high] in win rate; None without such an arm
@@ -102,7 +93,16 @@ def noise_band(
         return [0.5 - aa["noise_floor"], 0.5 + aa["noise_floor"]]
     return aa.get("win_rate_ci95") if aa else None
 
+# %% ../../nbs/report/charts.ipynb #25631460
+_MOST = 24  # rows of a chart
 
+
+def _compared(p: Mapping, several: bool) -> str:
+    "The name of a comparison: its models where there are several pairs of them."
+    models = f"{p['model_a']} vs {p['model_b']} · " if several else ""
+    return f"{models}{p.get('test_set') or 'all test sets'}, n = {p['n']:,}"
+
+# %% ../../nbs/report/charts.ipynb #d7c17d9b
 def effects_chart(
     results: Mapping,  # results.json's content
 ) -> Figure | None:
@@ -123,7 +123,7 @@ def effects_chart(
     bound, band = 0.5 - margin if margin else None, noise_band(results.get("aa"))
     return effect_chart(effects[:_MOST], label, 0.5, band, True, bound) if effects else None
 
-# %% ../../nbs/report/charts.ipynb #ed44de56
+# %% ../../nbs/report/charts.ipynb #2316b69b
 def categories_chart(
     results: Mapping,  # results.json's content
 ) -> Figure | None:
@@ -139,7 +139,7 @@ def categories_chart(
             return effect_chart(sorted(effects, key=lambda e: -e.value), label, 0.5, None, True)
     return None
 
-
+# %% ../../nbs/report/charts.ipynb #ed44de56
 def ranking_chart(
     results: Mapping,  # results.json's content
 ) -> Figure | None:

@@ -71,7 +71,7 @@ def read_annotations(
         ))  # fmt: skip
     return lines
 
-# %% ../../nbs/report/formats.ipynb #d9f32632
+# %% ../../nbs/report/formats.ipynb #875e6b64
 _SUFFIX = re.compile(r"[-_]reviewer[-_]threeclass$")
 _NAME = re.compile(
     r"(?P<one>.+?)[-_]vs[-_](?P<two>.+?)(?:[-_](?P<judge>(?:gpt|claude)[-\w.]*))?"
@@ -92,7 +92,7 @@ def _mirror(path: Path) -> Path:
     stem = f"{name['two']}{between}{name['one']}{path.stem[name.end('two') :]}"
     return path.with_name(f"{stem}{path.suffix}")
 
-
+# %% ../../nbs/report/formats.ipynb #d9f32632
 def read_reviews(
     path: str | Path,  # A-vs-B-JUDGE-reviewer-threeclass.jsonl
 ) -> list[dict[str, Any]]:  # judgment lines, in which the answers are empty
@@ -125,7 +125,7 @@ def _is_annotations(path: Path) -> bool:
 
 def load_other_forms(
     source: str | Path,  # a file, or a folder of such files
-) -> list[dict[str, Any]]:  # judgment lines; empty where no form of others lies there
+) -> list[dict[str, Any]]:  # judgment lines; empty where no file of another tool is there
     "Read alpaca_eval's annotations and three-class reviews, both orders where both are there."
     source = Path(source)
     files = sorted(source.glob("*.json*")) if source.is_dir() else [source]
@@ -137,12 +137,6 @@ def load_other_forms(
     return lines + [line for p in annotated for line in read_annotations(p)]
 
 # %% ../../nbs/report/formats.ipynb #8c2bdc8c
-ONE_ORDER = (
-    "These verdicts were asked in one order, or in one that nobody recorded: a preference for a "
-    "slot cannot be told from a better answer."
-)
-
-
 def in_both_orders(
     lines: Sequence[Mapping],  # judgment lines
 ) -> tuple[list[dict], bool]:  # lines in both orders; whether any had to be copied
@@ -166,11 +160,15 @@ def in_both_orders(
             full.append({**full[-1], "first": "ab"[first == "a"], "copied": True})
     return full, len(full) > len(lines)
 
-# %% ../../nbs/report/formats.ipynb #cdedd7f2
+# %% ../../nbs/report/formats.ipynb #4c276279
+ONE_ORDER = (
+    "These verdicts were asked in one order, or in one that nobody recorded: a preference for a "
+    "slot cannot be told from a better answer."
+)
 _OF_ORDERS = ("consistency", "kappa_between_orders", "first_slot_wins", "second_slot_wins",
               "flips_to_first", "flips_to_second")  # fmt: skip
 
-
+# %% ../../nbs/report/formats.ipynb #cdedd7f2
 def without_orders(
     results: Mapping,  # from `analyse`, over lines of which some are copies
 ) -> dict[str, Any]:  # the same without what compares the two orders
@@ -197,7 +195,7 @@ def without_orders(
     pairs = [cleared(p) for p in results["pairs"]]
     return {**results, "claim": claim, "pairs": pairs, "pooled": pooled, "judge_health": health}
 
-# %% ../../nbs/report/formats.ipynb #17d97ba4
+# %% ../../nbs/report/formats.ipynb #ef02763e
 def comparison_rows(
     results: Mapping,  # results.json's content
 ) -> list[dict[str, Any]]:  # flat, one row a comparison
@@ -214,7 +212,7 @@ def comparison_rows(
         rows.append(row)
     return rows
 
-
+# %% ../../nbs/report/formats.ipynb #17d97ba4
 def comparison_csv(
     results: Mapping,  # results.json's content
 ) -> str:  # empty without a comparison
@@ -228,7 +226,7 @@ def comparison_csv(
     writer.writerows(rows)
     return text.getvalue()
 
-# %% ../../nbs/report/formats.ipynb #a8ed0a63
+# %% ../../nbs/report/formats.ipynb #b44bb539
 def _metrics(p: Mapping) -> list[dict[str, Any]]:
     "A comparison as a metric of the block."
     against = f"Win rate against {p['model_b']}, judged in both orders, ties half"
@@ -241,12 +239,12 @@ def _on(test_set: str, metrics: Sequence[Mapping]) -> dict[str, Any]:
     dataset = {"name": test_set, "type": re.sub(r"[^\w.-]+", "-", test_set)}
     return {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": list(metrics)}
 
-
+# %% ../../nbs/report/formats.ipynb #a8ed0a63
 def model_index(
     results: Mapping,  # results.json's content
     model: str | None = None,  # the model's name; default: model_a of the first comparison
 ) -> list[dict[str, Any]]:  # value of a card's `model-index`; empty where nothing can be stated
-    "The results of one arm in the form that the hub reads; an unfit judge's are left out."
+    "The results of one arm (model) as the hub reads them; an unfit judge's are left out."
     compared = results.get("pairs") or []
     model = model or (compared[0]["model_a"] if compared else None)
     unfit = (results.get("claim") or {}).get("verdict") == NO_CLAIM
@@ -262,7 +260,7 @@ def model_index(
         stated.append(_on("checkable", [share]))
     return [{"name": model, "results": stated}] if stated else []
 
-
+# %% ../../nbs/report/formats.ipynb #32c5de29
 def model_index_block(
     results: Mapping,  # results.json's content
 ) -> str:  # YAML for a card's head; empty where nothing can be stated

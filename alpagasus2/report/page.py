@@ -12,6 +12,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -20,11 +21,13 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import matplotlib as mpl
+import numpy as np
 from jinja2 import ChainableUndefined, Environment
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from ..core.files import UserError, atomic, dumps, write_json
+from ..evidence.verdicts import SIGNS, outcome
 from .charts import charts
 from .formats import write_forms
 
@@ -98,7 +101,7 @@ def facts(
         rows += facts(value, (), f"{name}: ") if nested else [(name, as_text(value))]
     return rows
 
-# %% ../../nbs/report/page.ipynb #313af335
+# %% ../../nbs/report/page.ipynb #7996bdc2
 def _grid(
     name: str, first: str, rows: Mapping[str, Mapping], of: Sequence[str], bars: bool = False
 ) -> dict[str, Any]:
@@ -117,7 +120,7 @@ def _grid(
 def _are(kind: Any, values: Mapping) -> bool:
     return all(isinstance(x, kind) for x in values.values())
 
-
+# %% ../../nbs/report/page.ipynb #313af335
 def grids(
     values: Any,  # a mapping; null has no tables
     skip: Sequence[str] = (),  # keys that are shown elsewhere
@@ -146,7 +149,7 @@ def grids(
         found.insert(0, _grid("By arm", "arm", rows, list(by_arm)))
     return found
 
-
+# %% ../../nbs/report/page.ipynb #190e960d
 _CANARIES = {
     "gold_right": "known pairs judged right",
     "null_wins": "comparisons that a constant null answer won",
@@ -162,7 +165,7 @@ def canary_rows(
         (_CANARIES.get(k, k.replace("_", " ")), as_percent(v)) for k, v in (canaries or {}).items()
     ]
 
-# %% ../../nbs/report/page.ipynb #bc3e053e
+# %% ../../nbs/report/page.ipynb #ee11f215
 def _deciding(results: Mapping) -> Mapping:
     "The comparison that the claim is about: with the arm called random, else the first."
     compared = [*(results.get("pooled") or []), *(results.get("pairs") or [])]
@@ -172,7 +175,7 @@ def _deciding(results: Mapping) -> Mapping:
 def _tile(name: str, value: str, *notes: str) -> dict[str, Any]:
     return {"name": name, "value": value, "notes": [n for n in notes if n and n != DASH]}
 
-
+# %% ../../nbs/report/page.ipynb #bc3e053e
 def _effect_tiles(results: Mapping) -> list[dict[str, Any]]:
     "Win rate of the deciding comparison, noise floor, and held-out loss."
     p, aa, shown = _deciding(results), results.get("aa") or {}, []
@@ -193,7 +196,7 @@ def _effect_tiles(results: Mapping) -> list[dict[str, Any]]:
         shown.append(_tile(name, f"{held['difference']:+.3f}", ends, "nats a token"))
     return shown
 
-# %% ../../nbs/report/page.ipynb #8e48fb19
+# %% ../../nbs/report/page.ipynb #7344c232
 def _spent(cost: Any) -> float | None:
     "US dollars: the total where it is given, else the sum of all parts; None where none is known."
     if not isinstance(cost, Mapping):
@@ -204,7 +207,7 @@ def _spent(cost: Any) -> float | None:
     known = [x for x in parts if isinstance(x, int | float)]
     return sum(known) if known else None
 
-
+# %% ../../nbs/report/page.ipynb #8e48fb19
 def tiles(
     results: Mapping,  # results.json's content
 ) -> list[dict[str, Any]]:  # name, value, notes
@@ -229,36 +232,43 @@ def tiles(
         shown.append(_tile("Cost of all calls", f"${spent:,.2f}"))
     return shown
 
-# %% ../../nbs/report/page.ipynb #1574bddb
-_SIGN = {"a": 1, "tie": 0, "b": -1}
-_SAID = ("first", "vote", "verdict", "score_a", "score_b", "status", "review")
-
-
-def _order_sign(lines: Sequence[Mapping], first: str) -> int | None:
-    "1, 0 or -1: what the votes of one order say of model_a; None when none of them is readable."
-    votes = [_SIGN[x["verdict"]] for x in lines if x["first"] == first and x["verdict"] in _SIGN]
-    return (sum(votes) > 0) - (sum(votes) < 0) if votes else None
-
-
+# %% ../../nbs/report/page.ipynb #933a5c3c
 def _question(line: Mapping) -> dict[str, Any]:
     "What identifies a pair and what was asked, as text."
     given = {f: str(line.get(f) or "") for f in ("id", "test_set", "instruction", "input")}
     category = str(line.get("category") or "no category")
     return {**given, "category": category, "replicate": line.get("replicate") or 0}
 
+
+def _unjudged(by_model: Mapping[str, Mapping]) -> dict[str, Any]:
+    "The viewer's entry of a question that was answered and not judged."
+    answers = [{"model": m, "text": r["response"] or ""} for m, r in by_model.items()]
+    models = " vs ".join(by_model)
+    empty = {"models": models, "outcome": "not judged", "flip": False, "verdicts": []}
+    return _question(next(iter(by_model.values()))) | empty | {"answers": answers}
+
+# %% ../../nbs/report/page.ipynb #1574bddb
+_SAID = ("first", "vote", "verdict", "score_a", "score_b", "status", "review")
+
+
+def _said(lines: Sequence[Mapping], first: str) -> float:
+    "What the votes of one order say of model_a, summed; NaN when none of them is readable."
+    votes = [SIGNS.get(x["verdict"]) for x in lines if x["first"] == first]
+    read = [v for v in votes if v is not None]
+    return float(np.sign(sum(read))) if read else math.nan
+
 # %% ../../nbs/report/page.ipynb #0716d970
 def _pair(
     lines: Sequence[Mapping],  # the verdicts of one pair, both orders, all votes
 ) -> dict[str, Any]:  # one entry of the viewer
     "Both answers, the verdicts, and what they come to."
-    one, signs = lines[0], [_order_sign(lines, first) for first in "ab"]
-    total = None if None in signs else sum(s or 0 for s in signs)
-    outcome = "failed" if total is None else "win" if total > 0 else "lose" if total < 0 else "tie"
+    one, said = lines[0], [_said(lines, first) for first in "ab"]
+    named = {1: "win", 0: "tie", -1: "lose"}.get(outcome(*said), "failed")
     return _question(one) | {
         "models": f"{one['model_a']} vs {one['model_b']}",
         "answers": [{"model": one[f"model_{x}"], "text": one[f"response_{x}"] or ""} for x in "ab"],
-        "outcome": outcome,
-        "flip": total is not None and signs[0] != signs[1],
+        "outcome": named,
+        "flip": named != "failed" and said[0] != said[1],
         "verdicts": [
             {k: x.get(k) for k in _SAID}
             | {"vote": x.get("vote") or 0, "judge": (x.get("judge") or {}).get("model")}
@@ -277,14 +287,6 @@ def _require(rows: Sequence[Mapping], fields: Iterable[str], what: str) -> None:
     for n, row in enumerate(rows, 1):
         if missing := [f for f in fields if f not in row]:
             raise UserError(f"{what}: line {n} has no {missing[0]!r}; see the file's fields")
-
-
-def _unjudged(by_model: Mapping[str, Mapping]) -> dict[str, Any]:
-    "The viewer's entry of a question that was answered and not judged."
-    answers = [{"model": m, "text": r["response"] or ""} for m, r in by_model.items()]
-    models = " vs ".join(by_model)
-    empty = {"models": models, "outcome": "not judged", "flip": False, "verdicts": []}
-    return _question(next(iter(by_model.values()))) | empty | {"answers": answers}
 
 # %% ../../nbs/report/page.ipynb #91032ad7
 def viewer_pairs(
@@ -316,7 +318,7 @@ def pair_name(
     parts = [str(x).encode(errors="replace") for x in (*fields, line.get("replicate") or 0)]
     return "/".join(quote(part, safe="!'()*~") for part in parts)
 
-
+# %% ../../nbs/report/page.ipynb #69077fba
 def run_key(
     pairs: Sequence[Mapping],  # from `viewer_pairs`
 ) -> str:  # 16 hex digits
@@ -335,7 +337,7 @@ def script_json(
     "JSON in which no character can end a script element or open a comment."
     return Markup(re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", dumps(value)))
 
-
+# %% ../../nbs/report/page.ipynb #b59960ec
 def csp_hash(
     script: str,  # the text between <script> and </script>
 ) -> str:

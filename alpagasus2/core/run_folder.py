@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -296,8 +297,9 @@ def is_settled(
 class Step:
     "A file that is being filled: what is open, and each line as it is made."
 
-    def __init__(self, journal: Journal, entry: dict, bar: Any):
-        self.journal, self.entry, self.bar = journal, entry, bar
+    def __init__(self, journal: Journal, entry: dict, bar: Callable[..., Any]):
+        self.journal, self.entry = journal, entry
+        self._bar, self.bar = bar, bar(disable=True)
         self._tokens, self._usd, self._start = 0, 0.0, time.perf_counter()
 
     def todo(
@@ -307,7 +309,8 @@ class Step:
     ) -> list[Mapping]:
         "The lines that are still to be made; the bar counts them."
         found = open_lines(lines, self.journal.get, again)
-        self.bar.reset(len(found))
+        if found:  # where nothing is open, nothing is shown
+            self.bar = self._bar(total=len(found))
         return found
 
     def append(
@@ -348,14 +351,12 @@ def resumed(
 
     start = time.perf_counter()
     before = manifest_entry(output).get("seconds") if Path(output).exists() else 0.0
-    with (
-        recorded(output, settings, seconds=None, **notes) as entry,
-        Journal(output) as journal,
-        tqdm(unit=unit, disable=not progress) as bar,
-    ):
+    with recorded(output, settings, seconds=None, **notes) as entry, Journal(output) as journal:
+        step = Step(journal, entry, partial(tqdm, unit=unit, disable=not progress))
         try:
-            yield Step(journal, entry, bar)
+            yield step
         finally:  # a run that was stopped has its cost, too
+            step.bar.close()
             counted: dict[str, Any] = {"counts": status_counts(journal.rows())}
             counted["cost"] = cost_of(read_jsonl(output))
             if before is not None:

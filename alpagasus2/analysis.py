@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['LIMITS', 'LENGTH_SHIFT', 'load_judgments', 'orient', 'prompt_table', 'order_sums', 'winning_score', 'outcomes',
            'length_adjusted_win_rate', 'category_table', 'pair_statistics', 'canary_outcomes', 'judge_health',
-           'is_right', 'checkable', 'load_labels', 'label_statistics', 'rank_models', 'analyse']
+           'is_right', 'checkable', 'load_labels', 'label_statistics', 'rank_models', 'Results', 'analyse']
 
 # %% ../nbs/05_analysis.ipynb #77de68da
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from .core.files import UserError, read_json
 from .core.run_folder import latest
-from .evidence.claim import claim, noise_floor
+from .data import Question
+from .evidence.claim import PairStatistics, claim, noise_floor
 from alpagasus2.evidence.intervals import (
     crossed_interval,
     detectable_effect,
@@ -26,6 +27,8 @@ from alpagasus2.evidence.intervals import (
 )
 from .evidence.ranking import ranking
 from .evidence.verdicts import SIGNS, outcome
+from .generate import Response
+from .judge import Judgment
 
 # %% ../nbs/05_analysis.ipynb #1b645389
 import numpy as np
@@ -36,7 +39,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score
 
 # %% ../nbs/05_analysis.ipynb #c572e926
-def _judgment_lines(path: Path) -> list[dict]:
+def _judgment_lines(path: Path) -> list[Judgment]:
     lines = latest(path)
     for line in lines:
         if lacking := {"id", "model_a", "model_b", "first", "verdict"} - set(line):
@@ -55,7 +58,7 @@ def _original_scores(scores: Sequence[float], first: str) -> dict[str, Any]:
 # %% ../nbs/05_analysis.ipynb #60bd39fb
 def _original_lines(
     path: Path, model_a: str, model_b: str, test_set: str, first: str
-) -> list[dict]:
+) -> list[Judgment]:
     "One file of the original system as judgment lines; `first` as in `_original_scores`."
     lines = []
     for n, row in enumerate(read_json(path)):
@@ -73,12 +76,12 @@ def _original_lines(
             **_original_scores(scores, first), "protocol": "pair", "review": row.get("review"),
             "judge": {"model": None, "prompt_version": None}, "usage": {},
         })  # fmt: skip
-    return lines
+    return cast(list[Judgment], lines)
 
 # %% ../nbs/05_analysis.ipynb #902ba3cd
 def load_judgments(
     source: str | Path,  # judgments.jsonl, or a folder of such files and of the original's pairs
-) -> tuple[list[dict], list[str]]:  # judgment lines; names of .json and .jsonl files left alone
+) -> tuple[list[Judgment], list[str]]:  # lines; names of .json and .jsonl files left alone
     "Read all verdicts at a place; raises `UserError` when there is none."
     source = Path(source)
     if not source.exists():
@@ -105,31 +108,31 @@ _SWAP = {"a": "b", "b": "a"}
 
 
 def orient(
-    lines: Iterable[Mapping],  # judgment lines
+    lines: Iterable[Judgment],
     model_a: str | None = None,  # the arm whose wins are counted; default: the first by name
-) -> list[dict]:  # the same verdicts, each pair of models in one orientation
+) -> list[Judgment]:  # the same verdicts, each pair of models in one orientation
     "Turn lines so that `model_a`, or the first name, is always model_a."
     result = []
     for line in lines:
         a, b = line["model_a"], line["model_b"]
         turn = (b == model_a) if model_a in (a, b) else b < a
-        result.append(_turned(line) if turn else dict(line))
+        result.append(_turned(line) if turn else line.copy())
     return result
 
 
-def _turned(line: Mapping) -> dict:
-    turned = dict(line)
-    for name in ("model", "response", "score"):
-        turned[f"{name}_a"], turned[f"{name}_b"] = line[f"{name}_b"], line[f"{name}_a"]
+def _turned(line: Judgment) -> Judgment:
+    turned: dict[str, Any] = {**line}
+    for a, b in (("model_a", "model_b"), ("response_a", "response_b"), ("score_a", "score_b")):
+        turned[a], turned[b] = turned[b], turned[a]
     turned["first"] = _SWAP[line["first"]]
     turned["verdict"] = _SWAP.get(line["verdict"], line["verdict"])
-    return turned
+    return cast(Judgment, turned)
 
 # %% ../nbs/05_analysis.ipynb #c2ade6bf
 _PAIR = ("test_set", "model_a", "model_b", "id")
 
 
-def _verdict_table(lines: Sequence[Mapping]) -> pd.DataFrame:
+def _verdict_table(lines: Sequence[Judgment]) -> pd.DataFrame:
     "One row a verdict: its sign, and by how much model_a's answer is better scored and longer."
     scores = [(x.get("score_a"), x.get("score_b")) for x in lines]
     return pd.DataFrame({
@@ -142,7 +145,7 @@ def _verdict_table(lines: Sequence[Mapping]) -> pd.DataFrame:
 
 # %% ../nbs/05_analysis.ipynb #17ba0791
 def prompt_table(
-    lines: Sequence[Mapping],  # oriented judgment lines
+    lines: Sequence[Judgment],  # from `orient`
 ) -> pd.DataFrame:  # one row a prompt and pair of models
     "d1, d2 (-1, 0, 1), outcome, differences of score and length, sums by replicate; NaN: failed."
     table, keys = _verdict_table(lines), list(_PAIR)
@@ -276,13 +279,13 @@ def _rules(judged: pd.DataFrame) -> dict[str, list[int] | None]:
 def pair_statistics(
     prompts: pd.DataFrame,  # rows of `prompt_table` for one pair of models
     seed: int = 0,  # of the resampling
-) -> dict[str, Any]:  # a P of results.json, without test_set; None where undefined
+) -> PairStatistics:  # without test_set
     "Counts, scores, intervals, and what they say of the judge."
     judged = prompts.dropna(subset=["d1", "d2"])
     n, (win, tie, lose) = len(judged), outcomes(judged["outcome"])
     score = winning_score(win, tie, lose) if n else None
     interval = _score_interval(judged, seed)
-    return {
+    found: dict[str, Any] = {
         "model_a": prompts["model_a"].iloc[0], "model_b": prompts["model_b"].iloc[0],
         "n": n, "win": win, "tie": tie, "lose": lose, "failed": len(prompts) - n,
         "winning_score": score, "winning_score_ci95": interval and list(interval),
@@ -296,10 +299,11 @@ def pair_statistics(
         "categories": category_table(judged, seed),
         "rules": _rules(judged),
     }  # fmt: skip
+    return cast(PairStatistics, found)
 
 # %% ../nbs/05_analysis.ipynb #c0cf05a9
 def canary_outcomes(
-    lines: Sequence[Mapping],  # judgment lines of `canary_pairs`
+    lines: Sequence[Judgment],  # of `canary_pairs`
 ) -> dict[str, float]:  # gold_right, of all replies; null_wins, itself_tied, of the readable ones
     "How the judge did on what is known; a reply that names no winner of a gold pair is not right."
     shares = {}
@@ -407,8 +411,8 @@ def is_right(
 
 # %% ../nbs/05_analysis.ipynb #97ecb4b4
 def checkable(
-    responses: Iterable[Mapping],  # lines of responses.jsonl
-    questions: Iterable[Mapping],  # questions, some with `answer`
+    responses: Iterable[Response],
+    questions: Iterable[Question],  # some with `answer`
 ) -> dict[str, list[int]]:  # arm -> [right, n]
     "How many checkable questions each arm answered right."
     answers = {(q["test_set"], q["id"]): q["answer"] for q in questions if q.get("answer")}
@@ -526,7 +530,7 @@ def rank_models(
 LENGTH_SHIFT = 0.1  # of win rate
 
 
-def _warnings(pairs: Sequence[Mapping], pooled: Sequence[Mapping]) -> list[str]:
+def _warnings(pairs: Sequence[PairStatistics], pooled: Sequence[PairStatistics]) -> list[str]:
     "What a reader must know before believing the figures."
     few = [p for p in pairs if 0 < p["n"] and few_prompts_warning(p["n"])]
     named = "; ".join(f"{p['model_a']} against {p['model_b']}, {p['test_set']}" for p in few)
@@ -542,11 +546,13 @@ def _warnings(pairs: Sequence[Mapping], pooled: Sequence[Mapping]) -> list[str]:
     return found
 
 # %% ../nbs/05_analysis.ipynb #57f42a01
-def _pairs_and_pooled(prompts: pd.DataFrame, seed: int) -> tuple[list[dict], list[dict]]:
+def _pairs_and_pooled(
+    prompts: pd.DataFrame, seed: int
+) -> tuple[list[PairStatistics], list[PairStatistics]]:
     "The statistics of each pair of models on each test set, and over all of them."
     models = ["model_a", "model_b"]
     pairs = [
-        {"test_set": test_set, **pair_statistics(group, seed)}
+        cast(PairStatistics, {"test_set": test_set, **pair_statistics(group, seed)})
         for (test_set, *_), group in prompts.groupby(["test_set", *models], sort=False)
     ]
     pooled = [pair_statistics(g, seed) for _, g in prompts.groupby(models, sort=False)]
@@ -556,18 +562,41 @@ def _pairs_and_pooled(prompts: pd.DataFrame, seed: int) -> tuple[list[dict], lis
     return pairs, pooled
 
 # %% ../nbs/05_analysis.ipynb #8efcc8c9
-def _aa_pair(pooled: Sequence[Mapping], aa: Sequence[str] | None) -> dict[str, Any] | None:
+def _aa_pair(pooled: Sequence[PairStatistics], aa: Sequence[str] | None) -> PairStatistics | None:
     "The two arms of the A/A pair; the held-out part is filled in by who measured it."
     kept = ("model_a", "model_b", "win_rate", "win_rate_ci95")
     for p in pooled:
         if aa and {p["model_a"], p["model_b"]} == set(aa) and p["n"]:
             nothing = {"heldout_difference": None, "heldout_ci95": None}
-            return {k: p[k] for k in kept} | {"noise_floor": noise_floor(p)} | nothing
+            found = {k: p.get(k) for k in kept} | {"noise_floor": noise_floor(p)} | nothing
+            return cast(PairStatistics, found)
     return None
+
+# %% ../nbs/05_analysis.ipynb #56509549
+class Results(TypedDict, total=False):
+    "The content of results.json; what is not known is absent, None or empty."
+
+    claim: Any  # verdict, one of `VERDICTS`; reason, margin, heldout
+    pairs: list[PairStatistics]  # one a pair of arms and test set
+    pooled: list[PairStatistics]  # one a pair of arms
+    judge_health: Any  # fit, summary, checks
+    canaries: Any  # gold_right, null_wins, itself_tied: shares
+    ranking: Any  # model, strength, ci95: Bradley-Terry
+    aa: PairStatistics | None  # two arms of one rule
+    labels: Any  # a pair of arms: agreement with a person
+    warnings: list[str]
+    failures: list[dict[str, Any]]  # verdicts that could not be read
+    heldout: Any  # arm: loss on reference answers, ci95, difference to model_a's
+    checkable: Any  # arm: [right, asked]
+    filter: Any  # how the scores tell rows apart, from `filter_report`
+    sizes: Any  # held-out loss at each number of rows
+    sizes_summary: str
+    cost: Any  # training_seconds, rating_seconds, endpoint
+    manifest: Any  # of the run's folder
 
 # %% ../nbs/05_analysis.ipynb #5b384ce3
 def analyse(
-    judgments: Sequence[Mapping] = (),  # judgment lines
+    judgments: Sequence[Judgment] = (),
     model_a: str | None = None,  # the arm whose wins are counted
     canaries: Mapping[str, float] | None = None,  # outcomes of the sanity checks of the judge
     margin: float | None = None,  # non-inferiority margin, if one was fixed
@@ -575,7 +604,7 @@ def analyse(
     seed: int = 0,  # of all resampling
     aa: Sequence[str] | None = None,  # the two arms of the A/A pair
     labels: Sequence[Mapping] | None = None,  # a person's labels, from `load_labels`
-) -> dict[str, Any]:  # claim, pairs, pooled, judge_health, ranking, aa, labels, warnings, failures
+) -> Results:
     "Statistics of all verdicts: each pair of models on each test set, and pooled."
     if not judgments:
         return {}

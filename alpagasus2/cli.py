@@ -125,7 +125,7 @@ def _check_page_options(
         raise UserError("--other_scores: they are compared with --scores; give both")
 
 
-def _others_rows(compare: Sequence[str], output: str) -> dict[str, list[dict]]:
+def _others_rows(compare: Sequence[str], output: str) -> dict[str, list[Any]]:
     "The rows that other filters kept, by the names of their files."
     from alpagasus2.data import load_examples
 
@@ -196,7 +196,7 @@ def select(
         print(_filter_page(rows, found or {}, selected, questions or [], report, agreed))
 
 # %% ../nbs/07_cli.ipynb #5440b9bf
-def _verdicts(judgments: str) -> tuple[list[dict], bool]:
+def _verdicts(judgments: str) -> tuple[list[Any], bool]:
     "Judgment lines in both orders, and whether a missing order had to be copied."
     from alpagasus2.analysis import load_judgments
     from alpagasus2.report.formats import in_both_orders, load_other_forms
@@ -378,7 +378,7 @@ def _carry_out(command: str, argv: Sequence[str]) -> None:
         raise UserError(f"unknown command {command!r}; {hint}")
     COMMANDS[command][0](**_values(command, take_auth_token(argv)))
 
-# %% ../nbs/07_cli.ipynb #9e6a55b6
+# %% ../nbs/07_cli.ipynb #a10b0689
 USAGE = """usage: alpagasus2 COMMAND [options]
 
 Train a better model with fewer data on one GPU, and prove it.
@@ -389,7 +389,7 @@ commands:
 alpagasus2 COMMAND --help lists the options of a command; --version prints the version.
 """
 
-
+# %% ../nbs/07_cli.ipynb #9e6a55b6
 def main(
     argv: Sequence[str] | None = None,  # default: the command line
 ) -> int:  # exit status: 0, or 2 after a user's mistake

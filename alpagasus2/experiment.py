@@ -11,11 +11,11 @@ __all__ = ['Run', 'rate_pool', 'part_name', 'select_arms', 'train_arms', 'heldou
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
-from .analysis import analyse, canary_outcomes, checkable, load_judgments, orient
+from .analysis import Results, analyse, canary_outcomes, checkable, load_judgments, orient
 from .core.files import UserError, file_sha256, read_json, read_jsonl, write_json
 from alpagasus2.core.run_folder import (
     annotate,
@@ -27,7 +27,7 @@ from alpagasus2.core.run_folder import (
     read_manifest,
     resumed,
 )
-from .data import dropped, load_examples, load_questions
+from .data import Example, Question, dropped, load_examples, load_questions
 from .evidence.claim import heldout_finding, read_claim
 from .evidence.filtering import filter_report, plot_categories, plot_lengths, plot_scores
 from .evidence.intervals import heldout_summary
@@ -37,6 +37,7 @@ from alpagasus2.judge import (
     Ask,
     JudgeConfig,
     Plan,
+    Rating,
     RatingPrompt,
     canary_pairs,
     carry_out,
@@ -92,7 +93,7 @@ class Run:
         if recipe.judge.backend == "local" and not is_complete(self.dir / "judgments.jsonl"):
             check_local_judge(self.model(recipe.judge.model))
 
-    def _questions(self, name: str) -> list[dict]:
+    def _questions(self, name: str) -> list[Question]:
         return load_questions(name)[: self.recipe.limit]
 
     def say(self, text: str) -> None:
@@ -145,7 +146,7 @@ def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
     return scores
 
 
-def _rate_by_asking(run: Run, output: Path) -> list[dict]:
+def _rate_by_asking(run: Run, output: Path) -> list[Rating]:
     rater, config = run.recipe.rater, JudgeConfig(dimension=run.recipe.rater.dimension)
     own = load_prompt(rater.prompt, rater.low, rater.high) if rater.prompt else RatingPrompt()
     plan = rating_plan(run.rows, config, rater.model or run.recipe.base_model, own)
@@ -166,7 +167,7 @@ def select_arms(
     run: Run,  # whose rows
     scores: Mapping[str, float],  # row id -> score
     arms: Mapping[str, Arm] | None = None,  # default: the recipe's
-) -> dict[str, list[dict]]:  # the rows by file name without its ending
+) -> dict[str, list[Example]]:  # the rows by file name without its ending
     "Choose the rows of every arm and replicate into selected/."
     chosen = {}
     for replicate in range(run.recipe.replicates):
@@ -183,7 +184,7 @@ def select_arms(
     return chosen
 
 # %% ../nbs/06a_experiment.ipynb #0d3ffcf2
-def _arm_rows(run: Run, arm: Arm, scores: Mapping[str, float], seed: int) -> list[dict]:
+def _arm_rows(run: Run, arm: Arm, scores: Mapping[str, float], seed: int) -> list[Example]:
     pool = load_examples(arm.data)[0] if arm.data else run.rows
     if arm.value is not None:  # a filter keeps as many as it does; arms need equal numbers
         limits: dict[str, Any] = {str(arm.select): arm.value}
@@ -198,7 +199,7 @@ def _arm_rows(run: Run, arm: Arm, scores: Mapping[str, float], seed: int) -> lis
 # %% ../nbs/06a_experiment.ipynb #472b07b9
 def train_arms(
     run: Run,  # whose recipe says how
-    selected: Mapping[str, list[dict]],  # from `select_arms`
+    selected: Mapping[str, list[Example]],  # from `select_arms`
     arms: Mapping[str, Arm] | None = None,  # default: the recipe's
 ) -> None:
     "Train one adapter for every arm and replicate into adapters/."
@@ -322,13 +323,13 @@ def judge_arms(run: Run) -> None:
         carry_out(plan, ask, output, False, run.progress)
 
 
-def _judged(run: Run, name: str) -> list[dict]:
+def _judged(run: Run, name: str) -> list[Question]:
     return run._questions(name)[: run.recipe.judge.questions]
 
 # %% ../nbs/06a_experiment.ipynb #a0591673
 def measure_sizes(
     run: Run,  # whose recipe may have `sizes`
-    selected: Mapping[str, list[dict]],  # the rows of `size_arms`, from `select_arms`
+    selected: Mapping[str, list[Example]],  # the rows of `size_arms`, from `select_arms`
 ) -> None:
     "Train the arms at the further sizes, and append their losses to heldout.jsonl."
     arms = run.recipe.size_arms
@@ -371,7 +372,7 @@ def _costs(run: Run) -> Costs:
     return Costs(training, rated, seconds, usd, price)
 
 # %% ../nbs/06a_experiment.ipynb #7719a1c7
-def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, list]) -> dict:
+def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, list]) -> Results:
     "The content of results.json, from the run's files."
     judgments, _ = load_judgments(run.dir / "judgments.jsonl")
     canaries = canary_outcomes(latest(run.dir / "canaries.jsonl"))
@@ -390,8 +391,7 @@ def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, li
     results["claim"] |= {"heldout": found}
     rater = recipe.rater
     selector = rater.dimension if rater.kind == "llm" else rater.kind
-    return {
-        **results,
+    added: dict[str, Any] = {
         "heldout": heldout,
         "checkable": checkable(latest(run.dir / "responses.jsonl"), run.questions),
         **size_results(run, measured),
@@ -403,6 +403,7 @@ def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, li
         "cost": run_cost(run),
         "manifest": {"claim_sha256": run.claim["sha256"], **read_manifest(run.dir)},
     }
+    return cast(Results, {**results, **added})
 
 # %% ../nbs/06a_experiment.ipynb #40127450
 def run_cost(run: Run) -> dict[str, Any]:
@@ -422,7 +423,7 @@ def _usage(run: Run, *names: str) -> dict[str, Any]:
 
 # %% ../nbs/06a_experiment.ipynb #9520195f
 def run_figures(
-    run: Run, scores: Mapping[str, float], results: Mapping, selected: Mapping[str, list]
+    run: Run, scores: Mapping[str, float], results: Results, selected: Mapping[str, list]
 ) -> dict[str, Any]:
     "The pictures of a run, by caption; of several replicates' selections the first."
     arms = {n: selected[part_name(run.recipe, n, 0)] for n in run.recipe.arms}
@@ -439,7 +440,7 @@ def run_figures(
     return figures
 
 # %% ../nbs/06a_experiment.ipynb #1b306c92
-def report_run(run: Run, scores: Mapping[str, float], selected: Mapping[str, list]) -> dict:
+def report_run(run: Run, scores: Mapping[str, float], selected: Mapping[str, list]) -> Results:
     "Write report/ when any of its inputs is newer than it; the results."
     names = ("claim.json", "ratings.jsonl", "heldout.jsonl", "responses.jsonl", "judgments.jsonl")
     inputs: dict[str, Any] = {n: file_sha256(run.dir / n) for n in names if (run.dir / n).exists()}
@@ -461,7 +462,7 @@ def run_recipe(
     recipe: Recipe,  # what to do
     output_dir: str | Path,  # where; a folder with part of this run is continued
     progress: bool = True,  # show bars and say what happens
-) -> dict:  # the content of report/results.json
+) -> Results:
     "Carry out a controlled comparison, or what is left of it."
     run = Run(recipe, output_dir, progress)
     scores = rate_pool(run)
@@ -475,10 +476,11 @@ def run_recipe(
 
 # %% ../nbs/06a_experiment.ipynb #2c95e7e2
 def summary_lines(
-    results: Mapping,  # of a run
+    results: Results,  # of a run
 ) -> list[str]:
     "What a run found: the selector, each arm, the further sizes, and the claim."
-    held, right = results.get("heldout", {}), results.get("checkable", {})
+    held: Any = results.get("heldout", {})
+    right: Any = results.get("checkable", {})
     kept = results["filter"].get("flawed_kept", {})
     model_a = results["pooled"][0]["model_a"] if results.get("pooled") else ""
     against = {p["model_b"]: p for p in results.get("pooled", [])}
@@ -501,7 +503,7 @@ def summary_lines(
         p = against.get(arm)
         versus = f"{p['win']}/{p['tie']}/{p['lose']}" if p else "-"
         lines.append(f"{arm:12}{share:>12}{shown:>22}{score:>9}{versus:>15}")
-    claim = results.get("claim", {})
+    claim: Any = results.get("claim", {})
     lines += filter(None, [claim.get("heldout")])
     if said := results.get("sizes_summary"):
         lines.append(said)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RATING_VERSION', 'PAIR_VERSION', 'VERDICT_VERSION', 'Ask', 'DRIFT', 'NULL_ANSWER', 'JudgeConfig', 'RatingPrompt',
            'load_prompt', 'rating_messages', 'comparison_messages', 'Plan', 'reread', 'carry_out', 'endpoint_ask',
-           'rating_plan', 'rate', 'score_counts', 'drift', 'pair_responses', 'pair_arms', 'read_comparison',
-           'comparison_plan', 'compare', 'canary_pairs', 'canaries_path']
+           'Rating', 'rating_plan', 'rate', 'score_counts', 'drift', 'Pair', 'Judgment', 'pair_responses', 'pair_arms',
+           'read_comparison', 'comparison_plan', 'compare', 'canary_pairs', 'canaries_path']
 
 # %% ../nbs/04_judge.ipynb #fe396af0
 import hashlib
@@ -16,18 +16,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, cast
 
 from pydantic import Field
 
 from .catalog import dataset_path
 from .core.files import UserError, read_jsonl, say, settings
 from .core.run_folder import Journal, finder, manifest_entry, open_lines, resumed
-from .data import question_of, response_of
+from .data import Asked, Example, Question, question_of, response_of
 from .endpoint.batch_api import announced, asker
 from .endpoint.cache import Reply, Request, moment
 from .endpoint.client import EndpointConfig
 from .endpoint.replies import Verdict, parse_pair, parse_rating, parse_verdict
+from .generate import Response
 
 # %% ../nbs/04_judge.ipynb #b750c6e8
 @settings
@@ -97,7 +98,7 @@ def load_prompt(
     return RatingPrompt(text, version, low, high)
 
 # %% ../nbs/04_judge.ipynb #b80b75b1
-def _rated_question(row: Mapping) -> tuple[str, str]:  # instruction, input
+def _rated_question(row: Example) -> tuple[str, str]:  # instruction, input
     "What a row asks; a system turn opens the instruction, since the response had to follow it."
     if "messages" not in row:
         return question_of(row)
@@ -110,7 +111,7 @@ def _rated_question(row: Mapping) -> tuple[str, str]:  # instruction, input
 
 # %% ../nbs/04_judge.ipynb #91fc1805
 def rating_messages(
-    row: Mapping,  # an Alpaca-schema or messages row
+    row: Example,
     dimension: str = "accuracy",  # what is rated
     prompt: RatingPrompt = RatingPrompt(),  # AlpaGasus's, or your own
 ) -> list[dict[str, str]]:  # chat messages
@@ -154,7 +155,7 @@ _HOW = {
 
 # %% ../nbs/04_judge.ipynb #16fd5fff
 def comparison_messages(
-    question: Mapping,  # instruction, input
+    question: Asked,
     first: str,  # the answer of Assistant 1
     second: str,  # the answer of Assistant 2
     protocol: Literal["pair", "verdict"] = "pair",  # what the judge is to say
@@ -280,7 +281,7 @@ def carry_out(
     output: str | Path,  # ratings.jsonl or judgments.jsonl
     retry: bool = False,  # ask again where the reply was unreadable or a refusal
     progress: bool = True,  # show a bar, with the cost where there is one
-) -> list[dict]:  # all lines of the file
+) -> list[Any]:  # all lines of the file
     "Ask what is open, append each answer, resume where the file stops."
     since = _asked_since(output, retry)
     note = {"retry": since} if since else {}
@@ -314,9 +315,23 @@ def _asked_with(config: JudgeConfig, *names: str) -> dict[str, Any]:
     "The settings that can change a reply, so that a resumed file never mixes two of them."
     return {n: v for n, v in asdict(config).items() if n in (*names, "temperature", "max_tokens")}
 
+# %% ../nbs/04_judge.ipynb #62815302
+class Rating(TypedDict, total=False):
+    "A line of ratings.jsonl."
+
+    id: str  # of the row
+    dimension: str  # accuracy, helpfulness; flaws or superfiltering of a local rater
+    vote: int
+    score: float | None  # None: the reply states none
+    review: str  # the reply
+    status: Literal["ok", "unparsed", "refused", "length", "error"]
+    rater: dict[str, Any]  # kind, model, prompt_version
+    usage: dict[str, Any]  # tokens, usd
+    signals: dict[str, float | None]  # of a local rater
+
 # %% ../nbs/04_judge.ipynb #0fa04901
 def rating_plan(
-    rows: Sequence[Mapping],  # examples with ids
+    rows: Sequence[Example],  # with ids
     config: JudgeConfig,  # dimension, votes
     rater: str,  # the model's name, recorded with each line
     prompt: RatingPrompt = RatingPrompt(),  # AlpaGasus's, or your own
@@ -343,14 +358,14 @@ def rating_plan(
 
 # %% ../nbs/04_judge.ipynb #c4564690
 def rate(
-    rows: Sequence[Mapping],  # examples with ids
+    rows: Sequence[Example],  # with ids
     ask: Ask,  # what answers: `Endpoint(...).complete`, or a local model
     output: str | Path,  # ratings.jsonl
     config: JudgeConfig,  # dimension, votes
     rater: str,  # the model's name, recorded with each line
     retry: bool = False,  # ask again where the reply was unreadable or a refusal
     progress: bool = True,  # show a bar
-) -> list[dict]:  # all lines of the file
+) -> list[Rating]:  # all lines of the file
     "Rate every row with AlpaGasus's prompt; `carry_out` does the asking."
     return carry_out(rating_plan(rows, config, rater), ask, output, retry, progress)
 
@@ -359,7 +374,7 @@ DRIFT = 0.7  # share of one value from which scores are said not to tell rows ap
 
 
 def score_counts(
-    lines: Iterable[Mapping],  # lines of ratings.jsonl
+    lines: Iterable[Rating],
 ) -> dict[float, int]:  # score -> how many lines have it, from the lowest
     "The distribution of the scores that could be read."
     counts = Counter(x["score"] for x in lines if x["status"] == "ok" and x["score"] is not None)
@@ -379,14 +394,40 @@ def drift(
         "rows or nearly none; select with --top_k, ask for several votes, or use another rater"
     )
 
+# %% ../nbs/04_judge.ipynb #ae2c1e36
+class Pair(Question, total=False):
+    "Two answers to one question."
+
+    model_a: str  # the arm whose wins are counted
+    model_b: str
+    replicate: int
+    response_a: str
+    response_b: str
+
+
+class Judgment(Pair, total=False):
+    "A line of judgments.jsonl: one verdict on a pair, in one order."
+
+    vote: int
+    first: Literal["a", "b"]  # whose answer is shown first
+    protocol: Literal["pair", "verdict"]
+    score_a: Any  # a number; None, as in the next two: not stated
+    score_b: Any
+    verdict: Any  # a, b or tie
+    review: str  # the reply
+    status: Literal["ok", "unparsed", "refused", "length", "error"]
+    judge: dict[str, Any]  # model, prompt_version
+    usage: dict[str, Any]  # tokens, usd
+    copied: bool  # stands in for the other order, which was not asked
+
 # %% ../nbs/04_judge.ipynb #e79b60ce
 def pair_responses(
-    responses: Iterable[Mapping],  # lines of responses.jsonl
+    responses: Iterable[Response],
     model_a: str,  # the arm that is claimed to be better
     model_b: str,  # the arm that it is compared with
-) -> list[dict]:  # one a question and replicate, with response_a and response_b
+) -> list[Pair]:  # one a question and replicate
     "Match the answers of two models; raises `UserError` when one of them has none."
-    found: dict[tuple, dict[str, Mapping]] = {}
+    found: dict[tuple, dict[str, Response]] = {}
     for r in responses:
         if "response" not in r or "model" not in r:
             raise UserError(f"line {r.get('id')}: no `model` and `response`; are these answers?")
@@ -399,20 +440,21 @@ def pair_responses(
         if name not in names:
             raise UserError(f"no response of {name!r}; the file has {', '.join(sorted(names))}")
     fields = ("id", "test_set", "category", "instruction", "input")
-    return [
+    pairs = [
         {f: both[model_a].get(f) for f in fields}
         | {"model_a": model_a, "model_b": model_b, "replicate": replicate}
         | {"response_a": both[model_a]["response"], "response_b": both[model_b]["response"]}
         for (_, _, replicate), both in found.items()
         if model_a in both and model_b in both
     ]
+    return cast(list[Pair], pairs)
 
 # %% ../nbs/04_judge.ipynb #9456593e
 def pair_arms(
-    responses: Sequence[Mapping],  # lines of responses.jsonl
+    responses: Sequence[Response],
     model_a: str | None = None,  # the arm whose wins are counted; None: every arm in turn
     model_b: Sequence[str] | None = None,  # the arms it is compared with; None: all others
-) -> list[dict]:  # as from `pair_responses`
+) -> list[Pair]:
     "Pairs of one arm with several others, or of every arm with every other."
     arms = list(dict.fromkeys(r["model"] for r in responses if "model" in r))
     if model_a is None and model_b is not None:
@@ -454,7 +496,7 @@ def read_comparison(
 
 # %% ../nbs/04_judge.ipynb #2826c677
 def comparison_plan(
-    pairs: Sequence[Mapping],  # from `pair_responses`
+    pairs: Sequence[Pair],  # from `pair_responses`
     config: JudgeConfig,  # protocol, votes
     judge: str,  # the model's name, recorded with each line
 ) -> Plan:
@@ -465,7 +507,9 @@ def comparison_plan(
     def ask(line: Mapping) -> Request:
         shown = (line["response_a"], line["response_b"])
         first, second = shown if line["first"] == "a" else shown[::-1]
-        return Request(comparison_messages(line, first, second, config.protocol), line["vote"])
+        return Request(
+            comparison_messages(cast(Pair, line), first, second, config.protocol), line["vote"]
+        )
 
     def read(line: Mapping, reply: Reply) -> dict:
         verdict, score_a, score_b = read_comparison(reply, line["first"], config.protocol)
@@ -480,14 +524,14 @@ def comparison_plan(
 
 # %% ../nbs/04_judge.ipynb #2453b771
 def compare(
-    pairs: Sequence[Mapping],  # from `pair_responses`
+    pairs: Sequence[Pair],  # from `pair_responses`
     ask: Ask,  # what answers: `Endpoint(...).complete`, or a local model
     output: str | Path,  # judgments.jsonl
     config: JudgeConfig,  # protocol, votes
     judge: str,  # the model's name, recorded with each line
     retry: bool = False,  # ask again where the reply was unreadable or a refusal
     progress: bool = True,  # show a bar
-) -> list[dict]:  # all lines of the file
+) -> list[Judgment]:  # all lines of the file
     "Judge every pair in both orders; `carry_out` does the asking."
     return carry_out(comparison_plan(pairs, config, judge), ask, output, retry, progress)
 
@@ -496,11 +540,11 @@ NULL_ANSWER = "Thank you for your question. I am happy to help you with anything
 
 
 def canary_pairs(
-    responses: Sequence[Mapping],  # lines of responses.jsonl
+    responses: Sequence[Response],
     model_a: str,  # whose answers the null answer is compared with
     nulls: int = 12,  # how many questions get the null answer
     same: int = 6,  # how many answers are compared with themselves
-) -> list[dict]:  # pairs for `compare`
+) -> list[Pair]:  # for `compare`
     "Pairs whose outcome is known."
     shared = {"test_set": "canaries", "category": None, "replicate": 0}
     gold = [
@@ -516,7 +560,7 @@ def canary_pairs(
             | {"response_a": text or r["response"], "response_b": r["response"]}
             for r in answered[:count]
         ]  # fmt: skip
-    return gold
+    return cast(list[Pair], gold)
 
 
 def canaries_path(

@@ -19,7 +19,7 @@ import numpy as np
 
 from .core.files import UserError
 from .core.run_folder import Journal, finder, open_lines, resumed
-from .data import Template
+from .data import Example, Question, Template
 from .endpoint.cache import Reply, Request
 from .generate import Answers, Backend, GenerateConfig, local_answers
 from .judge import Ask
@@ -59,7 +59,7 @@ class Models:
 # %% ../nbs/04a_local.ipynb #13d8c16b
 def rate_by_signals(
     models: Models,  # the model that reads the rows
-    rows: Sequence[Mapping],  # examples with ids
+    rows: Sequence[Example],  # with ids
     selector: str,  # flaws or superfiltering
     output: str | Path,  # ratings.jsonl; resumed when it is there
     template: Template = "chat",  # the text form in which it reads them
@@ -182,7 +182,7 @@ def arm_backend(
 ) -> Backend:  # for `generate`
     "One arm as a backend."
 
-    def answers(questions: Sequence[Mapping]) -> Answers:
+    def answers(questions: Sequence[Question]) -> Answers:
         with as_arm(load(), arm) as model:
             yield from local_answers(model, models.tokenizer, questions, config)
 

@@ -27,7 +27,7 @@ from alpagasus2.core.files import (
     settings,
     write_json,
 )
-from .data import Template, load_examples
+from .data import Example, Template, load_examples
 from .endpoint.client import EndpointConfig
 from .evidence.claim import check_margin, read_claim
 from .generate import GenerateConfig
@@ -229,7 +229,7 @@ def load_recipe(
 # %% ../nbs/06_recipe.ipynb #738076ce
 def check_sizes(
     recipe: Recipe,  # perhaps with `sizes`
-    rows: Sequence[Mapping],  # its pool, checked
+    rows: Sequence[Example],  # its pool, checked
 ) -> None:
     "Refuse, before anything is fixed, a size that the pool or an arm's own file cannot give."
     _checked_sizes(recipe.sizes, next(iter(recipe.arms.values())).rows)
@@ -270,13 +270,13 @@ def _files(recipe: Recipe) -> list[str]:
     return sorted({p for p in named if p and Path(p).is_file()})
 
 
-def _pool_hash(pool: Path, rows: Sequence[Mapping]) -> str:
+def _pool_hash(pool: Path, rows: Sequence[Example]) -> str:
     if pool.is_file():
         return file_sha256(pool)
     return hashlib.sha256("".join(r["id"] for r in rows).encode()).hexdigest()
 
 # %% ../nbs/06_recipe.ipynb #712cac84
-def _plan(recipe: Recipe, rows: Sequence[Mapping]) -> dict[str, Any]:
+def _plan(recipe: Recipe, rows: Sequence[Example]) -> dict[str, Any]:
     "What a claim says, but for its hash."
     size = next(iter(recipe.arms.values())).rows
     plan = {
@@ -299,7 +299,7 @@ def _plan(recipe: Recipe, rows: Sequence[Mapping]) -> dict[str, Any]:
 def fix_claim(
     recipe: Recipe,  # what will be run
     output_dir: Path,  # the run's folder
-    rows: Sequence[Mapping],  # the pool, checked
+    rows: Sequence[Example],  # the pool, checked
 ) -> dict:  # the content of claim.json
     "Write claim.json, or check that the one that is there says the same."
     check_sizes(recipe, rows)

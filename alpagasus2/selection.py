@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from .core.files import UserError
 from .core.text import NearDuplicates, category_by_rules
-from .data import Problem, asked_of, read_rows, response_of
+from .data import Example, Problem, asked_of, read_rows, response_of
 
 # %% ../nbs/00b_selection.ipynb #f1f836cb
 def _score(line: Mapping, n: int, path: str | Path) -> float | None:
@@ -46,7 +46,7 @@ def _scored_id(line: Mapping, n: int, path: str | Path, by_row: Mapping[int, str
 # %% ../nbs/00b_selection.ipynb #111b76c2
 def load_scores(
     path: str | Path,  # ratings.jsonl, or a .csv or .jsonl with id or row, and score
-    rows: Sequence[Mapping],  # rows of `load_examples`
+    rows: Sequence[Example],  # of `load_examples`
     dimension: str | None = None,  # which one, when the file holds several
     problems: Sequence[Problem] = (),  # what `load_examples` dropped: `row` counts these too
 ) -> dict[str, float]:  # row id -> mean score over votes
@@ -72,7 +72,7 @@ def load_scores(
 
 # %% ../nbs/00b_selection.ipynb #c520cf51
 def category_of(
-    row: Mapping,  # an Alpaca-schema or messages row
+    row: Example,
 ) -> str:  # its `category`, else code, maths or other by rules
     "The category that a row is counted in."
     if row.get("category"):
@@ -133,7 +133,7 @@ def _shortage(rule: str, seat: str | None, seats: Mapping, free: Mapping, near: 
 
 # %% ../nbs/00b_selection.ipynb #3b71972d
 def _downwards(
-    rows: Sequence[dict],  # the pool
+    rows: Sequence[Example],  # the pool
     ranking: Sequence[str],  # ids, best first
     k: int | None,  # how many to keep; None: as many as pass
     rule: str,  # for messages
@@ -170,7 +170,7 @@ def _downwards(
 
 # %% ../nbs/00b_selection.ipynb #222fdae5
 def select(
-    rows: Sequence[dict],  # rows with ids
+    rows: Sequence[Example],  # rows with ids
     scores: Mapping[str, float] | None = None,  # row id -> score; for the first three rules
     threshold: float | None = None,  # keep scores at or above this
     top_k: int | None = None,  # keep this many best, ties drawn by seed
@@ -180,7 +180,7 @@ def select(
     seed: int = 0,  # for random_k and for ties
     drop_near_duplicates: float | None = None,  # similarity at which the better stays
     quota: Mapping[str, float] | Literal["pool"] | None = None,  # category -> share of what is kept
-) -> list[dict]:  # the kept rows, in their first order
+) -> list[Example]:  # the kept rows, in their first order
     "Keep rows by exactly one rule; rows without a score are never kept by a score."
     rules = dict(
         threshold=threshold, top_k=top_k, quantile=quantile, random_k=random_k, longest_k=longest_k

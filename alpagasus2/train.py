@@ -31,7 +31,7 @@ from alpagasus2.core.files import (
     write_json,
 )
 from .core.run_folder import recorded
-from .data import Template, dropped, load_examples
+from .data import Example, Template, dropped, load_examples
 from .model.checkpoint import Checkpoint, stop_request
 from .model.forward import Encoded, encode, packed_attention, packs, row_nll, target_nll
 from alpagasus2.quant_lora import (
@@ -134,23 +134,23 @@ def batch_schedule(
 
 # %% ../nbs/02_train.ipynb #26e3c998
 def split_rows(
-    rows: Sequence[dict],  # examples
+    rows: Sequence[Example],  # examples
     config: TrainConfig,  # val_set_size, seed
-) -> tuple[list[dict], list[dict]]:  # training rows, evaluation rows
+) -> tuple[list[Example], list[Example]]:  # training rows, evaluation rows
     "Hold out a seeded sample; both parts keep the order of the file."
     size = config.val_set_size
     n = round(size * len(rows)) if size < 1 else int(size)
     if n >= len(rows):
         raise UserError(f"val_set_size={size} leaves no training row of {len(rows)}")
     held = set(random.Random(f"split-{config.seed}").sample(range(len(rows)), n))
-    parts: tuple[list[dict], list[dict]] = ([], [])
+    parts: tuple[list[Example], list[Example]] = ([], [])
     for i, row in enumerate(rows):
         parts[i in held].append(row)
     return parts
 
 # %% ../nbs/02_train.ipynb #0716d970
 def encode_rows(
-    rows: Sequence[Mapping],  # examples
+    rows: Sequence[Example],
     tokenizer: Any,  # of the base model
     config: TrainConfig,  # cutoff_len, template, train_on_prompt
 ) -> tuple[list[Encoded], dict]:  # rows with at least one target; the counts for train_result.json
@@ -368,7 +368,7 @@ def fit(
     return log
 
 # %% ../nbs/02_train.ipynb #6052a6e3
-def _read(data_path: str | Path | list[dict]) -> tuple[list[dict], list]:
+def _read(data_path: str | Path | list[Example]) -> tuple[list[Example], list]:
     "The rows, and the files that the manifest has to name."
     if isinstance(data_path, list):
         return data_path, []
@@ -465,7 +465,7 @@ def save_adapter(
 # %% ../nbs/02_train.ipynb #27bfb2a8
 def train(
     base_model: str,  # a local folder, a hub id, or smollm2-135m
-    data_path: str | Path | list[dict],  # a file, a catalogued name, a hub id; or rows
+    data_path: str | Path | list[Example],  # a file, a catalogued name, a hub id; or rows
     output_dir: str | Path,  # where the adapter goes; replaced only when the new one is complete
     config: TrainConfig | None = None,  # default: the published 7B settings
     quant_lora: QuantLoraConfig | None = None,  # default: likewise

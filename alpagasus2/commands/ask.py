@@ -50,7 +50,7 @@ def _say_status(output: str, lines: Sequence[Mapping]) -> None:
         raise UserError(f"{output}: every call failed, the last with: {lines[-1]['review']}")
 
 # %% ../../nbs/commands/ask.ipynb #f89fa356
-def _say_scores(lines: Sequence[Mapping]) -> None:
+def _say_scores(lines: Sequence[Any]) -> None:
     "The distribution of the scores, and a warning where it tells nothing."
     from alpagasus2.judge import drift, score_counts
 
@@ -192,7 +192,7 @@ def _check_source(base_model: str, base_url: Any, adapters: Any, export: Sequenc
         raise UserError(f"--export: {sorted(unknown)[0]!r} is unknown; use seed or alpaca_eval")
 
 
-def _say_answers(output: str, lines: Sequence[Mapping]) -> None:
+def _say_answers(output: str, lines: Sequence[Any]) -> None:
     "How many answers there are, and where too many of them are unfinished."
     from alpagasus2.generate import length_warnings
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ..core.files import UserError
 
 # %% ../../nbs/commands/training.ipynb #e734b620
-def _training_rows(data_path: str, data_type: str) -> list[dict]:
+def _training_rows(data_path: str, data_type: str) -> list[Any]:
     from alpagasus2.data import dropped, load_examples
 
     if data_type == "hf" and Path(data_path).exists():
@@ -49,7 +49,7 @@ def json_line(
     return dumps(value)
 
 # %% ../../nbs/commands/training.ipynb #b919373d
-def _dry_run(base_model: str, rows: list[dict], settings: Any) -> None:
+def _dry_run(base_model: str, rows: list[Any], settings: Any) -> None:
     "Print how many rows, tokens and steps the training would have."
     from alpagasus2.quant_lora import load_tokenizer
     from alpagasus2.train import batch_schedule, encode_rows, split_rows

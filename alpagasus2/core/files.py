@@ -225,7 +225,7 @@ def read_json(
 # %% ../../nbs/core/files.ipynb #b180076e
 def read_jsonl(
     path: str | Path,  # JSON Lines, UTF-8
-) -> list[dict]:  # one object a line
+) -> list[Any]:  # one object a line
     "Read JSON Lines; a torn last line is left out, any other bad line raises `UserError`."
     path = Path(path)
     if not path.is_file():

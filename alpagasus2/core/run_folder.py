@@ -47,7 +47,7 @@ def row_key(
 # %% ../../nbs/core/run_folder.ipynb #c26530f6
 def latest(
     path: str | Path,  # a file that grows
-) -> list[dict]:  # the last line of each key, in the order in which the keys first appeared
+) -> list[Any]:  # the last line of each key, in the order in which the keys first appeared
     "Read a journal without opening it for writing; a file that is not there has no lines."
     lines = read_jsonl(path) if Path(path).exists() else []
     return list({row_key(line): line for line in lines}.values())
@@ -99,7 +99,7 @@ class Journal:
         "The line that holds this key, or None."
         return self._rows.get(row_key(row))
 
-    def rows(self) -> list[dict]:
+    def rows(self) -> list[Any]:
         "All lines, the last of each key, in the order in which the keys first appeared."
         return list(self._rows.values())
 
@@ -273,7 +273,7 @@ def open_lines(
     ],  # what a file is to hold: of each line, what is known before it is made
     find: Callable[[Mapping], Mapping | None],  # the line of the file with the same key
     again: Callable[[Mapping], bool] = has_failed,  # whether a line that is there is made again
-) -> list[Mapping]:
+) -> list[Any]:
     "The lines that are still to be made."
     return [x for x in lines if (old := find(x)) is None or again(old)]
 
@@ -306,7 +306,7 @@ class Step:
         self,
         lines: Iterable[Mapping],  # what the file is to hold
         again: Callable[[Mapping], bool] = has_failed,  # as in `open_lines`
-    ) -> list[Mapping]:
+    ) -> list[Any]:
         "The lines that are still to be made; the bar counts them."
         found = open_lines(lines, self.journal.get, again)
         if found:  # where nothing is open, nothing is shown

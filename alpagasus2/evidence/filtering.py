@@ -15,7 +15,7 @@ from typing import Any
 
 from ..core.files import UserError
 from ..core.text import near_duplicates, ngrams
-from ..data import asked_of, response_of
+from ..data import Example, Question, asked_of, response_of
 from .intervals import percentile_interval
 from ..selection import category_of
 
@@ -29,7 +29,7 @@ from sklearn.metrics import cohen_kappa_score
 
 # %% ../../nbs/evidence/filtering.ipynb #ca2c7bc2
 def kept_by_category(
-    rows: Sequence[Mapping],  # the pool
+    rows: Sequence[Example],  # the pool
     kept: Collection[str],  # ids
 ) -> dict[str, list[int]]:  # category -> [kept, rows], largest first
     "How many of each category a filter kept."
@@ -40,8 +40,8 @@ def kept_by_category(
 
 # %% ../../nbs/evidence/filtering.ipynb #a2359386
 def plot_categories(
-    rows: Sequence[Mapping],  # the pool
-    selected: Mapping[str, Sequence[Mapping]],  # arm -> its rows, as far as they are of the pool
+    rows: Sequence[Example],  # the pool
+    selected: Mapping[str, Sequence[Example]],  # arm -> its rows, as far as they are of the pool
     largest: int = 8,  # categories shown
 ) -> plt.Figure:
     "Share kept of each category with Wilson intervals; dashed: the share kept of all rows."
@@ -77,7 +77,7 @@ def auc(
 
 # %% ../../nbs/evidence/filtering.ipynb #6dcd6c36
 def length_shift(
-    rows: Sequence[Mapping],  # the pool
+    rows: Sequence[Example],  # the pool
     kept: Collection[str],  # ids
 ) -> float | None:  # in [0, 1]; 0.5: no shift; None when all or none was kept
     "Probability that a kept response is longer than one left out, in characters, ties half."
@@ -89,8 +89,8 @@ def length_shift(
 
 # %% ../../nbs/evidence/filtering.ipynb #c64d44a8
 def plot_lengths(
-    rows: Sequence[Mapping],  # the pool
-    selected: Mapping[str, Sequence[Mapping]],  # arm -> its rows
+    rows: Sequence[Example],  # the pool
+    selected: Mapping[str, Sequence[Example]],  # arm -> its rows
 ) -> plt.Figure:
     "Cumulative distribution of response lengths, each arm beside the pool."
     fig, ax = plt.subplots(figsize=(6, 3))
@@ -144,14 +144,14 @@ def auc_within_length(
     return float(np.average(values, weights=weights))
 
 # %% ../../nbs/evidence/filtering.ipynb #43ee1001
-def _text(row: Mapping) -> str:
+def _text(row: Example) -> str:
     "What a row says: what was asked, and its response."
     return f"{asked_of(row)[1]}\n{response_of(row)}"
 
 # %% ../../nbs/evidence/filtering.ipynb #edf3eb27
 def contamination(
-    rows: Sequence[Mapping],  # kept examples
-    questions: Sequence[Mapping],  # of the test sets
+    rows: Sequence[Example],  # kept examples
+    questions: Sequence[Question],  # of the test sets
     n: int = 8,  # words a gram
 ) -> list[dict]:  # id, test_set, seen (share of its words), row (that holds most of it)
     "How much of each question, of n words or more, stands word for word in the rows."
@@ -189,8 +189,8 @@ def contamination_counts(
 # %% ../../nbs/evidence/filtering.ipynb #a0ab1b6b
 def contamination_hits(
     found: Sequence[Mapping],  # from `contamination`
-    rows: Sequence[Mapping],  # the same examples, with ids
-    questions: Sequence[Mapping],  # the same questions
+    rows: Sequence[Example],  # the same examples, with ids
+    questions: Sequence[Question],  # the same questions
     most: int = 10,  # questions
     cut: int = 300,  # characters of a text
 ) -> list[dict]:  # test_set, id, seen, question, row, holds (the row's text)
@@ -280,13 +280,13 @@ def histogram(
     return {f"{a:.3g} to {b:.3g}": int(n) for (a, b), n in spans}
 
 # %% ../../nbs/evidence/filtering.ipynb #e58868c1
-def _repeats(kept: Sequence[Mapping]) -> int:
+def _repeats(kept: Sequence[Example]) -> int:
     heads, texts = zip(*map(asked_of, kept), strict=True) if kept else ((), ())
     return len(near_duplicates(texts, heads=heads))
 
 # %% ../../nbs/evidence/filtering.ipynb #299ee907
 def _against_pool(
-    rows: Sequence[Mapping], selected: Mapping[str, Sequence[Mapping]]
+    rows: Sequence[Example], selected: Mapping[str, Sequence[Example]]
 ) -> dict[str, Any]:
     "Kept share by category, length shift, and the first arm's overlap with the others."
     pool = {r["id"] for r in rows}
@@ -307,7 +307,7 @@ def _against_pool(
 
 # %% ../../nbs/evidence/filtering.ipynb #6f7cd99b
 def _known_flaws(
-    rows: Sequence[Mapping], scores: Mapping[str, float], selected: Mapping[str, Sequence[Mapping]]
+    rows: Sequence[Example], scores: Mapping[str, float], selected: Mapping[str, Sequence[Example]]
 ) -> dict[str, Any]:
     "How well the scores tell flawed rows from good ones; empty where no flaw is known."
     known = [r for r in rows if "flaw" in r and r["id"] in scores]
@@ -338,10 +338,10 @@ def _known_flaws(
 
 # %% ../../nbs/evidence/filtering.ipynb #3d40547b
 def filter_report(
-    rows: Sequence[Mapping],  # the pool: examples with ids; `flaw` where it is known
+    rows: Sequence[Example],  # the pool: examples with ids; `flaw` where it is known
     scores: Mapping[str, float],  # row id -> score
-    selected: Mapping[str, Sequence[Mapping]],  # arm -> its rows, with ids
-    questions: Sequence[Mapping] = (),  # of the test sets
+    selected: Mapping[str, Sequence[Example]],  # arm -> its rows, with ids
+    questions: Sequence[Question] = (),  # of the test sets
 ) -> dict[str, Any]:  # the `filter` of results.json
     "What the selector kept and lost, in every arm; its AUC where flaws are known."
     lengths = {
@@ -368,7 +368,7 @@ def filter_report(
 
 # %% ../../nbs/evidence/filtering.ipynb #ebaf1193
 def plot_scores(
-    rows: Sequence[Mapping],  # examples; coloured by `flaw` where it is known
+    rows: Sequence[Example],  # examples; coloured by `flaw` where it is known
     scores: Mapping[str, float],  # row id -> score
     selector: str = "score",  # the axis label
 ) -> plt.Figure:

@@ -7,7 +7,7 @@ __all__ = ['TILE', 'Encoded', 'encode', 'encode_response', 'shared_prefix', 'pac
            'packed_attention', 'hidden_at', 'target_nll', 'row_nll']
 
 # %% ../../nbs/model/forward.ipynb #77de68da
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..core.files import UserError
-from ..data import Template, prompt, response_of
+from ..data import Example, Template, prompt, response_of
 from .attention import ROWS, attending, layout_of, without_mask
 
 # %% ../../nbs/model/forward.ipynb #c1dfd96e
@@ -36,7 +36,7 @@ class Encoded:
 
 
 def encode(
-    row: Mapping,  # an Alpaca-schema or messages row
+    row: Example,
     tokenizer: Any,  # of the model that will read it
     max_length: int | None = None,  # tokens; longer rows lose their end
     template: Template = "alpaca",  # the text form, see `alpagasus2.data.prompt`
@@ -61,7 +61,7 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def encode_response(
-    row: Mapping,  # an Alpaca-schema or messages row
+    row: Example,
     tokenizer: Any,  # of the model that will read it
 ) -> Encoded:  # a start token, then the response: no instruction, no EOS
     "The response on its own, as the denominator of IFD needs it."

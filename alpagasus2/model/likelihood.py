@@ -6,16 +6,16 @@
 __all__ = ['CHUNK', 'Signals', 'signals', 'flaws', 'superfiltering', 'heldout_nll', 'choice_logprobs', 'target_logprobs']
 
 # %% ../../nbs/model/likelihood.ipynb #77de68da
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
 
 from ..core.files import UserError
-from ..data import Template
+from ..data import Example, Question, Template
 from alpagasus2.model.forward import (
     Encoded,
     encode,
@@ -42,7 +42,7 @@ CHUNK = 512  # rows that are put into micro-batches together; results come after
 def signals(
     model: Any,  # a causal LM
     tokenizer: Any,  # its tokenizer
-    rows: Sequence[Mapping],  # examples
+    rows: Sequence[Example],
     template: Template = "alpaca",  # the prompt template
     max_length: int = 2048,  # tokens; a longer row is read up to there and has eos = nan
 ) -> Iterator[Signals]:  # in the order of `rows`, `CHUNK` rows after the other
@@ -83,13 +83,15 @@ def superfiltering(
 def heldout_nll(
     model: Any,  # a causal LM, with or without adapters
     tokenizer: Any,  # its tokenizer
-    questions: Iterable[Mapping],  # questions with a `reference`; others are passed over
+    questions: Iterable[Question],  # questions with a `reference`; others are passed over
     template: Template = "alpaca",  # the prompt template of the training
     max_length: int = 2048,  # tokens
 ) -> list[dict]:  # id, nll (summed over the reference's tokens and EOS), tokens
     "Loss on reference answers, for each question."
-    rows = [{**q, "output": q["reference"]} for q in questions if q.get("reference")]
-    encoded = [encode(r, tokenizer, max_length, template) for r in rows]
+    answered = [
+        cast(Example, {**q, "output": q["reference"]}) for q in questions if q.get("reference")
+    ]
+    encoded = [encode(r, tokenizer, max_length, template) for r in answered]
     losses = row_nll(model, encoded)
     return [
         {"id": e.id, "nll": float(nll.sum()), "tokens": len(nll)}

@@ -15,6 +15,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
 
+from ..analysis import Results
+
 # %% ../../nbs/report/charts.ipynb #e6a898b1
 class Effect(NamedTuple):
     "One dot of a chart."
@@ -104,7 +106,7 @@ def _compared(p: Mapping, several: bool) -> str:
 
 # %% ../../nbs/report/charts.ipynb #d7c17d9b
 def effects_chart(
-    results: Mapping,  # results.json's content
+    results: Results,  # results.json's content
 ) -> Figure | None:
     "Win rates before the noise floor; where the claim has a margin, its bound is dashed."
     pairs, pooled = results.get("pairs") or [], results.get("pooled") or []
@@ -125,7 +127,7 @@ def effects_chart(
 
 # %% ../../nbs/report/charts.ipynb #2316b69b
 def categories_chart(
-    results: Mapping,  # results.json's content
+    results: Results,  # results.json's content
 ) -> Figure | None:
     "Win rate by category against the arm called random, else of the first comparison."
     compared = [*(results.get("pooled") or []), *(results.get("pairs") or [])]
@@ -141,7 +143,7 @@ def categories_chart(
 
 # %% ../../nbs/report/charts.ipynb #ed44de56
 def ranking_chart(
-    results: Mapping,  # results.json's content
+    results: Results,  # results.json's content
 ) -> Figure | None:
     "Bradley-Terry strength of every model, the strongest on top."
     rows = sorted(results.get("ranking") or [], key=lambda m: m["rank"])[:_MOST]
@@ -195,7 +197,7 @@ def curves_chart(
 
 # %% ../../nbs/report/charts.ipynb #0136f6da
 def sizes_chart(
-    results: Mapping,  # results.json's content
+    results: Results,  # results.json's content
     key: str,  # of the amount: rows, total_seconds or total_usd
     label: str,  # of it, with its unit
 ) -> Figure | None:  # None where there are no sizes, or a point's amount is not known
@@ -213,7 +215,7 @@ def sizes_chart(
 
 
 def cost_chart(
-    results: Mapping,  # results.json's content
+    results: Results,  # results.json's content
 ) -> Figure | None:
     "The same over total cost: in dollars where they are known, else in seconds."
     usd = sizes_chart(results, "total_usd", "training and rating (US dollars)")
@@ -221,7 +223,7 @@ def cost_chart(
 
 # %% ../../nbs/report/charts.ipynb #19b60c5b
 def charts(
-    results: Mapping,  # results.json's content; keys may be absent or null
+    results: Results,  # results.json's content; keys may be absent or null
 ) -> dict[str, tuple[str, Figure]]:  # place in the page -> caption, figure
     "The charts that these results can fill."
     drawn: dict[str, tuple[str, Any]] = {

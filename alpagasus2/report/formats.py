@@ -14,10 +14,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
+from ..analysis import Results
 from ..core.files import UserError, atomic, dumps, json_sha256, read_json, read_jsonl
 from ..evidence.claim import NO_CLAIM
 from ..judge import parse_verdict
@@ -170,8 +171,8 @@ _OF_ORDERS = ("consistency", "kappa_between_orders", "first_slot_wins", "second_
 
 # %% ../../nbs/report/formats.ipynb #cdedd7f2
 def without_orders(
-    results: Mapping,  # from `analyse`, over lines of which some are copies
-) -> dict[str, Any]:  # the same without what compares the two orders
+    results: Results,  # from `analyse`, over lines of which some are copies
+) -> Results:  # the same without what compares the two orders
     "Clear what copies would make look perfect; a judge so asked cannot be shown to be fit."
 
     def cleared(p: Mapping) -> dict[str, Any]:
@@ -193,16 +194,18 @@ def without_orders(
     )  # fmt: skip
     claim = {"verdict": NO_CLAIM, "reason": f"{ONE_ORDER} {found}.".replace(" .", "")}
     pairs = [cleared(p) for p in results["pairs"]]
-    return {**results, "claim": claim, "pairs": pairs, "pooled": pooled, "judge_health": health}
+    changed = {"claim": claim, "pairs": pairs, "pooled": pooled, "judge_health": health}
+    return cast(Results, {**results, **changed})
 
 # %% ../../nbs/report/formats.ipynb #ef02763e
 def comparison_rows(
-    results: Mapping,  # results.json's content
+    results: Results,  # results.json's content
 ) -> list[dict[str, Any]]:  # flat, one row a comparison
     "The comparisons, pooled ones last; [low, high] and counts of a rule become columns."
     rows = []
     for p in [*(results.get("pairs") or []), *(results.get("pooled") or [])]:
-        row = {"test_set": None, **{k: v for k, v in p.items() if k != "categories"}}
+        row: dict[str, Any] = {"test_set": None, **p}
+        row.pop("categories", None)
         for name in [k for k in row if k.endswith("_ci95")]:
             low, high = row.pop(name) or (None, None)
             row |= {f"{name}_low": low, f"{name}_high": high}
@@ -214,7 +217,7 @@ def comparison_rows(
 
 # %% ../../nbs/report/formats.ipynb #17d97ba4
 def comparison_csv(
-    results: Mapping,  # results.json's content
+    results: Results,  # results.json's content
 ) -> str:  # empty without a comparison
     "The comparisons for a spreadsheet; what is undefined is an empty cell."
     rows = comparison_rows(results)
@@ -241,7 +244,7 @@ def _on(test_set: str, metrics: Sequence[Mapping]) -> dict[str, Any]:
 
 # %% ../../nbs/report/formats.ipynb #a8ed0a63
 def model_index(
-    results: Mapping,  # results.json's content
+    results: Results,  # results.json's content
     model: str | None = None,  # the model's name; default: model_a of the first comparison
 ) -> list[dict[str, Any]]:  # value of a card's `model-index`; empty where nothing can be stated
     "The results of one arm (model) as the hub reads them; an unfit judge's are left out."
@@ -262,7 +265,7 @@ def model_index(
 
 # %% ../../nbs/report/formats.ipynb #32c5de29
 def model_index_block(
-    results: Mapping,  # results.json's content
+    results: Results,  # results.json's content
 ) -> str:  # YAML for a card's head; empty where nothing can be stated
     "The block to put between the `---` lines of a model card."
     found = model_index(results)
@@ -275,7 +278,7 @@ def model_index_block(
 
 # %% ../../nbs/report/formats.ipynb #9cfe2f5b
 def write_forms(
-    results: Mapping,  # results.json's content
+    results: Results,  # results.json's content
     output: str | Path,  # folder of the report
 ) -> list[Path]:  # what was written
     "results.csv and model_index.yaml, as far as there is something to state."

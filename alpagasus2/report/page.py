@@ -26,8 +26,10 @@ from jinja2 import ChainableUndefined, Environment
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from ..analysis import Results
 from ..core.files import UserError, atomic, dumps, write_json
 from ..evidence.verdicts import SIGNS, outcome
+from ..judge import Judgment
 from .charts import charts
 from .formats import write_forms
 
@@ -166,7 +168,7 @@ def canary_rows(
     ]
 
 # %% ../../nbs/report/page.ipynb #ee11f215
-def _deciding(results: Mapping) -> Mapping:
+def _deciding(results: Results) -> Mapping:
     "The comparison that the claim is about: with the arm called random, else the first."
     compared = [*(results.get("pooled") or []), *(results.get("pairs") or [])]
     return next((p for p in compared if p["model_b"] == "random"), compared[0] if compared else {})
@@ -176,7 +178,7 @@ def _tile(name: str, value: str, *notes: str) -> dict[str, Any]:
     return {"name": name, "value": value, "notes": [n for n in notes if n and n != DASH]}
 
 # %% ../../nbs/report/page.ipynb #bc3e053e
-def _effect_tiles(results: Mapping) -> list[dict[str, Any]]:
+def _effect_tiles(results: Results) -> list[dict[str, Any]]:
     "Win rate of the deciding comparison, noise floor, and held-out loss."
     p, aa, shown = _deciding(results), results.get("aa") or {}, []
     if p.get("win_rate") is not None:
@@ -209,7 +211,7 @@ def _spent(cost: Any) -> float | None:
 
 # %% ../../nbs/report/page.ipynb #8e48fb19
 def tiles(
-    results: Mapping,  # results.json's content
+    results: Results,  # results.json's content
 ) -> list[dict[str, Any]]:  # name, value, notes
     "The figures that decide the claim, as far as a run has them."
     shown = _effect_tiles(results)
@@ -290,7 +292,7 @@ def _require(rows: Sequence[Mapping], fields: Iterable[str], what: str) -> None:
 
 # %% ../../nbs/report/page.ipynb #91032ad7
 def viewer_pairs(
-    judgments: Sequence[Mapping] = (),  # lines of judgments.jsonl; the last of a key counts
+    judgments: Sequence[Judgment] = (),  # lines of judgments.jsonl; the last of a key counts
     responses: Sequence[Mapping] = (),  # lines of responses.jsonl
 ) -> list[dict[str, Any]]:  # one entry a pair, then one a question that was not judged
     "What the pair viewer turns the pages of; raises `UserError` on a line without its fields."
@@ -394,7 +396,7 @@ class Drawing(NamedTuple):
 
 
 def drawings(
-    results: Mapping,  # results.json's content, which some charts are drawn from
+    results: Results,  # results.json's content, which some charts are drawn from
     figures: Mapping[str, Figure],  # caption -> figure, for the gallery
 ) -> list[Drawing]:
     "The charts of the results, then the figures that were given."
@@ -430,9 +432,9 @@ def _render(**values: Any) -> str:
 
 # %% ../../nbs/report/page.ipynb #f1f836cb
 def write_report(
-    results: Mapping,  # results.json's content; keys may be absent or null
+    results: Results,  # results.json's content; keys may be absent or null
     output: str | Path,  # folder: index.html, results.json, results.csv, figures as PNG files
-    judgments: Sequence[Mapping] = (),  # lines of judgments.jsonl, model_a as in the results
+    judgments: Sequence[Judgment] = (),  # lines of judgments.jsonl, model_a as in the results
     responses: Sequence[Mapping] = (),  # lines of responses.jsonl, shown where nothing was judged
     figures: Mapping[str, Figure] | None = None,  # caption -> figure
     title: str = "AlpaGasus 2 report",  # the page's heading

@@ -104,13 +104,13 @@ def test_a_push_that_breaks_off_leaves_the_adapter_and_says_how_to_go_on(tmp_pat
     hub.fail["PUT /lfs/"] = 403
     done = train(tmp_path, base, "--hub_path", "ada/mine", endpoint=hub.endpoint, token=TOKEN)
     assert done.returncode == 2
-    assert "out/mine is complete" in last_line(done) and "share.push(" in last_line(done)
+    assert "out/mine is complete" in last_line(done) and "extras.hub.push(" in last_line(done)
     assert (tmp_path / "out/mine/adapter_model.safetensors").exists()
     assert hub.repos["ada/mine"]["files"] == {}  # nothing in part
     hub.fail.clear()
     call = last_line(done).split("push it with ")[1]
     env = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
-    code = f"import alpagasus2.share; {call}"
+    code = f"import alpagasus2.extras.hub; {call}"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, timeout=120)
     assert "adapter_model.safetensors" in hub.repos["ada/mine"]["files"]
 

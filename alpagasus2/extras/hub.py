@@ -31,7 +31,12 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
 
 # %% ../../nbs/extras/hub.ipynb #2d8be737
 def public_name(
@@ -225,13 +230,18 @@ def _reason(error: BaseException) -> str:
 # %% ../../nbs/extras/hub.ipynb #5da74900
 @contextmanager
 def _asking(hub_path: str, endpoint: str) -> Iterator[None]:
-    "Turn the libraries' errors into one sentence, without their traceback."
+    "Turn the libraries' errors into one sentence, without their traceback and bars."
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         yield
     except UserError:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError) as e:
         raise UserError(f"hub_path {hub_path!r} at {endpoint}: {_reason(e)}") from None
+    finally:
+        if shown:
+            enable_progress_bars()
 
 # %% ../../nbs/extras/hub.ipynb #223abb26
 def check_push(

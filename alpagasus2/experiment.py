@@ -60,7 +60,6 @@ from alpagasus2.local import (
 )
 from .model.likelihood import heldout_nll
 from .recipe import BY_SCORE, Arm, Judge, Rater, Recipe, fix_claim
-from .recipe import load_recipe as load_recipe
 from .report.page import write_report
 from .report.plots import plot_heldout, plot_outcomes, plot_slots
 from .selection import load_scores, select
@@ -289,12 +288,11 @@ def answer_questions(run: Run, replicate: int, load: Callable[[], Any]) -> None:
 def generate_and_measure(run: Run) -> None:
     "Everything that needs the trained arms in memory, replicate by replicate."
     models, replicates = ["base", *run.recipe.arms], range(run.recipe.replicates)
-    folders = [_adapter_folders(run, r, run.recipe.arms) for r in replicates]
-    wanted = [x for r in replicates for x in answer_lines(run.questions, models, r, folders[r])]
+    wanted = [line for r in replicates for line in answer_lines(run.questions, models, r)]
     if is_settled(run.dir / "responses.jsonl", wanted) and _is_measured(run, models):
         return
     for replicate in replicates:
-        load = adapted(run.models, folders[replicate])
+        load = adapted(run.models, _adapter_folders(run, replicate, run.recipe.arms))
         measure_heldout(run, replicate, load, models)
         answer_questions(run, replicate, load)
     run.models.release()

@@ -92,9 +92,7 @@ class Judge(EndpointConfig):
     base_url: str | None = None  # the endpoint; default: OPENAI_BASE_URL, else OpenAI's
     protocol: Literal["pair", "verdict"] = "pair"  # local judges give verdicts
     max_tokens: int = Field(256, gt=0)  # of a reply
-    questions: int | None = Field(
-        None, gt=0
-    )  # judge only the first so many of each test set; None: all
+    questions: int | None = Field(None, gt=0)  # judge the first so many of a test set; None: all
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,9 +131,7 @@ class Recipe:
     replicates: int = Field(1, gt=0)  # draws and training seeds; 3 for a claim
     margin: float | None = None  # non-inferiority margin in win rate; None: superiority
     sizes: list[int] = field(default_factory=list)  # further row counts, for model_a and `random`
-    price_hour: float | None = Field(
-        None, gt=0
-    )  # US dollars for an hour of this machine; None: count seconds
+    price_hour: float | None = Field(None, gt=0)  # US dollars for an hour of this machine
     limit: int | None = Field(None, gt=0)  # use only the first so many rows and questions
     seed: int = 0  # replicate r uses seed + r
 

@@ -268,9 +268,7 @@ def has_failed(
 
 
 def open_lines(
-    lines: Iterable[
-        Mapping
-    ],  # what a file is to hold: of each line, what is known before it is made
+    lines: Iterable[Mapping],  # what a file is to hold, as far as it is known before it is made
     find: Callable[[Mapping], Mapping | None],  # the line of the file with the same key
     again: Callable[[Mapping], bool] = has_failed,  # whether a line that is there is made again
 ) -> list[Any]:
@@ -321,19 +319,16 @@ class Step:
         self.journal.append(line)
         self._tokens += line.get("response_tokens") or 0
         self._usd += (line.get("usage") or {}).get("usd") or 0.0
-        rate = self._tokens / (time.perf_counter() - self._start)
-        shown = [f"{rate:,.0f} tokens/s"] * bool(self._tokens) + [dollars(self._usd)] * bool(
-            self._usd
-        )
-        self.bar.set_postfix_str(", ".join(shown), refresh=False)
+        seconds = time.perf_counter() - self._start
+        rate = f"{self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
+        cost = dollars(self._usd) if self._usd else ""
+        self.bar.set_postfix_str(", ".join(filter(None, [rate, cost])), refresh=False)
         self.bar.update()
 
 
 def status_counts(
     lines: Iterable[Mapping],  # lines of ratings.jsonl, judgments.jsonl or responses.jsonl
-) -> dict[
-    str, int
-]:  # ok, unparsed, refused, error; stop, length; lines that have neither: how many
+) -> dict[str, int]:  # ok, unparsed, refused, error; stop, length; `lines` that have neither
     "How many lines ended in which way."
     return dict(Counter(x.get("status") or x.get("finish_reason") or "lines" for x in lines))
 

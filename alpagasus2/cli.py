@@ -15,10 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .catalog import catalog, describe_data
+from .catalog import fetch as fetch_file
 from .commands.ask import generate, judge, leaderboard, rate
-from .commands.options import command_parser, config_text, exit_status, take_auth_token
+from alpagasus2.commands.options import (
+    command_parser,
+    config_text,
+    exit_status,
+    rows_of,
+    take_auth_token,
+)
 from .commands.training import doctor, estimate, merge, preview, train
-from .core.files import UserError
+from .core.files import UserError, file_sha256, read_jsonl, write_json
+from .core.run_folder import annotate, latest
+from .data import check_rows, load_examples, load_questions, read_rows
 
 # %% ../nbs/07_cli.ipynb #c1dfd96e
 def check(
@@ -26,9 +36,6 @@ def check(
     output: str | None = None,  # write the good rows here, with their ids
 ) -> None:
     "List what is wrong with a data set, row by row; exit status 2 when something is."
-    from alpagasus2.core.files import write_json
-    from alpagasus2.data import check_rows, read_rows
-
     rows = read_rows(path)
     good, problems = check_rows(rows)
     for p in problems:
@@ -45,9 +52,6 @@ def fetch(
     output: str | None = None,  # where to put the file; default: the user's cache folder
 ) -> None:
     "Download a catalogued data set and verify it."
-    from alpagasus2.catalog import catalog
-    from alpagasus2.catalog import fetch as fetch_file
-
     path = fetch_file(name, output)
     entry = catalog()[name]
     print(f"{path}: {entry['rows']:,} rows, licence {entry['licence']}, verified")
@@ -94,7 +98,6 @@ def _filter_page(
     questions: Sequence[str], folder: str, agreed: Mapping[str, Any],
 ) -> Path:  # fmt: skip
     "Write the filter's report for these selections."
-    from alpagasus2.data import load_questions
     from alpagasus2.evidence.filtering import (
         filter_report,
         plot_categories,
@@ -127,8 +130,6 @@ def _check_page_options(
 
 def _others_rows(compare: Sequence[str], output: str) -> dict[str, list[Any]]:
     "The rows that other filters kept, by the names of their files."
-    from alpagasus2.data import load_examples
-
     others = {Path(path).stem: load_examples(path)[0] for path in compare}
     if len({*others, Path(output).stem}) <= len(compare):
         raise UserError("--compare: give the files names of their own, the page goes by them")
@@ -139,10 +140,6 @@ def _record_selection(
     output: str, data: str, pool: int, rule: Mapping[str, Any], kept: int
 ) -> None:
     "Note the rule, and the hash and licence of the file that the rows are from."
-    from alpagasus2.catalog import describe_data
-    from alpagasus2.core.files import file_sha256
-    from alpagasus2.core.run_folder import annotate
-
     origin = describe_data(data, pool)
     given = {k: v for k, v in rule.items() if v is not None}
     annotate(
@@ -170,14 +167,10 @@ def select(
     other_scores: list[str] | None = None,  # other raters' scores: their agreement with --scores
 ) -> None:
     "Keep some rows by exactly one rule."
-    from alpagasus2.core.files import write_json
-    from alpagasus2.data import dropped, load_examples
     from alpagasus2.selection import load_scores
     from alpagasus2.selection import select as select_rows
 
-    rows, problems = load_examples(data)
-    if problems:
-        print(dropped(problems), file=sys.stderr)
+    rows, problems = rows_of(data)
     _check_page_options(report, scores, other_scores, questions, compare)
     others = _others_rows(compare or [], output)
     found = load_scores(scores, rows, dimension, problems) if scores else None
@@ -220,33 +213,25 @@ def _terms(
         fixed = read_claim(claim)
         kept = {k: fixed.get(k) for k in ("model_a", "control", "aa")}
         return {**kept, "margin": fixed["recipe"].get("margin")}
-    control = _control(models, model_a, None if model_a else "random")
-    return {"model_a": model_a, "control": control, "margin": margin}
+    return {"model_a": model_a, "control": _control(models, model_a), "margin": margin}
 
 
-def _control(models: set[str], model_a: str | None, default: str | None) -> str | None:
-    "The arm that decides the claim."
-    others = sorted(models - {model_a}) if model_a else []
-    return others[0] if len(others) == 1 else "random" if "random" in models else default
+def _control(models: set[str], model_a: str | None) -> str | None:
+    "The arm that decides the claim; None where nothing says which."
+    others = models - {model_a}
+    if model_a and len(others) == 1:
+        return others.pop()
+    return "random" if "random" in models or not model_a else None
 
 # %% ../nbs/07_cli.ipynb #fbb2f1dc
-def _labels(paths: Sequence[str] | None) -> list[Any] | None:
-    "The labels of all files."
-    from alpagasus2.analysis import load_labels
-
-    return [line for path in paths for line in load_labels(path)] if paths else None
-
-
 def _canaries(judgments: str) -> dict[str, float]:
     "Outcomes of the sanity checks of the judge: of a run's folder, or beside a file of judgments."
     from alpagasus2.analysis import canary_outcomes
-    from alpagasus2.core.run_folder import latest
     from alpagasus2.judge import canaries_path
 
     path = Path(judgments)
-    return canary_outcomes(
-        latest(path / "canaries.jsonl" if path.is_dir() else canaries_path(path))
-    )
+    lines = latest(path / "canaries.jsonl" if path.is_dir() else canaries_path(path))
+    return canary_outcomes(lines)
 
 # %% ../nbs/07_cli.ipynb #f1abd670
 def report(
@@ -258,8 +243,7 @@ def report(
     margin: float | None = None,  # non-inferiority margin in win rate, if one was fixed
 ) -> None:
     "Make the page and results.json from verdicts or answers."
-    from alpagasus2.analysis import analyse, orient
-    from alpagasus2.core.files import read_jsonl
+    from alpagasus2.analysis import analyse, load_labels, orient
     from alpagasus2.report.formats import without_orders
     from alpagasus2.report.page import write_report
     from alpagasus2.report.plots import plot_outcomes, plot_slots
@@ -274,7 +258,8 @@ def report(
         raise UserError(f"--model_a {model_a}: not judged; there are {', '.join(sorted(models))}")
     terms = _terms(judgments, models, model_a, margin)
     canaries = _canaries(judgments) if judgments else {}
-    results = analyse(lines, canaries=canaries, labels=_labels(labels), **terms)
+    said = [x for path in labels for x in load_labels(path)] if labels else None
+    results = analyse(lines, canaries=canaries, labels=said, **terms)
     results = without_orders(results) if copied else results
     answers = [x for path in responses or [] for x in read_jsonl(path)]
     figures = {"Verdicts in both orders": plot_outcomes(results["pairs"])} if lines else {}

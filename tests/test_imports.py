@@ -23,7 +23,7 @@ WINGS = {
     "model": "core data quant_lora",
     "evidence": "core data selection",
     "report": "core evidence analysis judge",
-    "commands": "core",  # each command loads the step it runs: see LOADED
+    "commands": "core catalog data",  # each command loads the step it runs: see LOADED
     "extras": "core data quant_lora model train",
 }
 # What the main street takes from the wings.

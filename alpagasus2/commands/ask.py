@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.files import UserError
+from .options import rows_of
+from ..core.files import UserError, read_jsonl
 from ..core.run_folder import dollars, spent_on, status_counts
+from ..data import load_questions
 
 # %% ../../nbs/commands/ask.ipynb #00808a72
 def _sorted_out(values: Mapping[str, Any], *classes: Any) -> list[Any]:
@@ -93,14 +95,10 @@ def rate(
     **config: Any,
 ) -> None:
     "Score every row of a data set, with a judge or with a local model's likelihoods."
-    from alpagasus2.data import dropped, load_examples
     from alpagasus2.endpoint.client import EndpointConfig
     from alpagasus2.judge import JudgeConfig, RatingPrompt, carry_out, load_prompt, rating_plan
 
-    rows, problems = load_examples(data)
-    if problems:
-        print(dropped(problems), file=sys.stderr)
-    rows = rows[:limit]
+    rows = rows_of(data)[0][:limit]
     if rater != "llm":
         _rate_locally(rows, output, rater, model or "smollm2-135m", template, dry_run)
         return
@@ -132,7 +130,6 @@ def judge(
     **config: Any,
 ) -> None:
     "Compare the answers of two or more models, in both orders."
-    from alpagasus2.core.files import read_jsonl
     from alpagasus2.endpoint.client import EndpointConfig
     from alpagasus2.judge import (
         JudgeConfig,
@@ -217,7 +214,6 @@ def generate(
     **config: Any,
 ) -> None:
     "Answer test questions with a base model, its adapters, or a server."
-    from alpagasus2.data import load_questions
     from alpagasus2.endpoint.client import EndpointConfig
     from alpagasus2.generate import GenerateConfig, export_responses
     from alpagasus2.generate import generate as answer

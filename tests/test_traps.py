@@ -29,6 +29,7 @@ from alpagasus2.quant_lora import (
     compute_dtype,
     load_base,
     load_tokenizer,
+    pick_device,
 )
 from alpagasus2.train import (
     TrainConfig,
@@ -397,8 +398,8 @@ def test_no_remote_code_and_one_device(base):
         return real(*words, **options)
 
     with patch.object(transformers.AutoModelForCausalLM, "from_pretrained", spy):
-        load_base(base, PLAIN, "cpu")
-    assert seen[0]["trust_remote_code"] is False and seen[0]["device_map"] == {"": "cpu"}
+        load_base(base, PLAIN)
+    assert seen[0]["trust_remote_code"] is False and seen[0]["device_map"] == {"": pick_device()}
 
 
 class Echo:

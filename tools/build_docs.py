@@ -17,7 +17,6 @@ pages that are written from code: commands, reference, the rooms' picture, llms.
 
 import argparse
 import ast
-import difflib
 import os
 import re
 import shutil
@@ -31,37 +30,36 @@ PAGES, NBS, IMAGES = ROOT / "_pages", ROOT / "nbs", ROOT / "nbs" / "images"
 os.chdir(ROOT)  # nbdev looks for settings.ini from here upwards
 os.environ |= {"MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
+import nbdev.doclinks  # noqa: E402
 import nbdev.processors  # noqa: E402
+import nbdev.showdoc  # noqa: E402
 import nbformat  # noqa: E402
 import site_pages  # noqa: E402
 import yaml  # noqa: E402
+from execnb.nbio import nb2str, read_nb  # noqa: E402
+from fastcore.docments import MarkdownRenderer  # noqa: E402
 from nbconvert import MarkdownExporter  # noqa: E402
 from nbdev.config import get_config  # noqa: E402
-from nbdev.serve_drv import main as process  # noqa: E402
 from site_pages import NOTEBOOKS  # noqa: E402
 
 CFG = get_config()
 SITE = CFG.doc_host + CFG.doc_baseurl
+RAW = CFG.git_url.replace("https://github.com", "https://raw.githubusercontent.com")
 NOTE = "<!-- Written by tools/build_docs.py from nbs/index.ipynb: edit that notebook. -->\n\n"
-TEXTS = {f"{n.upper()}.md": n for n in ("changelog", "contributing", "security")}  # pages too
-TEXTS |= {f"nbs/pages/{p.name}": p.stem for p in sorted((ROOT / "nbs/pages").glob("*.md"))}
-MADE = ("commands", "reference")  # by site_pages
+TEXTS = {ROOT / f"{n.upper()}.md": n for n in ("changelog", "contributing", "security")}
+TEXTS |= {path: path.stem for path in sorted((NBS / "pages").glob("*.md"))}
+MADE = {"commands": site_pages.commands_page, "reference": site_pages.reference_page}
+PAGE_OF = {NBS / file: page for file, page in NOTEBOOKS.items()} | TEXTS  # endpoint/cache, say
+NAMED = {f"{page}.html": page for page in (*PAGE_OF.values(), *MADE)}  # as a link may name them
 PICTURES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp"}
 
-ATTRS = re.compile(r"\]\((\S+)\)\{target=.*?\}")  # Quarto's link attributes
-NESTED = re.compile(r"(?<!!)\[(`[^`]*`)\]\([^)\s]+\)")  # a symbol that nbdev linked within a link
-SYMBOL = re.compile(r"^(#+) (\S+)$", re.M)  # the heading that show_doc writes
-HEAD = re.compile(r"---\n\n(\[source\]\(\S+\))\n\n(#+ \S+)$", re.M)  # the link before its heading
-LINE = re.compile(r"^\[source\]\(\S+#L(\d+)\)", re.M)
 STYLE = re.compile(r"<style scoped>.*?</style>\n?", re.S)  # pandas' own, which GitHub would print
-ALT = re.compile(r'alt="([^"]*)"')
-LINK = re.compile(
-    r"(?P<code>^```.*?^```|`[^`\n]*`)"
-    r"|(?P<bang>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]"
-    r"\((?P<target>[^)\s]+)(?P<title> \"[^\"]*\")?\)"
-    r"|(?P<img><img\b[^>]*>)|(?P<attr>\b(?:src|href)=)\"(?P<value>[^\"]+)\"",
-    re.S | re.M,
-)  # fmt: skip
+LINE = re.compile(r"#L(\d+)\)")  # of a symbol in its module
+LINK = re.compile(  # code, which is left as it is; or what stands before a target, and the target
+    r"^```.*?^```|`[^`\n]*`|(?P<before>\]\(|<img [^>]*?src=\")(?P<target>[^)\s\"]+)", re.S | re.M
+)
+# nbdev links every name in backticks; not within a link, and not in the heading of its own symbol
+nbdev.doclinks._re_backticks = re.compile(r"`([^`\s]+?)(?:\(\))?`(?! \{#|[^\[\]]*\]\()")
 
 
 def runs_at_build(
@@ -71,12 +69,22 @@ def runs_at_build(
     "Whether a cell is executed here: nbdev would run each one with an import in it, training too."
     if cell.cell_type != "code" or not cell.source or not nbdev_rule(cell):
         return False
-    for_show_doc = cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"}
-    trees = [] if for_show_doc or "show_doc" in cell.source else cell.parsed_()
+    for_show_doc = "export" in cell.directives_ or "show_doc" in cell.source
+    trees = [] if for_show_doc else cell.parsed_()
     return all(isinstance(tree, ast.Import | ast.ImportFrom) for tree in trees)
 
 
+class Documented(MarkdownRenderer):
+    "What show_doc writes of a symbol, with an anchor that links from other pages can use."
+
+    def _repr_markdown_(self) -> str:
+        source = nbdev.doclinks.NbdevLookup().code(self.fn)
+        heading = f"### `{self.nm}` {{#{self.nm.lower()}}}"
+        return f"{heading}\n\n[source]({source})\n\n{super()._repr_markdown_()}"
+
+
 nbdev.processors._do_eval = runs_at_build
+nbdev.showdoc.BasicMarkdownRenderer = Documented
 
 
 def place(
@@ -91,39 +99,6 @@ def place(
     sys.exit(f"{source.relative_to(ROOT)}: the link to {target} leads nowhere in this repository")
 
 
-DOCUMENTED = {
-    symbol.lower()
-    for file in NOTEBOOKS
-    for symbol in re.findall(r"show_doc\(([\w.]+)", (NBS / file).read_text())
-}  # on their own: nbdev documents each class unasked, but not its methods
-
-
-def page_of(
-    source: Path,  # a notebook or a text
-) -> str:  # its page on the site, such as endpoint/cache
-    "Where a source is read."
-    if source.suffix == ".ipynb":
-        return NOTEBOOKS[source.relative_to(NBS).as_posix()]
-    return TEXTS[source.relative_to(ROOT).as_posix()]
-
-
-def page_named(
-    path: str,  # a relative link, without its anchor
-    source: Path,  # the file it stands in
-) -> str | None:  # the page's name, or None for another kind of file
-    "The page that a link means, if it means one."
-    name = path.removesuffix(".html").removesuffix(".md")
-    if path.endswith(".html") and name in {*NOTEBOOKS.values(), *TEXTS.values(), *MADE}:
-        return name
-    if name in MADE:
-        return name
-    if path.endswith((".ipynb", ".md")):
-        file = place(path, source)
-        known = file.suffix == ".ipynb" or file.relative_to(ROOT).as_posix() in TEXTS
-        return page_of(file) if known else None
-    return None
-
-
 def resolve(
     target: str,  # what a link says
     source: Path,  # the file it stands in
@@ -134,112 +109,80 @@ def resolve(
     if "://" in target or target.startswith(("#", "mailto:")):
         return target
     path, _, anchor = target.partition("#")
-    if "." in anchor and anchor not in DOCUMENTED:
-        anchor = anchor.partition(".")[0]
-    if anchor.startswith("_"):  # nbdev links a private name too, which is documented nowhere
-        anchor = ""
+    # nbdev links a method, which its class documents, and a private name, which nothing does
+    anchor = re.sub(r"^_.*|\..*", "", anchor)
     anchor = anchor and f"#{anchor}"
-    folder = os.path.dirname(page_of(source))
-    if page := page_named(path, source):
-        inside = os.path.relpath(page, folder or ".")
-        return f"{SITE}/{page}.html{anchor}" if readme else f"{inside}.md{anchor}"
-    file = place(path, source)
+    folder = os.path.dirname(PAGE_OF[source]) or "."
+    file = None if path in NAMED else place(path, source)
+    if page := NAMED.get(path) or PAGE_OF.get(file):
+        return (
+            f"{SITE}/{page}.html{anchor}"
+            if readme
+            else f"{os.path.relpath(page, folder)}.md{anchor}"
+        )
     inside = file.relative_to(ROOT).as_posix()
     if file.suffix not in PICTURES:
         return f"{CFG.git_url}/{'tree' if file.is_dir() else 'blob'}/{CFG.branch}/{inside}{anchor}"
     if readme:
-        raw = CFG.git_url.replace("https://github.com", "https://raw.githubusercontent.com")
-        return f"{raw}/{CFG.branch}/{inside}"
+        return f"{RAW}/{CFG.branch}/{inside}"
     (PAGES / inside).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(file, PAGES / inside)
-    return os.path.relpath(inside, folder or ".")
+    return os.path.relpath(inside, folder)
 
 
 def relink(
     text: str,  # Markdown
     source: Path,  # the file it comes from
-    readme: bool,  # for README.md
-) -> str:  # the same with its links resolved, code left as it is
-    "The site shows no picture from another host, so that a page asks no one else for anything."
+    readme: bool = False,  # for README.md
+) -> str:
+    "The same with its links resolved."
 
     def one(m: re.Match) -> str:
-        if m["code"]:
-            return m[0]
-        if m["img"] and not readme and '="http' in m[0]:
-            return (ALT.search(m[0]) or [0, "picture"])[1]
-        if m["img"]:
-            return re.sub(
-                r'src="([^"]+)"', lambda s: f'src="{resolve(s[1], source, readme)}"', m[0]
-            )
-        if m["attr"]:
-            return f'{m["attr"]}"{resolve(m["value"], source, readme)}"'
-        to = resolve(m["target"], source, readme)
-        if m["bang"] and not readme and "://" in to:
-            return m["text"]
-        text = LINK.sub(one, NESTED.sub(r"\1", m["text"]))
-        return f"{m['bang']}[{text}]({to}{m['title'] or ''})"
+        return m["before"] + resolve(m["target"], source, readme) if m["before"] else m[0]
 
     return LINK.sub(one, text)
-
-
-def options(
-    source: str,  # of a code cell
-) -> dict[str, str]:  # such as {"echo": "false"}
-    "The cell's `#|` options with a value."
-    return dict(re.findall(r"^#\|\s*(\w+):\s*(\S+)\s*$", source, re.M))
 
 
 def shown(
     cell: nbformat.NotebookNode,  # a code cell that stays
 ) -> nbformat.NotebookNode:  # the same as a reader sees it
     "No option lines, no progress bars, no style sheets in tables."
-    wish = options(cell.source)
-    if wish.get("output") == "false" or wish.get("include") == "false":
-        cell.outputs = []
-    bar = [o.output_type == "stream" and "\r" in "".join(o.text) for o in cell.outputs]
-    cell.outputs = [o for o, is_bar in zip(cell.outputs, bar, strict=True) if not is_bar]
+    cell.outputs = [o for o in cell.outputs if "\r" not in o.get("text", "")]
     for out in cell.outputs:
         if html := out.get("data", {}).get("text/html"):
-            out.data["text/html"] = STYLE.sub("", "".join(html))
-    hidden = wish.get("echo") == "false" or wish.get("include") == "false"
-    lines = [] if hidden else [x for x in cell.source.splitlines() if not x.startswith("#|")]
+            out.data["text/html"] = STYLE.sub("", html)
+    cell.metadata["transient"] = {"remove_source": "#| echo: false" in cell.source}
+    lines = [x for x in cell.source.splitlines() if not x.startswith("#|")]
     cell.source = "\n".join(lines).strip("\n")
-    cell.metadata["transient"] = {"remove_source": hidden}
     return cell
 
 
-def documented(
-    cell: nbformat.NotebookNode,  # a show_doc call with its output
-) -> tuple[int, str]:  # the symbol's line in the module, and Markdown
-    "What show_doc wrote, each symbol with an anchor that links from other pages can use."
-    text = "\n\n".join("".join(out.data["text/markdown"]) for out in cell.outputs)
-    text = HEAD.sub(r"\2\n\n\1", ATTRS.sub(r"](\1)", text))
-    line = LINE.search(text)
-    text = SYMBOL.sub(lambda m: f"{m[1]} `{m[2]}` {{#{m[2].lower()}}}", text)
-    return int(line[1]) if line else 0, text
-
-
 def flatten(
-    notebook: Path,  # a notebook that nbdev processed
-    source: Path,  # the one it was made from
+    source: Path,  # a notebook of nbs/
     readme: bool,  # for README.md
 ) -> nbformat.NotebookNode:  # plain Markdown and code cells
     "Front matter, documentation and directives as plain cells."
-    nb, cells, symbols = nbformat.read(notebook, 4), [], []
-    md = nbformat.v4.new_markdown_cell
-    for cell in [*nb.cells, md("")]:
-        if "#| output: asis" in cell.source:
-            symbols.append(documented(cell))
+    filled = read_nb(source)
+    nbdev.processors.FilterDefaults()(filled)
+    nb, cells, symbols = nbformat.reads(nb2str(filled), 4), [], []
+
+    def add(text: str) -> None:
+        cells.append(nbformat.v4.new_markdown_cell(relink(text, source, readme)))
+
+    for cell in nb.cells:
+        if "#| output: asis" in cell.source:  # show_doc
+            symbols += [out.data["text/markdown"] for out in cell.outputs]
             continue
-        cells += [md(relink(text, source, readme)) for _, text in sorted(symbols)]
+        for text in sorted(symbols, key=lambda text: int(LINE.search(text)[1])):
+            add(text)
         symbols = []  # nbdev turns the symbols of one cell about, so they are sorted by line
         if cell.cell_type == "raw":  # front matter
             meta = yaml.safe_load(cell.source.strip().strip("-"))
-            cells.append(md(f"# {meta['title']}\n\n{meta.get('description', '')}"))
+            add(f"# {meta['title']}\n\n{meta.get('description', '')}")
         elif cell.cell_type == "code":
             cells.append(shown(cell))
-        elif cell.source and not cell.source.startswith("<!-- WARNING"):
-            cells.append(md(relink(cell.source, source, readme)))
+        elif not cell.source.startswith("<!-- WARNING"):
+            add(cell.source)
     nb.cells, nb.metadata["language_info"] = cells, {"name": "python"}
     return nb
 
@@ -249,18 +192,13 @@ def rendered(
     readme: bool = False,  # for README.md
 ) -> tuple[str, dict[str, bytes]]:  # Markdown, and its figures by path
     "One page."
-    name = page_of(source).rpartition("/")[2]
-    with tempfile.TemporaryDirectory() as folder:
-        done = Path(folder) / source.name
-        process((source, done, nbdev.processors.FilterDefaults))
-        nb = flatten(done, source, readme)
+    name = PAGE_OF[source].rpartition("/")[2]
     where = IMAGES.relative_to(ROOT).as_posix() if readme else f"{name}_files"
     body, resources = MarkdownExporter().from_notebook_node(
-        nb, {"unique_key": name, "output_files_dir": where}
+        flatten(source, readme), {"unique_key": name, "output_files_dir": where}
     )
     if readme:  # figures of outputs have only now got a name; what does not exist yet is passed by
-        raw = CFG.git_url.replace("https://github.com", "https://raw.githubusercontent.com")
-        body = body.replace(f"]({where}/{name}_", f"]({raw}/{CFG.branch}/{where}/{name}_")
+        body = body.replace(f"]({where}/{name}_", f"]({RAW}/{CFG.branch}/{where}/{name}_")
     return re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", resources["outputs"]
 
 
@@ -271,60 +209,54 @@ def readme_files() -> dict[Path, bytes]:  # contents by path
     return {ROOT / path: data for path, data in files.items()}
 
 
-def figures() -> list[Path]:
+def figures() -> set[Path]:
     "The committed figures of index.ipynb's outputs, an earlier version's among them."
-    return sorted(IMAGES.glob("index_*"))
+    return set(IMAGES.glob("index_*"))
 
 
 def check() -> int:
     "Say what in README.md is not as index.ipynb gives it."
     wanted = readme_files()
-    wrong = [p for p, data in wanted.items() if not p.exists() or p.read_bytes() != data]
-    wrong += [p for p in figures() if p not in wanted]
-    for path in wrong:
+    wrong = figures() - wanted.keys()
+    wrong |= {p for p, data in wanted.items() if not p.exists() or p.read_bytes() != data}
+    for path in sorted(wrong):
         print(f"{path.relative_to(ROOT)} is not what nbs/index.ipynb gives: run `make docs`")
-        if path.suffix == ".md" and path.exists():
-            old, new = path.read_text().splitlines(), wanted[path].decode().splitlines()
-            print("\n".join([*difflib.unified_diff(old, new, "there", "wanted", "", "", 1)][:40]))
     return 1 if wrong else 0
-
-
-def made_pages() -> dict[str, str]:  # Markdown by name
-    "The pages that are written from code."
-    return {"commands": site_pages.commands_page(), "reference": site_pages.reference_page()}
 
 
 def text_page(
     file: Path,  # Markdown of the repository
 ) -> str:
     "The same with its links resolved, and the modules drawn where it asks for them."
-    text = relink(file.read_text(), file, readme=False)
+    text = relink(file.read_text(), file)
     text = text.replace("<!-- picture of the house -->", site_pages.house_picture())
     return text.replace("<!-- table of the house -->", site_pages.house_table())
+
+
+def write(
+    files: dict[Path, bytes],  # contents by path
+) -> None:
+    "Write them, with their folders."
+    for path, data in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 def build() -> int:
     "Write the pages, then README.md."
     shutil.rmtree(PAGES, ignore_errors=True)
-    PAGES.mkdir()
-    for file, page in TEXTS.items():
-        (PAGES / f"{page}.md").write_text(text_page(ROOT / file))
-    for page, text in made_pages().items():
-        (PAGES / f"{page}.md").write_text(text)
-    shutil.copy(ROOT / "nbs/pages/extra.css", PAGES)
+    write({PAGES / f"{page}.md": text_page(file).encode() for file, page in TEXTS.items()})
+    write({PAGES / f"{page}.md": make().encode() for page, make in MADE.items()})
+    shutil.copy(NBS / "pages/extra.css", PAGES)
     for file, page in NOTEBOOKS.items():
         body, files = rendered(NBS / file)
-        folder, name = (PAGES / page).parent, (PAGES / page).name
-        for path, data in {f"{name}.md": body.encode(), **files}.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(data)
+        folder = (PAGES / page).parent
+        write({PAGES / f"{page}.md": body.encode()} | {folder / p: d for p, d in files.items()})
     nav = yaml.safe_load(re.sub(r"!!\S+", "", (ROOT / "mkdocs.yml").read_text()))["nav"]
     (PAGES / "llms.txt").write_text(site_pages.llms_txt(nav, PAGES, SITE))
     for path in figures():
         path.unlink()
-    for path, data in readme_files().items():
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(data)
+    write(readme_files())
     return 0
 
 

@@ -7,7 +7,6 @@ __all__ = ['dataset_path', 'catalog', 'git_blob_id', 'fetch', 'locate', 'describ
 
 # %% ../nbs/00a_catalog.ipynb #ce53f02f
 import hashlib
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -48,13 +47,12 @@ def fetch(
     path = Path(output) if output else cache_dir() / "data" / entry["file"]
     if path.exists() and git_blob_id(path.read_bytes()) == entry["git_blob"]:
         return path
-    request = urllib.request.Request(
-        entry["address"], headers={"Accept": "application/vnd.github.raw"}
-    )
+    raw = {"Accept": "application/vnd.github.raw"}
+    request = urllib.request.Request(entry["address"], headers=raw)
     by_hand = f"get {entry['page']} by hand, place it at {path} and run this again"
     try:
         data = urllib.request.urlopen(request, timeout=60).read()
-    except (urllib.error.URLError, OSError) as e:
+    except OSError as e:  # urllib's errors are of this kind
         raise UserError(f"{name}: {entry['address']} did not answer ({e}); {by_hand}") from None
     if git_blob_id(data) != entry["git_blob"]:
         raise UserError(f"{name}: the download is not the catalogued file; {by_hand}")
@@ -64,11 +62,13 @@ def fetch(
 
 # %% ../nbs/00a_catalog.ipynb #fb481a39
 def locate(
-    name: str,  # a name in the catalogue
-) -> Path:  # a file on this machine
+    source: str | Path,  # a file, or a name in the catalogue
+) -> Path:  # a file on this machine; what is neither of the two stays as it is
     "The file of a catalogued name: it travels with the package, or is fetched once."
-    entry = catalog()[name]
-    return fetch(name) if "address" in entry else dataset_path(entry["file"])
+    path, entry = Path(source), catalog().get(str(source))
+    if path.is_file() or entry is None:
+        return path
+    return fetch(str(source)) if "address" in entry else dataset_path(entry["file"])
 
 # %% ../nbs/00a_catalog.ipynb #4f5fa6d1
 def describe_data(
@@ -76,18 +76,15 @@ def describe_data(
     rows: int,  # how many were read, those held out for evaluation among them
 ) -> dict:  # {"file", "rows", "sha256", "licence", "page"}; what is not known is None
     "File, hash and licence of rows; a folder on this machine is never part of it."
-    known = catalog()
-    name = str(data_path)
-    path = locate(name) if name in known and not Path(name).is_file() else Path(name)
-    found = {"file": path.name if path.is_file() else name, "rows": rows}
+    name, path = str(data_path), locate(data_path)
     if not path.is_file():  # a hub id
-        return {**found, "sha256": None, "licence": None, "page": None}
+        return {"file": name, "rows": rows, "sha256": None, "licence": None, "page": None}
     content = path.read_bytes()
     blob, sha256 = git_blob_id(content), hashlib.sha256(content).hexdigest()
     noted = manifest_entry(path)
     entry = next(
-        (e for n, e in known.items() if n == name or e.get("git_blob") == blob),
+        (e for n, e in catalog().items() if n == name or e.get("git_blob") == blob),
         noted if noted.get("sha256") == sha256 else {},
     )
     licence, page = entry.get("licence"), entry.get("page")
-    return {**found, "sha256": sha256, "licence": licence, "page": page}
+    return {"file": path.name, "rows": rows, "sha256": sha256, "licence": licence, "page": page}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-from .catalog import catalog, locate
+from .catalog import locate
 from .core.files import UserError
 
 # %% ../nbs/00_data.ipynb #7b52009b
@@ -69,7 +69,6 @@ def _read_csv(path: Path) -> list[dict]:
 
 # %% ../nbs/00_data.ipynb #584c8117
 def _read_parquet(path: Path) -> list[dict]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
@@ -86,13 +85,13 @@ READERS = {
 }
 
 # %% ../nbs/00_data.ipynb #8a3a34f0
-def _read_hub(name: str, split: str) -> list[dict]:
+def _read_hub(name: str) -> list[dict]:
     try:
         import datasets
     except ImportError:
         raise UserError(f"{name}: to read from the hub, pip install 'alpagasus2[train]'") from None
     try:
-        return datasets.load_dataset(name, split=split).to_list()
+        return datasets.load_dataset(name, split="train").to_list()
     except Exception as e:  # the hub's errors have no common base class
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f"{name}: not a file, and the hub did not give it: {reason}") from e
@@ -100,12 +99,9 @@ def _read_hub(name: str, split: str) -> list[dict]:
 # %% ../nbs/00_data.ipynb #fa35e192
 def read_rows(
     source: str | Path,  # .json, .jsonl, .csv or .parquet; a catalogued name; or a hub id
-    split: str = "train",  # the split to take from a hub data set
 ) -> list[dict]:  # rows as they stand, unchecked
     "Read rows from a file, the catalogue or the hub; `UserError` names file and place."
-    path = Path(source)
-    if not path.is_file() and str(source) in catalog():
-        path = locate(str(source))
+    path = locate(source)
     if path.is_file():
         if path.suffix not in READERS:
             raise UserError(f"{path}: unknown ending {path.suffix!r}; use {', '.join(READERS)}")
@@ -115,7 +111,7 @@ def read_rows(
         return rows
     if path.suffix in READERS or path.is_absolute() or str(source).count("/") != 1:
         raise UserError(f"{source}: no such file, and no data set of the catalogue has this name")
-    return _read_hub(str(source), split)
+    return _read_hub(str(source))
 
 # %% ../nbs/00_data.ipynb #2f3d5e7b
 class Message(TypedDict):
@@ -239,22 +235,20 @@ def check_rows(
 # %% ../nbs/00_data.ipynb #9045e695
 def dropped(
     problems: Sequence[Problem],  # what `load_examples` left out
-    limit: int = 5,  # how many to name
 ) -> str:  # "dropped 6 rows (4 empty, 2 duplicate): row 12: ..."; "" when none was
-    "Say which rows were dropped, in one line."
+    "Say which rows were dropped, in one line; the first five by number."
     if not problems:
         return ""
     kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(p.kind for p in problems).items())
-    named = "; ".join(map(str, problems[:limit])) + ("; ..." if len(problems) > limit else "")
+    named = "; ".join([*map(str, problems[:5]), *(["..."] if len(problems) > 5 else [])])
     return f"dropped {len(problems)} of the rows ({kinds}): {named}"
 
 # %% ../nbs/00_data.ipynb #60249f05
 def load_examples(
     source: str | Path,  # a file, a catalogued name or a hub id
-    split: str = "train",  # the split to take from a hub data set
 ) -> tuple[list[Example], list[Problem]]:  # rows with ids; those dropped
     "Read and check rows; raises `UserError` at the first malformed row or when none is left."
-    rows, problems = check_rows(read_rows(source, split))
+    rows, problems = check_rows(read_rows(source))
     for p in problems:
         if p.kind == "malformed":
             raise UserError(f"{source}: row {p.row} {p.detail}; `alpagasus2 check` lists all rows")
@@ -300,6 +294,11 @@ ALPACA_NO_INPUT = (
 Template = Literal["alpaca", "chat"]
 
 # %% ../nbs/00_data.ipynb #c3a05738
+def _before_response(messages: list[Message]) -> list[Message]:
+    "A conversation without the response at its end, if there is one."
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
 def prompt(
     row: Asked,  # an example or a question
     template: Template = "alpaca",  # alpaca: the paper's text; chat: the tokenizer's own template
@@ -315,8 +314,7 @@ def prompt(
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("this model's tokenizer has no chat template; use template=alpaca")
     if "messages" in row:
-        messages = row["messages"]
-        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        messages = _before_response(row["messages"])
     else:
         messages = [{"role": "user", "content": "\n\n".join(filter(None, question_of(row)))}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -327,45 +325,35 @@ def asked_of(
 ) -> tuple[str, str]:  # the instruction; the instruction and its input. Of messages: all, twice
     "What stands before the response, without any template."
     if "messages" in row:
-        turns = row["messages"]
-        turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-        text = "\n".join(m["content"] for m in turns)
+        text = "\n".join(m["content"] for m in _before_response(row["messages"]))
         return text, text
     return row["instruction"], f"{row['instruction']}\n{row.get('input') or ''}"
 
 # %% ../nbs/00_data.ipynb #f5659e00
-def _form(
-    key: str, test_set: str, category: str | None, instruction: str, context: str
-) -> Question:
-    return {
-        "id": str(key),
-        "test_set": test_set,
-        "category": category,
-        "instruction": instruction,
-        "input": context,
-    }
+def _named(row: Mapping, stem: str, number: int) -> tuple[str, Any, str | None, str]:
+    "Test set, id, category and instruction of a line."
+    if "instances" in row:  # Self-Instruct user tasks
+        return "sinstruct", row["id"], row.get("motivation_app"), row["instruction"]
+    if "Instruction" in row:
+        return "wizardlm", f"wizardlm_{row['idx']}", row.get("Skill"), row["Instruction"]
+    if "question_id" in row and "text" in row:
+        key = str(row["question_id"]).removeprefix("vicuna_")
+        return "vicuna", f"vicuna_{key}", row.get("category"), row["text"]
+    if "prompt" in row:
+        return "koala", row["id"], None, row["prompt"]
+    test_set = row.get("test_set", stem)
+    return test_set, row.get("id", f"{test_set}_{number}"), row.get("category"), row["instruction"]
 
 # %% ../nbs/00_data.ipynb #22d200f8
 def _question(row: Mapping, stem: str, number: int) -> Question:
     "One question in our schema, from any of the four test sets' schemas or our own."
-    if "instances" in row:  # Self-Instruct user tasks
-        first, name = row["instances"][0], "sinstruct"
-        form = _form(row["id"], name, row.get("motivation_app"), row["instruction"], first["input"])
-        return form | ({"reference": first["output"]} if first.get("output") else {})  # a person's
-    if "Instruction" in row:
-        return _form(f"wizardlm_{row['idx']}", "wizardlm", row.get("Skill"), row["Instruction"], "")
-    if "question_id" in row and "text" in row:
-        key = str(row["question_id"])
-        key = key if key.startswith("vicuna_") else f"vicuna_{key}"
-        return _form(key, "vicuna", row.get("category"), row["text"], "")
-    if "prompt" in row:
-        return _form(row["id"], "koala", None, row["prompt"], "")
-    test_set = row.get("test_set", stem)
-    question = _form(
-        row.get("id", f"{test_set}_{number}"), test_set, row.get("category"),
-        row["instruction"], row.get("input") or "",
-    )  # fmt: skip
+    test_set, key, category, instruction = _named(row, stem, number)
+    if "instances" in row:  # a person wrote the output
+        first = row["instances"][0]
+        row = {"input": first["input"], "reference": first.get("output") or None}
     known = {k: row[k] for k in ("reference", "answer") if row.get(k) is not None}
+    question = {"id": str(key), "test_set": test_set, "category": category}
+    question |= {"instruction": instruction, "input": row.get("input") or ""}
     return cast(Question, question | known)
 
 # %% ../nbs/00_data.ipynb #69676f68

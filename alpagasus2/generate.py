@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Answer', 'Answers', 'Backend', 'Form', 'GenerateConfig', 'Response', 'encode_prompts', 'local_answers',
-           'endpoint_requests', 'endpoint_answers', 'adapter_sha256', 'answer_lines', 'generate', 'repetition',
-           'answer_statistics', 'length_warnings', 'side_by_side', 'export_responses']
+           'endpoint_requests', 'endpoint_answers', 'answer_lines', 'generate', 'length_warnings', 'export_responses']
 
 # %% ../nbs/03_generate.ipynb #77de68da
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +16,10 @@ from typing import Any, Literal, cast
 
 from pydantic import Field
 
-from .core.files import UserError, file_sha256, settings, write_json
+from .core.files import UserError, adapter_sha256, settings, write_json
 from .core.run_folder import Journal, resumed
 from .data import Question, Template, prompt, question_of
-from .endpoint.batch_api import asker
-from .endpoint.cache import Request
-from .endpoint.client import Endpoint
+from .endpoint.cache import Ask, Request
 
 # %% ../nbs/03_generate.ipynb #c1dfd96e
 @settings
@@ -96,26 +94,25 @@ def local_answers(
 ) -> Answers:
     "Answer questions with a model in this process."
     from alpagasus2.model.decode import cache_budget, chooser, decode
+    from alpagasus2.model.forward import evaluating
 
     context = model.config.get_text_config().max_position_embeddings
     prompts = encode_prompts(questions, tokenizer, context - config.max_new_tokens, config)
     stop = _stop_tokens(model, tokenizer)
     seeds = [f"{config.seed} {q['id']}" for q in questions]
     choose = chooser(config.temperature, config.top_p, seeds)
-    training = model.training
-    model.eval()
-    try:
-        budget = config.token_budget or cache_budget(model)
+    budget = config.token_budget or cache_budget(model)
+    with evaluating(model):
         for i, new, stopped in decode(model, prompts, config.max_new_tokens, stop, choose, budget):
-            answer = {
-                "response": tokenizer.decode(new, skip_special_tokens=True),
-                "finish_reason": "stop" if stopped else "length",
-                "prompt_tokens": len(prompts[i]),
-                "response_tokens": len(new),
-            }
-            yield i, answer
-    finally:
-        model.train(training)
+            yield (
+                i,
+                {
+                    "response": tokenizer.decode(new, skip_special_tokens=True),
+                    "finish_reason": "stop" if stopped else "length",
+                    "prompt_tokens": len(prompts[i]),
+                    "response_tokens": len(new),
+                },
+            )
 
 # %% ../nbs/03_generate.ipynb #1b9ec1ba
 def endpoint_requests(
@@ -128,32 +125,24 @@ def endpoint_requests(
 
 # %% ../nbs/03_generate.ipynb #17ba0791
 def endpoint_answers(
-    endpoint: Endpoint,  # any OpenAI-compatible server; its sampling settings apply
+    ask: Ask,  # `Endpoint(...).complete`; the endpoint's sampling settings apply
     questions: Sequence[Question],  # instruction, input
 ) -> Answers:
     "Answer questions through an endpoint; one that the server refuses has finish_reason error."
-    for i, reply in asker(endpoint)(endpoint_requests(questions)):
+    for i, reply in ask(endpoint_requests(questions)):
         usage = dict(reply.usage or {})
-        answer = {
-            "response": reply.text,
-            "finish_reason": reply.finish_reason,
-            "prompt_tokens": usage.get("prompt_tokens"),
-            "response_tokens": usage.get("completion_tokens"),
-            "usage": usage,
-        }
-        yield i, answer
+        yield (
+            i,
+            {
+                "response": reply.text,
+                "finish_reason": reply.finish_reason,
+                "prompt_tokens": usage.get("prompt_tokens"),
+                "response_tokens": usage.get("completion_tokens"),
+                "usage": usage,
+            },
+        )
 
 # %% ../nbs/03_generate.ipynb #bd307a3e
-def adapter_sha256(
-    path: str | Path,  # an adapter folder, or a hub id
-) -> str:  # first 16 hex digits of SHA-256 of its weights; a hub id as it is
-    "What tells one trained adapter from another."
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (Path(path) / name).exists():
-            return file_sha256(Path(path) / name)[:16]
-    return str(path)
-
-
 def answer_lines(
     questions: Sequence[Question],  # from `load_questions`
     models: Iterable[str],  # names of the arms
@@ -161,11 +150,10 @@ def answer_lines(
     adapters: Mapping[str, str | Path] | None = None,  # name of an arm -> folder of its adapter
 ) -> list[Response]:  # one a model and question, without its answer
     "What responses.jsonl is to hold."
-    fields = ("id", "test_set", "category", "instruction", "input")
     weights = {name: {"adapter": adapter_sha256(path)} for name, path in (adapters or {}).items()}
     lines = [
-        {**{f: q.get(f) for f in fields}, "model": name, "replicate": replicate}
-        | weights.get(name, {})
+        {f: q.get(f) for f in ("id", "test_set", "category", "instruction", "input")}
+        | {"model": name, "replicate": replicate, **weights.get(name, {})}
         for name in models for q in questions
     ]  # fmt: skip
     return cast(list[Response], lines)
@@ -193,8 +181,8 @@ def generate(
     backend: Mapping[str, Any] | None = None,  # recorded too: load_in_4bit, base_url
 ) -> list[Response]:  # all lines of the file
     "Answer all questions with all models, append each answer, resume where the file stops."
-    settings = {k: v for k, v in asdict(config).items() if k != "token_budget"}  # speed only
-    settings = {"base_model": base_model, **settings, **(backend or {})}
+    settings = {"base_model": base_model, **asdict(config), **(backend or {})}
+    del settings["token_budget"]  # it changes the speed only
     lines = answer_lines(questions, models, replicate, adapters)
     with resumed(output, settings, "answer", progress) as step:
         _refuse_other_adapters(lines, step.journal)
@@ -206,79 +194,43 @@ def generate(
                 step.append({**mine[i], **answer})
         return step.journal.rows()
 
-# %% ../nbs/03_generate.ipynb #1fc49430
-def repetition(
-    text: str,  # an answer
-) -> float:  # in [0, 1): share of its 4-grams of words that were there before
-    "How much of an answer is said again; 0 for a text under four words."
-    words = text.split()
-    grams = list(zip(*(words[i:] for i in range(4)), strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-# %% ../nbs/03_generate.ipynb #e19ad1b9
-def answer_statistics(
-    lines: Iterable[Response],
-) -> list[dict]:  # one a test set and model: n, tokens, stopped, at_limit, repetition
-    "Mean length in tokens, and shares: answers that stopped, hit the limit, and repeat 4-grams."
-    groups: dict[tuple, list[Response]] = {}
-    for x in lines:
-        if x.get("finish_reason") != "error":
-            groups.setdefault((x["test_set"], x["model"]), []).append(x)
-    return [
-        {
-            "test_set": test_set,
-            "model": model,
-            "n": len(g),
-            "tokens": sum(x.get("response_tokens") or 0 for x in g) / len(g),
-            "stopped": sum(x["finish_reason"] == "stop" for x in g) / len(g),
-            "at_limit": sum(x["finish_reason"] == "length" for x in g) / len(g),
-            "repetition": sum(repetition(x["response"]) for x in g) / len(g),
-        }
-        for (test_set, model), g in groups.items()
-    ]
-
 # %% ../nbs/03_generate.ipynb #d70f579b
 def length_warnings(
     lines: Iterable[Response],
     share: float = 0.2,  # of answers at the limit, above which to warn
 ) -> list[str]:  # a sentence for each test set and model
     "Say where too many answers are unfinished."
-    return [
-        f"{s['test_set']}, {s['model']}: {s['at_limit']:.0%} of {s['n']} answers hit the length "
-        "limit; raise max_new_tokens, or see whether training rows lost their EOS"
-        for s in answer_statistics(lines)
-        if s["at_limit"] > share
-    ]
-
-# %% ../nbs/03_generate.ipynb #b3e5fb66
-def side_by_side(
-    lines: Iterable[Response],
-) -> list[dict]:  # one a question and replicate: id, instruction, a column a model
-    "Answers of all models to the same question in one row."
-    rows: dict[tuple, dict] = {}
+    cut = defaultdict[tuple[str, str], list[bool]](list)
     for x in lines:
-        key = (x["test_set"], x["id"], x.get("replicate", 0))
-        row = rows.setdefault(key, {"id": x["id"], "instruction": x["instruction"]})
-        row[x["model"]] = x["response"]
-    return list(rows.values())
+        if x.get("finish_reason") != "error":
+            cut[x["test_set"], x["model"]].append(x["finish_reason"] == "length")
+    return [
+        f"{test_set}, {model}: {sum(found) / len(found):.0%} of {len(found)} answers hit the "
+        "length limit; raise max_new_tokens, or see whether training rows lost their EOS"
+        for (test_set, model), found in cut.items()
+        if sum(found) / len(found) > share
+    ]
 
 # %% ../nbs/03_generate.ipynb #5e5bf771
 Form = Literal["seed", "alpaca_eval"]
 
 
-def _in_order(key: tuple[str, str]) -> tuple:
-    "vicuna_2 before vicuna_10, whichever was answered first."
-    return key[0], [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", str(key[1]))]
+def _original(x: Response) -> tuple[str, dict[str, Any]]:
+    "Its file, and its record: the question, and a column for the model."
+    field = {"vicuna": "text", "koala": "prompt"}.get(x["test_set"], "instruction")
+    record: dict[str, Any] = {"question_id": x["id"], field: x["instruction"]}
+    if field == "instruction":
+        record["instances"] = [{"input": x["input"]}]
+    return f"{x['test_set']}_seed_{x.get('replicate', 0)}.json", {
+        **record,
+        x["model"]: x["response"],
+    }
 
 
-def _original_question(x: Response) -> dict:
-    key = {"vicuna": "text", "koala": "prompt"}.get(x["test_set"], "instruction")
-    question = {"question_id": x["id"], key: x["instruction"]}
-    return question if key != "instruction" else question | {"instances": [{"input": x["input"]}]}
-
-
-def _alpaca_eval_output(x: Response, name: str) -> dict:
-    return {
+def _alpaca_eval(x: Response) -> tuple[str, dict[str, Any]]:
+    "Its file, and its record."
+    name = f"{x['model']}-{x['replicate']}" if x.get("replicate") else x["model"]
+    return f"{name}/model_outputs.json", {
         "instruction": "\n\n".join(filter(None, question_of(x))),
         "output": x["response"],
         "generator": name,
@@ -286,26 +238,25 @@ def _alpaca_eval_output(x: Response, name: str) -> dict:
     }
 
 # %% ../nbs/03_generate.ipynb #874236a7
+def _in_order(key: tuple[str, str]) -> tuple:
+    "vicuna_2 before vicuna_10, whichever was answered first."
+    return key[0], [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", str(key[1]))]
+
+
 def export_responses(
     lines: Iterable[Response],
     folder: str | Path,  # files are written here
     form: Form,  # seed: koala_seed_0.json; alpaca_eval: MODEL/model_outputs.json
 ) -> list[Path]:  # the files
     "Write answers in another tool's file format; failed ones are left out."
-    files: dict[str, dict[Any, dict]] = {}
+    if form not in ("seed", "alpaca_eval"):
+        raise UserError(f"export {form!r} is unknown; use seed or alpaca_eval")
+    files: dict[Path, dict[Any, dict]] = {}
     for x in lines:
-        if x.get("finish_reason") == "error":
-            continue
-        replicate, key = x.get("replicate", 0), (x["test_set"], x["id"])
-        if form == "seed":
-            rows = files.setdefault(f"{x['test_set']}_seed_{replicate}.json", {})
-            rows.setdefault(key, _original_question(x))[x["model"]] = x["response"]
-        elif form == "alpaca_eval":
-            name = f"{x['model']}-{replicate}" if replicate else x["model"]
-            outputs = files.setdefault(f"{name}/model_outputs.json", {})
-            outputs[key] = _alpaca_eval_output(x, name)
-        else:
-            raise UserError(f"export {form!r} is unknown; use seed or alpaca_eval")
-    for path, rows in files.items():
-        write_json(Path(folder) / path, [rows[key] for key in sorted(rows, key=_in_order)])
-    return [Path(folder) / path for path in files]
+        if x.get("finish_reason") != "error":
+            name, record = _original(x) if form == "seed" else _alpaca_eval(x)
+            records = files.setdefault(Path(folder) / name, {})
+            records.setdefault((x["test_set"], x["id"]), {}).update(record)
+    for path, records in files.items():
+        write_json(path, [records[key] for key in sorted(records, key=_in_order)])
+    return [*files]

@@ -4,19 +4,16 @@
 
 # %% auto #0
 __all__ = ['SMALL_MODEL', 'quiet_libraries', 'QuantLoraConfig', 'pick_device', 'compute_dtype', 'small_model', 'resolve_model',
-           'load_tokenizer', 'keep_trainable', 'unpack', 'load_base', 'adapter_parameters', 'Dropout', 'add_lora',
-           'load_adapters']
+           'load_tokenizer', 'keep_trainable', 'load_base', 'adapter_parameters', 'Dropout', 'add_lora',
+           'load_adapters', 'as_arm']
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
 import importlib.util
 import logging
-import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import field
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,15 +27,12 @@ from .core.files import UserError, cache_dir, settings
 def quiet_libraries() -> Iterator[None]:
     "Without what the libraries say of each load."
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-            warnings.filterwarnings("ignore", "IProgress not found")
-            yield
-    finally:
-        logger.setLevel(level)
+    with warnings.catch_warnings(), ExitStack() as afterwards:
+        afterwards.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        warnings.filterwarnings("ignore", "IProgress not found")
+        yield
 
 # %% ../nbs/01_quant_lora.ipynb #ac3478d6
 with quiet_libraries():
@@ -52,14 +46,11 @@ with quiet_libraries():
 def _loading() -> Iterator[None]:
     "Quiet, and no bar for each load, which would drown our own."
     bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        with quiet_libraries():
-            yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
+    with quiet_libraries(), ExitStack() as afterwards:
+        if bars.is_progress_bar_enabled():
+            bars.disable_progress_bar()
+            afterwards.callback(bars.enable_progress_bar)
+        yield
 
 # %% ../nbs/01_quant_lora.ipynb #fe5dbbce
 @settings
@@ -76,9 +67,7 @@ class QuantLoraConfig:
     lora_dropout: float = Field(0.05, ge=0, lt=1)  # dropout in front of the adapter
     lora_bias: Literal["none", "all", "lora_only"] = "none"  # which biases are trained
     lora_task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"  # the only task this project trains
-    lora_target_modules: list[str] | Literal["all-linear"] = field(
-        default_factory=lambda: ["q_proj", "v_proj"]
-    )  # layers by name, or all-linear
+    lora_target_modules: list[str] | Literal["all-linear"] = Field(["q_proj", "v_proj"])  # by name
 
     def __post_init__(self) -> None:
         if self.load_in_8bit:
@@ -119,14 +108,12 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     )  # fmt: skip
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the saved weights are plain bf16
-    part = Path(tempfile.mkdtemp(dir=target.parent))
-    model.save_pretrained(part)
-    transformers.AutoTokenizer.from_pretrained(gguf.parent, **args).save_pretrained(part)
-    os.chmod(part, 0o755)
-    try:
-        os.replace(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **args)
+    with tempfile.TemporaryDirectory(dir=target.parent) as beside:
+        part = Path(beside) / target.name
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.replace(target)
 
 # %% ../nbs/01_quant_lora.ipynb #fa35e192
 SMALL_MODEL = "smollm2-135m"
@@ -181,15 +168,6 @@ def keep_trainable(
             module.support_avx512bf16_for_cpu = False
     return model
 
-# %% ../nbs/01_quant_lora.ipynb #2195908c
-def unpack(
-    model: Any,  # from `load_base`
-) -> Any:  # the same model with 16-bit weights of the same values
-    "Dequantise once instead of at every step: faster on a CPU, more memory, same text."
-    if not getattr(model, "is_quantized", False):
-        return model
-    return model.dequantize().requires_grad_(False)
-
 # %% ../nbs/01_quant_lora.ipynb #36058aee
 def _quantization(config: QuantLoraConfig, dtype: torch.dtype) -> Any:
     if config.load_in_4bit:
@@ -210,10 +188,9 @@ def _contiguous(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tu
 def load_base(
     base_model: str | Path,  # a local folder, a hub id, or smollm2-135m
     config: QuantLoraConfig | None = None,  # how to quantise; default: NF4, double quantisation
-    device: str | None = None,  # default: this process's device
 ) -> Any:  # a frozen causal LM in training mode without dropout
     "Load a base model, quantised and frozen."
-    config, device = config or QuantLoraConfig(), device or pick_device()
+    config, device = config or QuantLoraConfig(), pick_device()
     dtype = compute_dtype(device)
     model = _pretrained(
         transformers.AutoModelForCausalLM, base_model, dtype=dtype, use_safetensors=True,
@@ -221,8 +198,9 @@ def load_base(
     )  # fmt: skip
     model.requires_grad_(False)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
-    if config.unpacked or (config.unpacked is None and device == "cpu"):
-        return unpack(model)
+    unpacked = device == "cpu" if config.unpacked is None else config.unpacked
+    if unpacked and getattr(model, "is_quantized", False):
+        return model.dequantize().requires_grad_(False)
     return keep_trainable(model)
 
 # %% ../nbs/01_quant_lora.ipynb #acabef4d
@@ -240,8 +218,7 @@ class Dropout(torch.nn.Dropout):
         "Zero elements with probability p, to a 65,536th, and scale the others by 1 / (1 - p)."
         if not self.training or not self.p or input.device.type != "cpu":
             return super().forward(input)
-        draws = torch.empty(-(-input.numel() // 4), dtype=torch.int64)
-        draws.random_(-(2**63), 2**63 - 1)
+        draws = torch.randint(-(2**63), 2**63 - 1, (-(-input.numel() // 4),))
         bits = draws.view(torch.int16)[: input.numel()].view(input.shape)
         return input * (bits >= round(self.p * 2**16) - 2**15) * (1 / (1 - self.p))
 
@@ -302,3 +279,16 @@ def load_adapters(
         except (OSError, ValueError) as e:
             raise UserError(f"adapter {name}: {path}: {str(e).splitlines()[0]}") from e
     return wrapped
+
+# %% ../nbs/01_quant_lora.ipynb #136294c6
+@contextmanager
+def as_arm(
+    model: Any,  # from `load_base` or `load_adapters`
+    arm: str,  # one of its adapters; any other name is the base
+) -> Iterator[Any]:
+    "The model as one arm sees it: the base is the model with its adapters switched off."
+    adapters = getattr(model, "peft_config", {})
+    if arm in adapters:
+        model.set_adapter(arm)
+    with model.disable_adapter() if adapters and arm not in adapters else nullcontext():
+        yield model

@@ -44,7 +44,7 @@ class Rater(EndpointConfig):
     dimension: str = "accuracy"  # what an llm rates
     base_url: str | None = None  # the endpoint; default: OPENAI_BASE_URL, else OpenAI's
     backend: Literal["endpoint", "local"] = "endpoint"  # where an llm runs
-    template: Template = "chat"  # the text form in which local signals read a row
+    template: Template = "chat"  # the prompt template with which local signals read a row
     prompt: str | None = None  # a file with your own rating prompt; None: AlpaGasus's
     low: float = 0.0  # lowest score that the prompt asks for
     high: float = 5.0  # highest score that the prompt asks for
@@ -53,6 +53,11 @@ class Rater(EndpointConfig):
         super().__post_init__()
         if self.kind == "llm" and self.backend == "endpoint" and not self.model:
             raise UserError("rater: kind llm needs a `model`")
+
+    @property
+    def selector(self) -> str:
+        "What its scores are called: of an llm what it rates, else the kind of signal."
+        return self.dimension if self.kind == "llm" else self.kind
 
 # %% ../nbs/06_recipe.ipynb #33925d00
 BY_SCORE = ("top_k", "threshold", "quantile")
@@ -156,40 +161,37 @@ class Recipe:
         for name in self.arms:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
                 raise UserError(f"arms: {name!r}: letters, digits, - and _ only")
-        if twin := next((b for a, b in combinations(self.arms, 2) if self._same(a, b)), None):
-            raise UserError(f"arms: {twin} is drawn as another arm is; give it another `seed`")
+        for a, b in combinations(self.arms, 2):
+            if self.arms[a] == self.arms[b]:
+                raise UserError(f"arms: {b} is drawn as another arm is; give it another `seed`")
         check_margin(self.margin)
         self.sizes = _checked_sizes(self.sizes, min(rows))
         if not self.questions:
             raise UserError("questions: name at least one test set")
         _ = self.training(0), self.generation  # a wrong setting is refused before any work
 
-    def _same(self, a: str, b: str, but_seed: bool = False) -> bool:
-        "Whether two arms have the same rows, or would if their seeds were the same."
-        change = {"seed": 0} if but_seed else {}
-        return asdict(self.arms[a]) | change == asdict(self.arms[b]) | change
-
     @property
     def aa(self) -> list[str] | None:
         "Two arms that differ in their seed only, `random` among them where it can be."
-        twins = [[b, a] for a, b in combinations(self.arms, 2) if self._same(a, b, True)]
-        return next((t for t in twins if "random" in t), twins[0] if twins else None)
+        rules = {name: replace(arm, seed=0) for name, arm in self.arms.items()}
+        pairs = [[b, a] for a, b in combinations(rules, 2) if rules[a] == rules[b]]
+        return next((pair for pair in pairs if "random" in pair), pairs[0] if pairs else None)
 
     @property
     def curves(self) -> dict[str, dict[int, str]]:
         "What model_a and `random` are called at each number of rows; {} without `sizes`."
-        drawn = dict.fromkeys([next(iter(self.arms)), *(a for a in self.arms if a == "random")])
-        own = {a: self.arms[a].rows for a in drawn if self.sizes}
-        return {
-            a: {k: a if k == rows else f"{a}@{k}" for k in sorted([rows, *self.sizes])}
-            for a, rows in own.items()
-        }
+        drawn = [a for a in self.arms if a in (next(iter(self.arms)), "random") and self.sizes]
+        return {a: {k: f"{a}@{k}" for k in self.sizes} | {self.arms[a].rows: a} for a in drawn}
 
     @property
     def size_arms(self) -> dict[str, Arm]:
         "The arms at the further sizes, by names that no arm can be given."
-        named = [(a, k, name) for a, curve in self.curves.items() for k, name in curve.items()]
-        return {name: replace(self.arms[a], rows=k) for a, k, name in named if name != a}
+        arms, curves = self.arms, self.curves
+        return {curves[a][k]: replace(arms[a], rows=k) for a in curves for k in self.sizes}
+
+    def part(self, arm: str, replicate: int) -> str:
+        "What an arm's files are called: `filtered`, or `filtered-0` with several replicates."
+        return arm if self.replicates == 1 else f"{arm}-{replicate}"
 
     def steps(self, rows: int) -> int:
         "How many optimiser steps the training on so many rows takes."
@@ -205,7 +207,7 @@ class Recipe:
 
     @property
     def generation(self) -> GenerateConfig:
-        "The generation settings; the text form is the one of the training."
+        "The generation settings; the prompt template is the one of the training."
         values = {"template": self.training(0)[0].template, "seed": self.seed, **self.generate}
         return build(GenerateConfig, values, "generate")
 
@@ -242,22 +244,21 @@ def check_sizes(
 def _claimed(recipe: dict) -> dict:
     "A recipe without the settings that change no result: workers, limits, prices."
     costs = EndpointConfig.__dataclass_fields__
-    asked = {k: {n: v for n, v in recipe[k].items() if n not in costs} for k in ("rater", "judge")}
-    new = {"prompt": None, "low": 0.0, "high": 5.0}  # claims made before these existed are as valid
-    asked["rater"] = {n: v for n, v in asked["rater"].items() if n not in new or v != new[n]}
-    later = {"seed": 0, "drop_near_duplicates": None, "quota": None}  # nor had arms these
-    arms = {
-        name: {k: v for k, v in arm.items() if k not in later or v != later[k]}
-        for name, arm in recipe.get("arms", {}).items()
-    }
-    kept = {k: v for k, v in recipe.items() if k != "price_hour" and (k != "sizes" or v)}
-    return {**kept, **asked, **({"arms": arms} if arms else {})}
+    of_raters = {"prompt": None, "low": 0.0, "high": 5.0}  # claims without these are as valid
+    of_arms = {"seed": 0, "drop_near_duplicates": None, "quota": None}  # so are those
+
+    def kept(part: dict, later: dict) -> dict:
+        return {k: v for k, v in part.items() if k not in costs and (k, v) not in later.items()}
+
+    fixed = {k: v for k, v in recipe.items() if k != "price_hour" and (k, v) != ("sizes", [])}
+    asked = {"rater": kept(recipe["rater"], of_raters), "judge": kept(recipe["judge"], {})}
+    return fixed | asked | {"arms": {n: kept(arm, of_arms) for n, arm in recipe["arms"].items()}}
 
 # %% ../nbs/06_recipe.ipynb #e0cabe5a
-def _same_claim(old: dict, new: dict) -> bool:
-    "Whether two claims say the same; the recipe of an older version had its workers in it."
-    old = {**old, "recipe": _claimed(old["recipe"])} if "recipe" in old else old
-    return all(old.get(k) == v for k, v in new.items() if k != "sha256")
+def _changed_key(old: dict, plan: dict) -> str | None:
+    "Where a claim says something else; the recipe of an older version had its workers in it."
+    old = {**old, "recipe": _claimed(old["recipe"])}
+    return next((k for k in plan if old.get(k) != plan[k]), None)
 
 # %% ../nbs/06_recipe.ipynb #3364895b
 def _files(recipe: Recipe) -> list[str]:
@@ -274,14 +275,14 @@ def _pool_hash(pool: Path, rows: Sequence[Example]) -> str:
 # %% ../nbs/06_recipe.ipynb #712cac84
 def _plan(recipe: Recipe, rows: Sequence[Example]) -> dict[str, Any]:
     "What a claim says, but for its hash."
-    size = next(iter(recipe.arms.values())).rows
+    model_a, arm = next(iter(recipe.arms.items()))
     plan = {
         "recipe": _claimed(asdict(recipe)),
-        "model_a": next(iter(recipe.arms)),
+        "model_a": model_a,
         "control": "random" if "random" in recipe.arms else None,
         "aa": recipe.aa,
-        "rows": size,
-        "steps": recipe.steps(size),
+        "rows": arm.rows,
+        "steps": recipe.steps(arm.rows),
         "seeds": [recipe.seed + r for r in range(recipe.replicates)],
         "pool": {"rows": len(rows), "sha256": _pool_hash(Path(recipe.data), rows)},
         "files": {p: file_sha256(p) for p in _files(recipe)},
@@ -299,17 +300,15 @@ def fix_claim(
 ) -> dict:  # the content of claim.json
     "Write claim.json, or check that the one that is there says the same."
     check_sizes(recipe, rows)
-    plan = _plan(recipe, rows)
-    content = {**plan, "sha256": json_sha256(plan)}
-    path = output_dir / "claim.json"
+    plan, path = _plan(recipe, rows), output_dir / "claim.json"
     if not path.exists():
+        content = {**plan, "sha256": json_sha256(plan)}
         write_json(path, content)
-    elif _same_claim(old := read_claim(path), content):
-        return old
-    else:
-        changed = next((k for k in content if old.get(k) != content[k]), "content")
+        return content
+    claim = read_claim(path)
+    if changed := _changed_key(claim, plan):
         raise UserError(
             f"{path}: this folder was started with another `{changed}`; "
             "choose another --output_dir, or delete this one"
         )
-    return content
+    return claim

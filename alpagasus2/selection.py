@@ -18,29 +18,29 @@ from .core.text import NearDuplicates, category_by_rules
 from .data import Example, Problem, asked_of, read_rows, response_of
 
 # %% ../nbs/00b_selection.ipynb #f1f836cb
-def _score(line: Mapping, n: int, path: str | Path) -> float | None:
+def _score(line: Mapping, where: str) -> float | None:
     if "score" not in line:
-        raise UserError(f"{path}: line {n} has no `score` (its fields: {', '.join(line)})")
+        raise UserError(f"{where} has no `score` (its fields: {', '.join(line)})")
     if line.get("status", "ok") != "ok" or line["score"] in (None, ""):
         return None
     try:
         score = float(line["score"])
     except (TypeError, ValueError):
-        raise UserError(f"{path}: line {n}: score {line['score']!r} is not a number") from None
-    if not abs(score) < float("inf"):
-        raise UserError(f"{path}: line {n}: score {line['score']!r} is not a finite number")
+        raise UserError(f"{where}: score {line['score']!r} is not a number") from None
+    if not math.isfinite(score):
+        raise UserError(f"{where}: score {line['score']!r} is not a finite number")
     return score
 
 
-def _scored_id(line: Mapping, n: int, path: str | Path, by_row: Mapping[int, str]) -> str | None:
+def _scored_id(line: Mapping, where: str, by_row: Mapping[int, str]) -> str | None:
     "The id of the row that a line scores; None for a row that was dropped."
     if "id" in line:
         return str(line["id"])
     if "row" not in line:
-        raise UserError(f"{path}: line {n} has neither `id` nor `row`")
+        raise UserError(f"{where} has neither `id` nor `row`")
     text = str(line["row"])
     if not text.isdigit():
-        raise UserError(f"{path}: line {n}: row {text!r} is no row number, counted from 0")
+        raise UserError(f"{where}: row {text!r} is no row number, counted from 0")
     return by_row.get(int(text))
 
 # %% ../nbs/00b_selection.ipynb #111b76c2
@@ -64,10 +64,10 @@ def load_scores(
     for n, line in enumerate(lines):
         if "dimension" in line and dimension not in (None, line["dimension"]):
             continue
-        score = _score(line, n, path)
-        if score is not None:
-            if (key := _scored_id(line, n, path, by_row)) is not None:
-                votes[key][line.get("vote", 0)] = score
+        where = f"{path}: line {n}"
+        score = _score(line, where)
+        if score is not None and (key := _scored_id(line, where, by_row)) is not None:
+            votes[key][line.get("vote", 0)] = score
     return {key: sum(v.values()) / len(v) for key, v in votes.items()}
 
 # %% ../nbs/00b_selection.ipynb #c520cf51
@@ -141,22 +141,17 @@ def _downwards(
     quota: Any,  # as `select` takes it
 ) -> list[str]:  # ids that stay
     "From the best down, pass over near duplicates of what stays, and categories that are full."
-    if similarity is None and not quota:
-        return list(ranking[:k])
     by_id = {r["id"]: r for r in rows}
     ranked = [by_id[key] for key in ranking]
-    near = None
-    if similarity is not None:
-        heads, texts = zip(*map(asked_of, ranked), strict=True) if ranked else ((), ())
-        near = NearDuplicates(texts, similarity, heads)
-    free: dict[str | None, int] = {None: len(ranking) if k is None else k}
-    categories: dict[str, str] = {}
+    near = None if similarity is None else NearDuplicates(list(map(asked_of, ranked)), similarity)
+    categories = {r["id"]: category_of(r) for r in rows} if quota else {}
+    seats: dict[str | None, int] = {None: k or len(ranked)}
     if quota:
-        categories = {r["id"]: category_of(r) for r in rows}
-        free = _seats(Counter(categories.values()), k, quota)
-    seats, kept = dict(free), []
+        seats = _seats(Counter(categories.values()), k, quota)
+    free, kept = dict(seats), []
     for place, row in enumerate(ranked):
-        seat = category if (category := categories.get(row["id"])) in free else None
+        category = categories.get(row["id"])
+        seat = category if category in free else None
         if not free.get(seat) or (near and near.repeated_by(place) is not None):
             continue
         if near:

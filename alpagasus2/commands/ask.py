@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from .options import rows_of
 from ..core.files import UserError, read_jsonl
-from ..core.run_folder import dollars, spent_on, status_counts
+from ..core.run_folder import cost_of, dollars, status_counts
 from ..data import load_questions
 
 # %% ../../nbs/commands/ask.ipynb #00808a72
@@ -24,7 +24,7 @@ def _sorted_out(values: Mapping[str, Any], *classes: Any) -> list[Any]:
 # %% ../../nbs/commands/ask.ipynb #ed72794e
 def _ask(
     backend: str, model: str, base_url: str | None, settings: Any, limits: Any,
-    plans: Mapping[Path, Any], retry: bool, dry_run: bool, digits: bool = False,
+    plans: Mapping[Path, Any], retry: bool, dry_run: bool,
 ) -> Any:  # fmt: skip
     "What answers the plans' questions; None on a dry run. Host and price are named before."
     if backend == "endpoint":
@@ -37,15 +37,13 @@ def _ask(
     if dry_run:
         return None
     from alpagasus2.local import Models, local_ask
-    from alpagasus2.quant_lora import QuantLoraConfig
 
-    load = Models(model, QuantLoraConfig()).load
-    return local_ask(load, "012345", average=True) if digits else local_ask(load)
+    return local_ask(Models(model), plans.values())
 
 # %% ../../nbs/commands/ask.ipynb #cefa2147
 def _say_status(output: str, lines: Sequence[Mapping]) -> None:
     "Count what became of the lines; a file of nothing but errors is a failure."
-    counts, usd = status_counts(lines), spent_on(output)
+    counts, usd = status_counts(lines), cost_of(output)["usd"]
     cost = f"; {dollars(usd)} spent" if usd else ""
     print(f"{output}: " + ", ".join(f"{n:,} {status}" for status, n in counts.items()) + cost)
     if set(counts) == {"error"}:
@@ -72,10 +70,8 @@ def _rate_locally(
     if dry_run:
         return
     from alpagasus2.local import Models, rate_by_signals
-    from alpagasus2.quant_lora import QuantLoraConfig
 
-    models = Models(model, QuantLoraConfig())
-    _say_status(output, rate_by_signals(models, rows, rater, output, template))
+    _say_status(output, rate_by_signals(Models(model), rows, rater, output, template))
 
 # %% ../../nbs/commands/ask.ipynb #fe5dbbce
 def rate(
@@ -108,7 +104,7 @@ def rate(
     own = load_prompt(prompt, low, high) if prompt else RatingPrompt()
     plan = rating_plan(rows, settings, model, own)
     plans = {Path(output): plan}
-    ask = _ask(backend, model, base_url, settings, limits, plans, retry, dry_run, digits=True)
+    ask = _ask(backend, model, base_url, settings, limits, plans, retry, dry_run)
     if ask:
         lines = carry_out(plan, ask, output, retry)
         _say_status(output, lines)
@@ -171,12 +167,12 @@ def _server(
     from alpagasus2.endpoint.batch_api import announced
     from alpagasus2.generate import endpoint_answers, endpoint_requests
 
-    client = announced(
+    ask = announced(
         model, base_url, [Path(output)], limits, endpoint_requests(questions),
         temperature=settings.temperature, max_tokens=settings.max_new_tokens,
         top_p=settings.top_p, seed=settings.seed,
     )  # fmt: skip
-    return lambda questions: endpoint_answers(client, questions)
+    return lambda questions: endpoint_answers(ask, questions)
 
 # %% ../../nbs/commands/ask.ipynb #43161119
 def _check_source(base_model: str, base_url: Any, adapters: Any, export: Sequence[str]) -> None:

@@ -121,9 +121,7 @@ def estimate(
     **config: Any,
 ) -> None:
     "Memory and time of a training, before anything loads."
-    from dataclasses import replace
-
-    from alpagasus2.extras.estimate import advice, default_step, report_lines, shape_of
+    from alpagasus2.extras.estimate import advice, report_lines, shape_of
     from alpagasus2.extras.estimate import estimate as estimate_training
     from alpagasus2.train import TOKEN_BUDGET, preset_configs
 
@@ -131,13 +129,14 @@ def estimate(
     how = "as given"
     if data_path:
         rows, mean_tokens, how = _count_tokens(base_model, data_path, train_config)
-    names = ("token_budget", "cutoff_len", "num_epochs", "micro_batch_size", "batch_size")
+    names = (
+        "token_budget", "cutoff_len", "num_epochs", "micro_batch_size", "batch_size",
+        "gradient_checkpointing",
+    )  # fmt: skip
     settings: dict[str, Any] = {name: getattr(train_config, name) for name in names}
     settings["token_budget"] = train_config.token_budget or TOKEN_BUDGET
     settings |= {"rows": rows, "mean_tokens": mean_tokens, "quant_lora": quant_lora}
-    settings |= {"device": device}
-    checkpointing = train_config.gradient_checkpointing
-    settings["step"] = replace(default_step(device), checkpointing=checkpointing)
+    settings["device"] = device
     shape = shape_of(base_model)
     found = estimate_training(shape, **settings)
     print(f"{base_model} on {device}; {rows:,} rows of {mean_tokens:.0f} tokens, {how}")
@@ -172,13 +171,10 @@ def merge(
     from alpagasus2.extras.hub import write_card
     from alpagasus2.extras.merge import merge as merge_adapter
     from alpagasus2.extras.merge import merge_table
-    from alpagasus2.model.likelihood import target_logprobs
 
     held = _rows_to_compare(adapter, data_path, limit)
     print(f"comparing on {len(held)} rows of {data_path}", file=sys.stderr)
-    result = merge_adapter(
-        adapter, output_dir, held, target_logprobs, base_model, merge_base, compare
-    )
+    result = merge_adapter(adapter, output_dir, held, base_model, merge_base, compare)
     write_card(output_dir)
     print(*merge_table(result), sep="\n")
     print(f"{output_dir}: the {merge_base} merge, loaded again and compared")
@@ -220,7 +216,7 @@ def preview(
 def doctor(
     folder: str = ".",  # where results would be written
 ) -> None:
-    "Check versions, device, 4-bit product, logins and room, and say what to do."
+    "Check versions, device, 4-bit product, logins and free disk space, and say what to do."
     from alpagasus2.extras.doctor import diagnose
 
     failed = []

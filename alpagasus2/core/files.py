@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'UserError', 'unknown_name', 'check_names', 'SettingError', 'settings', 'build', 'say', 'atomic', 'dumps',
            'write_json', 'write_jsonl', 'replace_folder', 'standing', 'check_output', 'read_json', 'read_jsonl',
-           'cache_dir', 'file_sha256', 'json_sha256']
+           'cache_dir', 'file_sha256', 'json_sha256', 'adapter_sha256']
 
 # %% ../../nbs/core/files.ipynb #44fad563
 import dataclasses
@@ -17,10 +17,11 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
+from uuid import uuid4
 
 T = TypeVar("T")
 
@@ -31,21 +32,20 @@ class UserError(ValueError):
 
 def unknown_name(
     name: str,  # what the user wrote
-    known: Iterable[str],  # what there is
+    known: Collection[str],  # what there is
 ) -> str:
     "The sentence for an unknown setting, with the nearest valid one."
-    near = difflib.get_close_matches(str(name), known := list(known), 1)
+    near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     return f"unknown setting {name!r}; {hint}"
 
 
 def check_names(
     names: Iterable[str],  # what the user wrote
-    known: Iterable[str],  # what there is
+    known: Collection[str],  # what there is
     where: str,  # named in the message
 ) -> None:
     "Raise `UserError` for an unknown name, with the nearest valid one."
-    known = list(known)
     for name in names:
         if name not in known:
             raise UserError(f"{where}: {unknown_name(name, known)}")
@@ -138,16 +138,12 @@ def atomic(
     "Write beside `path` and rename on success; on an error `path` keeps what it had."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(name, 0o666 & ~umask)  # mkstemp's 0600 would hide results from a colleague
+    part = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        yield Path(name)
-        os.replace(name, path)
+        yield part
+        part.replace(path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 # %% ../../nbs/core/files.ipynb #52ddf594
 def dumps(
@@ -230,14 +226,10 @@ def read_jsonl(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    lines = path.read_bytes().split(b"\n")
-    torn = lines.pop()  # what follows the last newline: empty, a torn line, or a whole last line
+    *lines, last = path.read_bytes().split(b"\n")
     rows = [_line(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    if torn.strip():
-        try:
-            rows.append(_line(path, len(lines) + 1, torn))
-        except UserError:
-            return rows
+    with suppress(UserError):  # behind the last newline: nothing, a torn line, or a whole one
+        rows.append(_line(path, len(lines) + 1, last))
     return rows
 
 
@@ -270,3 +262,11 @@ def json_sha256(
 ) -> str:  # hex digest
     "SHA-256 of a value's JSON, by which claims, requests and settings are compared."
     return hashlib.sha256(dumps(value).encode()).hexdigest()
+
+# %% ../../nbs/core/files.ipynb #944027ab
+def adapter_sha256(
+    path: str | Path,  # an adapter folder, or a hub id
+) -> str:  # first 16 hex digits of SHA-256 of its weights; a hub id as it is
+    "What tells one trained adapter from another."
+    weights = Path(path) / "adapter_model.safetensors"
+    return file_sha256(weights)[:16] if weights.exists() else str(path)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'LIBRARIES', 'row_key', 'latest', 'Journal', 'environment', 'now', 'read_manifest', 'manifest_entry',
-           'changed_setting', 'annotate', 'recorded', 'is_complete', 'dollars', 'cost_of', 'spent_on', 'has_failed',
-           'open_lines', 'finder', 'is_settled', 'Step', 'status_counts', 'resumed']
+           'changed_setting', 'annotate', 'recorded', 'is_complete', 'dollars', 'cost_of', 'has_failed', 'open_lines',
+           'finder', 'is_settled', 'Step', 'status_counts', 'resumed']
 
 # %% ../../nbs/core/run_folder.ipynb #77de68da
 import json
@@ -14,25 +14,17 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from alpagasus2.core.files import (
-    UserError,
-    atomic,
-    dumps,
-    file_sha256,
-    read_json,
-    read_jsonl,
-    write_json,
-    write_jsonl,
-)
+from . import files
+from .files import UserError
 
 # %% ../../nbs/core/run_folder.ipynb #f1abd670
 KEYS = ("id", "test_set", "dimension", "model", "model_a", "model_b", "replicate", "vote", "first")
@@ -49,11 +41,11 @@ def latest(
     path: str | Path,  # a file that grows
 ) -> list[Any]:  # the last line of each key, in the order in which the keys first appeared
     "Read a journal without opening it for writing; a file that is not there has no lines."
-    lines = read_jsonl(path) if Path(path).exists() else []
+    lines = files.read_jsonl(path) if Path(path).exists() else []
     return list({row_key(line): line for line in lines}.values())
 
 # %% ../../nbs/core/run_folder.ipynb #1b25abb0
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     "An append-only JSON Lines file: repairs a torn end, knows what is done, flushes every line."
 
     def __init__(
@@ -68,29 +60,10 @@ class Journal:
         except Timeout:
             raise UserError(f"{path}: another process is writing it; wait or stop that") from None
         self._rows = {row_key(r): r for r in latest(path)}
-        self._cut_torn_end()
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            # the next line would be appended to the torn one, which `read_jsonl` leaves out
+            files.write_jsonl(self.path, files.read_jsonl(self.path))
         self._file = self.path.open("a", encoding="utf-8")
-
-    def _cut_torn_end(self) -> None:
-        "End the file behind its last whole line, so that the next append starts a new one."
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            kept = data.rfind(b"\n") + 1
-            try:  # a whole object that only lacks its newline is kept
-                json.loads(data[kept:])
-                data, kept = data + b"\n", len(data) + 1
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                data = data[:kept]
-            with atomic(self.path) as part:
-                part.write_bytes(data)
-
-    def __contains__(self, row: Mapping) -> bool:
-        return row_key(row) in self._rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def get(
         self,
@@ -108,7 +81,7 @@ class Journal:
         row: Mapping,  # the line; its key replaces an earlier one
     ) -> None:
         "Write one line and flush it: a kill after this call cannot lose it."
-        self._file.write(dumps(row) + "\n")
+        self._file.write(files.dumps(row) + "\n")
         self._file.flush()
         self._rows[row_key(row)] = dict(row)
 
@@ -119,20 +92,13 @@ class Journal:
         "Write the file anew in one go; a kill leaves the old one."
         self._rows = {row_key(row): dict(row) for row in rows}
         self._file.close()
-        write_jsonl(self.path, self._rows.values())
+        files.write_jsonl(self.path, self._rows.values())
         self._file = self.path.open("a", encoding="utf-8")
 
-    def close(self) -> None:
-        "Close the file and free the lock."
+    def __exit__(self, *error: object) -> None:
         self._file.close()
         self._lock.release()
         Path(self._lock.lock_file).unlink(missing_ok=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 # %% ../../nbs/core/run_folder.ipynb #1a7ed68c
 LIBRARIES = (
@@ -162,7 +128,7 @@ def read_manifest(
 ) -> dict:  # {} when it has none
     "The manifest of a folder."
     path = Path(folder) / "manifest.json"
-    return read_json(path) if path.exists() else {}
+    return files.read_json(path) if path.exists() else {}
 
 
 def manifest_entry(
@@ -178,7 +144,7 @@ def _update_manifest(output: Path, entry: Mapping) -> None:
     with FileLock(output.parent / ".manifest.lock", timeout=60):
         manifest = {"outputs": {}, **read_manifest(output.parent)}
         manifest["outputs"][output.name] = {**manifest["outputs"].get(output.name, {}), **entry}
-        write_json(output.parent / "manifest.json", manifest)
+        files.write_json(output.parent / "manifest.json", manifest)
 
 # %% ../../nbs/core/run_folder.ipynb #12c6fc06
 def changed_setting(
@@ -208,22 +174,21 @@ def recorded(
     **notes: Any,  # what else is known at the start, and a kill must not lose
 ) -> Iterator[dict]:  # put what is known at the end here: cost, counts
     "Describe `output` in the manifest beside it; raises `UserError` on a changed setting."
-    output, config = Path(output), json.loads(dumps(config))
+    output, config = Path(output), json.loads(files.dumps(config))
     old = manifest_entry(output)
     change = changed_setting(old["config"], config) if "config" in old else None
     if change and output.exists():
         raise UserError(f"{output}: {change}; choose another output, or delete this one")
-    hashes = {Path(p).name: file_sha256(p) for p in inputs if Path(p).is_file()}
+    hashes = {Path(p).name: files.file_sha256(p) for p in inputs if Path(p).is_file()}
     started = now() if change else old.get("started", now())
     entry = {"ended": None, "started": started, **environment(), "config": config}
     _update_manifest(output, {**entry, "inputs": hashes, **notes})
     result: dict = {}
     try:
         yield result
-    except BaseException:  # what was counted until then is kept; the output has not ended
+        result = {"ended": now(), **result}
+    finally:  # of an output that has not ended, what was counted until then is kept
         _update_manifest(output, result)
-        raise
-    _update_manifest(output, {"ended": now(), **result})
 
 # %% ../../nbs/core/run_folder.ipynb #c04ee0f5
 def is_complete(
@@ -232,7 +197,7 @@ def is_complete(
 ) -> bool:  # True: nothing is left to do
     "Whether `output` was finished, and with exactly these settings."
     entry = manifest_entry(output)
-    same = config is None or entry.get("config") == json.loads(dumps(config))
+    same = config is None or entry.get("config") == json.loads(files.dumps(config))
     return Path(output).exists() and bool(entry.get("ended")) and same
 
 # %% ../../nbs/core/run_folder.ipynb #648d7a79
@@ -244,20 +209,14 @@ def dollars(
 
 
 def cost_of(
-    lines: Iterable[Mapping],  # lines of ratings.jsonl, judgments.jsonl, responses.jsonl
+    *outputs: str | Path,  # files of a run, some of which may not be there yet
 ) -> dict[str, Any]:  # calls, prompt_tokens, completion_tokens, usd (None: no price was known)
-    "What the replies behind these lines took; one that came from the cache cost nothing."
+    "What the replies behind all lines took: none from the cache, but those that were replaced."
+    lines = [line for p in outputs if Path(p).exists() for line in files.read_jsonl(p)]
     paid = [u for line in lines if "prompt_tokens" in (u := line.get("usage") or {})]
     usd = [u["usd"] for u in paid if u.get("usd") is not None]
     tokens = {k: sum(u.get(k) or 0 for u in paid) for k in ("prompt_tokens", "completion_tokens")}
     return {"calls": len(paid), **tokens, "usd": round(sum(usd), 6) if usd else None}
-
-
-def spent_on(
-    *outputs: str | Path,  # files of a run, some of which may not be there yet
-) -> float:  # US dollars, as far as prices were known
-    "What earlier runs have spent on these files; lines that were replaced were paid for, too."
-    return sum(cost_of(read_jsonl(p))["usd"] or 0.0 for p in outputs if Path(p).exists())
 
 # %% ../../nbs/core/run_folder.ipynb #76dda07c
 def has_failed(
@@ -275,7 +234,7 @@ def open_lines(
     "The lines that are still to be made."
     return [x for x in lines if (old := find(x)) is None or again(old)]
 
-
+# %% ../../nbs/core/run_folder.ipynb #fb690267
 def finder(
     output: str | Path,  # a file that grows; need not be there
 ) -> Callable[[Mapping], dict | None]:  # as `Journal.get`, without its lock
@@ -353,7 +312,7 @@ def resumed(
         finally:  # a run that was stopped has its cost, too
             step.bar.close()
             counted: dict[str, Any] = {"counts": status_counts(journal.rows())}
-            counted["cost"] = cost_of(read_jsonl(output))
+            counted["cost"] = cost_of(output)
             if before is not None:
                 counted["seconds"] = round(before + time.perf_counter() - start, 2)
             entry |= {k: v for k, v in counted.items() if k not in entry}

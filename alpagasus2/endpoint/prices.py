@@ -60,11 +60,8 @@ def find_price(
 ) -> Price | None:  # None: not known
     "The price of a model, by its name or by its name without a date."
     undated = re.sub(r"-(\d{4}-\d{2}-\d{2}|\d{4})$", "", model)
-    for table in (own or {}, PRICES):
-        for name in (model, undated):
-            if name in table:
-                return table[name]
-    return None
+    known = {**PRICES, **(own or {})}
+    return known.get(model) or known.get(undated)
 
 # %% ../../nbs/endpoint/prices.ipynb #4f91a167
 def load_prices(
@@ -117,14 +114,12 @@ class Estimate:
         if not self.calls:
             return f"{self.model}: all {self.cached:,} replies are in the cache, nothing to pay"
         cached = f" ({self.cached:,} more are in the cache)" if self.cached else ""
+        most = f" (at most {dollars(self.max_usd)})" if self.max_usd else ""
+        cost = "price unknown (--price_in and --price_out or --prices say it)"
+        if self.usd is not None:
+            cost = f"about {dollars(self.usd)}{most}"
         return (
             f"{self.model} at {self.base_url}: {self.calls:,} calls{cached}, about "
             f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens, "
-            f"{self._cost()}, {_duration(self.seconds)}"
+            f"{cost}, {_duration(self.seconds)}"
         )
-
-    def _cost(self) -> str:
-        if self.usd is None:
-            return "price unknown (--price_in and --price_out or --prices say it)"
-        most = f" (at most {dollars(self.max_usd)})" if self.max_usd else ""
-        return f"about {dollars(self.usd)}{most}"

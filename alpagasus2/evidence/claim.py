@@ -104,9 +104,8 @@ def _noise_sentence(pair: PairStatistics, aa: PairStatistics | None) -> str:
     runs = pair["replicates"]
     crossed = f"The interval is crossed over prompts and {runs} replicates."
     if aa is None:
-        none = "no A/A arm was run" if runs > 1 else "one replicate and no A/A arm"
-        one = "There is no noise floor: " + none + ", so another seed may give another answer."
-        return f"{crossed} No A/A arm was run." if runs > 1 else one
+        why = "one replicate and no A/A arm, so another seed may give another answer"
+        return f"{crossed} No A/A arm was run." if runs > 1 else f"There is no noise floor: {why}."
     floor = (
         f"The noise floor is {100 * noise_floor(aa):.1f} points: {aa['model_a']} against "
         f"{aa['model_b']}, two draws of one rule, gives {aa['win_rate']:.1%}."

@@ -69,8 +69,8 @@ def combine(
     "One figure for a benchmark, as lm-eval puts a group together."
     sizes, errors = [x["n"] for x in lines], [x["stderr"] for x in lines]
     settings = lines[0]["settings"]
-    weights = sizes if settings["by_size"] else [1] * len(sizes)
-    value = sum(w * x["value"] for w, x in zip(weights, lines, strict=True)) / sum(weights)
+    weights = sizes if settings["by_size"] else None
+    value = statistics.fmean((x["value"] for x in lines), weights)
     error = errors[0] if len(lines) == 1 else None
     if len(lines) > 1 and None not in errors:
         error = _pooled(errors, sizes) if settings["by_size"] else _independent(errors)
@@ -195,12 +195,8 @@ def write_results(
     folder = Path(output_dir)
     lines = latest(folder / "leaderboard.jsonl")
     manifest = read_manifest(folder)["outputs"]["leaderboard.jsonl"]
-    results = {
-        **tabulate(lines),
-        "published": PUBLISHED,
-        "limit": manifest["config"]["limit"],
-        "lm_eval": manifest["lm_eval"],
-    }
+    asked = {"limit": manifest["config"]["limit"], "lm_eval": manifest["lm_eval"]}
+    results = {**tabulate(lines), "published": PUBLISHED, **asked}
     write_json(folder / "leaderboard.json", results)
     with atomic(folder / "leaderboard.md") as part:
         part.write_text(markdown_table(results), encoding="utf-8")

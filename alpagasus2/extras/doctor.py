@@ -9,18 +9,22 @@ __all__ = ['Status', 'TRAIN', 'TOLERANCE', 'Finding', 'check_python', 'check_ver
 
 # %% ../../nbs/extras/doctor.ipynb #665acb5e
 import importlib.util
+import json
 import os
 import platform
+import re
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
+
+from ..core.files import standing
 
 # %% ../../nbs/extras/doctor.ipynb #15a30249
 Status = Literal["ok", "warn", "fail"]
@@ -48,44 +52,9 @@ class Finding:
         return f"{status}  {self.name:14} {self.found}{below}"
 
 # %% ../../nbs/extras/doctor.ipynb #1e9f2978
-def _metadata(key: str) -> str | None:
-    try:
-        return metadata.metadata("alpagasus2")[key]
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def check_python(
-    version: str | None = None,  # default: the running interpreter's
-    wanted: str | None = None,  # as in >=3.11; default: our metadata's
-) -> list[Finding]:
-    "The interpreter."
-    version = version or platform.python_version()
-    bound = Requirement(f"python{wanted or _metadata('Requires-Python') or '>=3.11'}")
-    if bound.specifier.contains(version, prereleases=True):
-        return [Finding("python", "ok", version)]
-    return [
-        Finding("python", "fail", f"{version}, wanted {bound.specifier}", "install a newer one")
-    ]
-
-# %% ../../nbs/extras/doctor.ipynb #b3038d5f
-TRAIN = 'pip install "alpagasus2[train]"'
-
-
-def _check_group(
-    name: str, wanted: Sequence[Requirement], version_of: Callable, missing: Status, install: str
-) -> list[Finding]:
-    have = {r.name: version_of(r.name) for r in wanted}
-    absent = [r.name for r in wanted if have[r.name] is None]
-    wrong = [r for r in wanted if (v := have[r.name]) and not r.specifier.contains(v, True)]
-    found = [
-        Finding(r.name, "fail", f"{have[r.name]}, wanted {r.specifier}",
-                f'pip install "{r.name}{r.specifier}"') for r in wrong
-    ]  # fmt: skip
-    if absent:
-        found.append(Finding(name, missing, f"not installed: {', '.join(absent)}", install))
-    fine = len(wanted) - len(absent) - len(wrong)
-    return [Finding(name, "ok", f"{fine} libraries within their bounds"), *found] if fine else found
+def check_python() -> list[Finding]:
+    "The interpreter, which pip has held against the bound that our package declares."
+    return [Finding("python", "ok", platform.python_version())]
 
 # %% ../../nbs/extras/doctor.ipynb #6cea54d7
 def _installed(name: str) -> str | None:
@@ -95,27 +64,39 @@ def _installed(name: str) -> str | None:
     except metadata.PackageNotFoundError:
         return None
 
+# %% ../../nbs/extras/doctor.ipynb #b3038d5f
+TRAIN = 'pip install "alpagasus2[train]"'
 
-def _for_train(requirement: Requirement) -> bool:
-    return bool(requirement.marker and requirement.marker.evaluate({"extra": "train"}))
+
+def _check_group(
+    name: str, wanted: Sequence[Requirement], missing: Status, install: str
+) -> list[Finding]:
+    have = {r: _installed(r.name) for r in wanted}
+    absent = [r.name for r, version in have.items() if version is None]
+    found = [
+        Finding(r.name, "fail", f"{version}, wanted {r.specifier}",
+                f'pip install "{r.name}{r.specifier}"')
+        for r, version in have.items() if version and not r.specifier.contains(version, True)
+    ]  # fmt: skip
+    if fine := len(wanted) - len(absent) - len(found):
+        found.insert(0, Finding(name, "ok", f"{fine} libraries within their bounds"))
+    if absent:
+        found.append(Finding(name, missing, f"not installed: {', '.join(absent)}", install))
+    return found
 
 # %% ../../nbs/extras/doctor.ipynb #2b9ab960
-def check_versions(
-    requirements: Sequence[str] | None = None,  # as in a wheel's metadata; default: our own
-    version_of: Callable[[str], str | None] = _installed,  # distribution -> version
-) -> list[Finding]:  # a summary for each group, and a line for each library that is wrong
+def check_versions() -> list[Finding]:  # a summary for each group, a line for each wrong library
     "Installed libraries against the bounds that our package declares."
-    if requirements is None:
-        try:
-            requirements = metadata.requires("alpagasus2") or []
-        except metadata.PackageNotFoundError:
-            said = "not installed as a package, so its bounds are unknown"
-            return [Finding("alpagasus2", "warn", said, "pip install -e . in the checkout")]
-    wanted = [Requirement(r) for r in requirements]
+    try:
+        wanted = [Requirement(r) for r in metadata.requires("alpagasus2") or []]
+    except metadata.PackageNotFoundError:
+        said = "not installed as a package, so its bounds are unknown"
+        return [Finding("alpagasus2", "warn", said, "pip install -e . in the checkout")]
     base = [r for r in wanted if not r.marker or r.marker.evaluate({"extra": ""})]
-    train = [r for r in wanted if r not in base and _for_train(r)]
-    found = _check_group("libraries", base, version_of, "fail", "pip install alpagasus2")
-    return found + _check_group("training", train, version_of, "warn", TRAIN)
+    extra = [r for r in wanted if r.marker and r.marker.evaluate({"extra": "train"})]
+    train = [r for r in extra if r not in base]
+    found = _check_group("libraries", base, "fail", "pip install alpagasus2")
+    return found + _check_group("training", train, "warn", TRAIN)
 
 # %% ../../nbs/extras/doctor.ipynb #1ed85da2
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -128,17 +109,13 @@ def cpu_features(
     path = Path(cpuinfo)
     if not path.exists():
         return None
-    lines = [x for x in path.read_text().splitlines() if x.startswith("flags")]
-    flags = set(lines[0].split(":", 1)[1].split()) if lines else set()
-    return [f for f in _FEATURES if f in flags]
+    flags = re.search(r"^flags\s*:(.*)", path.read_text(), re.M)
+    return [f for f in _FEATURES if flags and f in flags[1].split()]
 
 # %% ../../nbs/extras/doctor.ipynb #937d2909
-def check_cpu(
-    features: list[str] | None = None,  # default: this processor's
-) -> list[Finding]:
+def check_cpu() -> list[Finding]:
     "The processor."
-    features = cpu_features() if features is None else features
-    cores = f"{platform.machine()}, {os.cpu_count()} cores"
+    features, cores = cpu_features(), f"{platform.machine()}, {os.cpu_count()} cores"
     if features is None:
         return [Finding("cpu", "ok", f"{cores}; features are listed on Linux only")]
     shown = f"{cores}, {', '.join(features) or 'no vector unit that matters here'}"
@@ -191,7 +168,6 @@ def _gradient(layer: Any, x: Any, weigh: Any) -> Any:
 # %% ../../nbs/extras/doctor.ipynb #e50935b9
 def four_bit_errors(
     device: str,  # cpu or cuda
-    switch: bool = True,  # use the switch of `load_base`; False shows the trap
 ) -> dict[str, float]:  # forward, gradient, after_eval: error over the plain product's norm
     "How far a 4-bit layer is from a plain product with the same, dequantised weight."
     import bitsandbytes as bnb
@@ -206,8 +182,7 @@ def four_bit_errors(
         x = torch.randn(16, 256).to(device, dtype).requires_grad_()
         weigh = torch.randn(16, 128).to(device, dtype)
     layer = layer.to(device)
-    if switch:
-        keep_trainable(torch.nn.Sequential(layer))
+    keep_trainable(torch.nn.Sequential(layer))
     layer.weight.requires_grad_(False)
     plain = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
     expected = x.detach() @ plain.T
@@ -219,17 +194,14 @@ def four_bit_errors(
     return errors
 
 # %% ../../nbs/extras/doctor.ipynb #a454579a
-def check_4bit(
-    errors: dict[str, float] | None = None,  # default: measured on this process's device
-) -> list[Finding]:
-    "Whether a 4-bit layer computes and learns here."
+def check_4bit() -> list[Finding]:
+    "Whether a 4-bit layer computes and learns on the device of a training."
     name = "4-bit product"
-    if errors is None and not has_torch():
+    if not has_torch():
         return [Finding(name, "warn", "not checked: torch is not installed", TRAIN)]
-    if errors is None:
-        from alpagasus2.quant_lora import pick_device
+    from alpagasus2.quant_lora import pick_device
 
-        errors = four_bit_errors(pick_device())
+    errors = four_bit_errors(pick_device())
     shown = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in errors.items())
     bad = [k for k, v in errors.items() if not v < TOLERANCE]
     if not bad:
@@ -248,25 +220,19 @@ def _stored_token() -> str | None:
     return get_token()
 
 # %% ../../nbs/extras/doctor.ipynb #40a8d53b
-def check_hub(
-    token: str | None = None,  # default: HF_TOKEN, else the stored login
-    endpoint: str | None = None,  # default: HF_ENDPOINT, else the hub
-    timeout: float = 10,  # seconds
-) -> list[Finding]:
-    "The Hugging Face login."
-    from_variable = bool(os.environ.get("HF_TOKEN"))
-    token = token or os.environ.get("HF_TOKEN") or _stored_token()
+def check_hub() -> list[Finding]:
+    "The Hugging Face login: HF_TOKEN, else the stored one."
+    token, where = os.environ.get("HF_TOKEN"), "HF_TOKEN"
+    if not token:
+        token, where = _stored_token(), "a stored login"
     if not token:
         advice = "only gated models and --hub_path need one: set HF_TOKEN, or run `hf auth login`"
         return [Finding("hub login", "warn", "no token", advice)]
-    where = "HF_TOKEN" if from_variable else "a stored login"
-    endpoint = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     request = urllib.request.Request(f"{endpoint.rstrip('/')}/api/whoami-v2")
     try:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            import json
-
+        with urllib.request.urlopen(request, timeout=10) as answer:
             return [Finding("hub login", "ok", f"{json.load(answer)['name']}, by {where}")]
     except urllib.error.HTTPError as e:
         if e.code in (401, 403):
@@ -293,20 +259,24 @@ def hub_cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 # %% ../../nbs/extras/doctor.ipynb #6bee7ed3
+def _check_free(name: str, free: float, full: str, enough: float, tight: str) -> list[Finding]:
+    "Free bytes against 1 GB and what a 7B base takes, each with its advice."
+    shown = f"{free / 1e9:,.1f} GB free"
+    if free < 1e9:
+        return [Finding(name, "fail", shown, full)]
+    if free < enough:
+        return [Finding(name, "warn", shown, tight)]
+    return [Finding(name, "ok", shown)]
+
+# %% ../../nbs/extras/doctor.ipynb #2388cb04
 def check_disk(
     name: str,  # of the line
     folder: str | Path,  # need not be there yet
-    usage: Callable[[Path], Any] = shutil.disk_usage,  # anything with `free` in bytes
 ) -> list[Finding]:
-    "Free room below a folder."
-    path = Path(folder).absolute()
-    free = usage(next(p for p in (path, *path.parents) if p.exists())).free / 1e9
-    shown = f"{free:,.1f} GB free"
-    if free < 1:
-        return [Finding(name, "fail", shown, f"make room in {folder}, or work on another disk")]
-    if free < 15:
-        return [Finding(name, "warn", shown, "a 7B base alone is 13.5 GB: make room for it")]
-    return [Finding(name, "ok", shown)]
+    "Free disk space below a folder."
+    free = shutil.disk_usage(standing(folder)).free
+    full = f"make room in {folder}, or work on another disk"
+    return _check_free(name, free, full, 15e9, "a 7B base alone is 13.5 GB: make room for it")
 
 # %% ../../nbs/extras/doctor.ipynb #e0f06288
 def free_memory(
@@ -317,52 +287,41 @@ def free_memory(
     path, limit = Path(meminfo), Path(group) / "memory.max"
     if not path.exists():
         return None
-    line = next(x for x in path.read_text().splitlines() if x.startswith("MemAvailable"))
-    free = float(line.split()[1]) * 1024
+    free = 1024 * float(re.findall(r"^MemAvailable:\s*(\d+)", path.read_text(), re.M)[0])
     if limit.exists() and limit.read_text().strip() != "max":
         used = float((Path(group) / "memory.current").read_text())
         free = min(free, float(limit.read_text()) - used)
     return free
 
 # %% ../../nbs/extras/doctor.ipynb #ada0f8b0
-def check_memory(
-    free: float | None = None,  # bytes; default: read from the system
-) -> list[Finding]:
+def check_memory() -> list[Finding]:
     "Main memory."
-    free = free_memory() if free is None else free
+    free = free_memory()
     if free is None:
         return [Finding("memory", "ok", "free memory is read on Linux only")]
-    shown = f"{free / 1e9:,.1f} GB free"
-    if free < 1e9:
-        return [Finding("memory", "fail", shown, "close programs: even the 135M model needs 1 GB")]
-    if free < 8e9:
-        return [Finding("memory", "warn", shown, "a 7B base in 4 bits needs about 8 GB to load")]
-    return [Finding("memory", "ok", shown)]
-
-# %% ../../nbs/extras/doctor.ipynb #8e3bca1c
-def _guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    try:
-        return check()
-    except Exception as e:  # whatever a broken installation raises
-        reason = (str(e).splitlines() or [""])[0][:200]
-        return [Finding(name, "fail", f"{type(e).__name__}: {reason}", f"reinstall: {TRAIN}")]
+    full = "close programs: even the 135M model needs 1 GB"
+    return _check_free("memory", free, full, 8e9, "a 7B base in 4 bits needs about 8 GB to load")
 
 # %% ../../nbs/extras/doctor.ipynb #95882725
 def diagnose(
     folder: str | Path = ".",  # where results would be written
 ) -> Iterator[Finding]:
     "Every check, one finding after the other."
-    checks: Iterable[tuple[str, Callable[[], list[Finding]]]] = (
-        ("python", check_python),
-        ("libraries", check_versions),
-        ("cpu", check_cpu),
-        ("device", check_device),
-        ("4-bit product", check_4bit),
-        ("hub login", check_hub),
-        ("OPENAI_API_KEY", check_openai),
-        ("disk, results", lambda: check_disk("disk, results", folder)),
-        ("disk, models", lambda: check_disk("disk, models", hub_cache())),
-        ("memory", check_memory),
-    )
-    for name, check in checks:
-        yield from _guarded(name, check)
+    checks: dict[str, Callable[[], list[Finding]]] = {
+        "python": check_python,
+        "libraries": check_versions,
+        "cpu": check_cpu,
+        "device": check_device,
+        "4-bit product": check_4bit,
+        "hub login": check_hub,
+        "OPENAI_API_KEY": check_openai,
+        "disk, results": lambda: check_disk("disk, results", folder),
+        "disk, models": lambda: check_disk("disk, models", hub_cache()),
+        "memory": check_memory,
+    }
+    for name, check in checks.items():
+        try:
+            yield from check()
+        except Exception as e:  # whatever a broken installation raises
+            reason = (str(e).splitlines() or [""])[0][:200]
+            yield Finding(name, "fail", f"{type(e).__name__}: {reason}", f"reinstall: {TRAIN}")

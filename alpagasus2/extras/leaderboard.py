@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ifeval_lacks', 'LeaderboardConfig', 'find_tasks', 'load_tasks', 'Rehearsal', 'carry_out', 'Planned', 'count_tokens',
-           'rehearse', 'plan_tasks', 'cost_lines', 'Scorer', 'model_sha256', 'ask', 'leaderboard']
+           'rehearse', 'plan_tasks', 'cost_lines', 'Scorer', 'model_sha256', 'ask', 'Arms', 'leaderboard']
 
 # %% ../../nbs/extras/leaderboard.ipynb #22afa373
 import contextlib
@@ -14,16 +14,18 @@ import importlib.util
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from pydantic import Field
 from tqdm import tqdm
 
-from ..core.files import UserError, file_sha256, json_sha256, settings
-from ..core.run_folder import Journal, Step, changed_setting, resumed, row_key
+from ..core.files import UserError, adapter_sha256, file_sha256, json_sha256, settings
+from ..core.run_folder import Journal, Step, changed_setting, resumed
 from .benchmark_tables import BENCHMARKS, OPEN_LLM, Benchmark, write_results
 
 # %% ../../nbs/extras/leaderboard.ipynb #40e5865e
@@ -37,6 +39,7 @@ except ModuleNotFoundError as e:
 # %% ../../nbs/extras/leaderboard.ipynb #ec7a5ef4
 from alpagasus2.quant_lora import (
     QuantLoraConfig,
+    as_arm,
     load_adapters,
     load_base,
     load_tokenizer,
@@ -49,9 +52,8 @@ import lm_eval.api.task
 import numpy as np
 import torch
 from lm_eval.api.model import LM
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import dummy, huggingface
 from lm_eval.tasks import TaskManager
-from peft import PeftModel
 
 # %% ../../nbs/extras/leaderboard.ipynb #01532ebd
 def ifeval_lacks() -> str:  # empty when nothing is missing
@@ -113,32 +115,28 @@ def _no_bar(*args: Any, **options: Any) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     "Without lm-eval's and datasets' own bars and notes: ours says how far it is."
-    logger, shown = logging.getLogger("lm_eval"), not datasets.are_progress_bars_disabled()
-    level, modules = logger.level, (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
-    bars = [module.tqdm for module in modules]
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        for module in modules:
+    logger = logging.getLogger("lm_eval")
+    with contextlib.ExitStack() as undo:
+        undo.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
+        if not datasets.are_progress_bars_disabled():
+            undo.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        for module in (lm_eval.api.task, lm_eval.api.model, dummy, huggingface):
+            undo.callback(setattr, module, "tqdm", module.tqdm)
             module.tqdm = _no_bar
         yield
-    finally:
-        logger.setLevel(level)
-        for module, bar in zip(modules, bars, strict=True):
-            module.tqdm = bar
-        if shown:
-            datasets.enable_progress_bars()
 
 # %% ../../nbs/extras/leaderboard.ipynb #16f213b7
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def _seed(python: int, others: int) -> None:
+def _seed() -> None:
     "As lm-eval does before it loads a task: a task file may draw."
-    random.seed(python)
-    np.random.seed(others)
-    torch.manual_seed(others)
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
 
 # %% ../../nbs/extras/leaderboard.ipynb #358d5526
 def load_tasks(
@@ -149,7 +147,7 @@ def load_tasks(
     "Load a benchmark's rows; a group such as MMLU is many tasks."
     path = manager.task_index[name].yaml_path
     own = include_path and path and path.is_relative_to(Path(include_path).resolve())
-    _seed(0, 1234)
+    _seed()
     try:
         with _quiet(), contextlib.chdir(str(include_path) if own else "."):
             return dict(manager.load([name]))
@@ -158,45 +156,18 @@ def load_tasks(
         raise UserError(f"{name}: its rows did not load: {_first_line(e)}; {advice}") from e
 
 # %% ../../nbs/extras/leaderboard.ipynb #37618120
-class Rehearsal(LM):
-    "Knows nothing and keeps what it is asked."
+class Rehearsal(dummy.DummyLM):
+    "Knows nothing and answers at random; prompts are those of the model that will be asked."
+
+    apply_chat_template = huggingface.HFLM.apply_chat_template
 
     def __init__(
         self,
-        tokenizer: Any,  # of the model that will be asked, for its chat template
+        tokenizer: Any,  # of that model, for its chat template
     ):
         super().__init__()
-        self.asked: list[tuple] = []
         self.tokenizer = tokenizer
         self.chat_template_args: dict[str, Any] = {}
-
-    tokenizer_name = HFLM.tokenizer_name
-    apply_chat_template = HFLM.apply_chat_template
-
-    def _keep(self, requests: Sequence[Any], answer: Any) -> list[Any]:
-        self.asked += [r.args for r in requests]
-        return [answer] * len(requests)
-
-    def loglikelihood(
-        self,
-        requests: Sequence[Any],  # lm-eval's
-    ) -> list[tuple[float, bool]]:
-        "Every answer is certain."
-        return self._keep(requests, (0.0, False))
-
-    def loglikelihood_rolling(
-        self,
-        requests: Sequence[Any],  # lm-eval's
-    ) -> list[float]:
-        "Every text is certain."
-        return self._keep(requests, 0.0)
-
-    def generate_until(
-        self,
-        requests: Sequence[Any],  # lm-eval's
-    ) -> list[str]:
-        "Nothing is answered."
-        return self._keep(requests, "")
 
 # %% ../../nbs/extras/leaderboard.ipynb #75052442
 def carry_out(
@@ -204,19 +175,20 @@ def carry_out(
     task: Any,  # one of `load_tasks`
     shots: int | None,  # examples in the prompt; None: as the task file says
     config: LeaderboardConfig,  # limit, seed, chat template
-) -> dict[str, Any]:  # lm-eval's results of this task
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # lm-eval's result, and a sample for each row
     "Ask one task as `lm_eval.simple_evaluate` does, without its look at the whole machine."
     if task.get_config("num_fewshot") != 0:  # a task file that says 0 keeps it, as in lm-eval
         task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
         if shots is not None:
             task.set_config("num_fewshot", shots)
     task.set_fewshot_seed(config.seed)
-    _seed(0, 1234)
+    _seed()
     with _quiet():
-        return lm_eval.evaluate(
+        done = lm_eval.evaluate(
             lm, {"tasks": {task.task_name: task}}, limit=config.limit, fewshot_as_multiturn=True,
             apply_chat_template=config.apply_chat_template,
         )  # fmt: skip
+    return done["results"][task.task_name], done["samples"][task.task_name]
 
 # %% ../../nbs/extras/leaderboard.ipynb #a0932ef2
 @dataclass
@@ -227,7 +199,7 @@ class Planned:
     task: Any  # lm-eval's
     requests: int  # answers to be scored or written
     tokens: int  # about so many are computed
-    settings: dict[str, Any] = field(default_factory=dict)  # what must not change
+    settings: dict[str, Any]  # what must not change
 
 # %% ../../nbs/extras/leaderboard.ipynb #55c2251a
 def count_tokens(
@@ -246,13 +218,14 @@ def count_tokens(
 
 # %% ../../nbs/extras/leaderboard.ipynb #f5ba2ae3
 def _figure(result: Mapping[str, Any], metric: str) -> tuple[str, str]:
-    "The metric's name and lm-eval's key of it, which also names an answer filter."
-    keys = [k for k in result if "," in k and "_stderr," not in k]
-    found = [k for k in keys if not metric or k.split(",")[0] == metric]
-    if not found:
-        there = ", ".join(dict.fromkeys(k.split(",")[0] for k in keys))
-        raise UserError(f"{result['name']}: no metric {metric!r}; it has {there}")
-    return found[0].split(",")[0], found[0]
+    "A metric and its answer filter, as lm-eval's keys name them; '' is the first metric."
+    parts = [key.partition(",") for key in result]
+    figures = [(name, kind) for name, _, kind in parts if kind and not name.endswith("_stderr")]
+    for name, kind in figures:
+        if metric in ("", name):
+            return name, kind
+    there = ", ".join(dict.fromkeys(name for name, _ in figures))
+    raise UserError(f"{result['name']}: no metric {metric!r}; it has {there}")
 
 
 def _digest(value: Any) -> str:
@@ -266,26 +239,23 @@ def rehearse(
     config: LeaderboardConfig,  # limit, seed, chat template
 ) -> Planned:
     "Carry out one task without a model."
-    nobody = Rehearsal(tokenizer)
     try:
-        done = carry_out(nobody, task, benchmark.shots, config)
+        result, samples = carry_out(Rehearsal(tokenizer), task, benchmark.shots, config)
     except Exception as e:  # whatever a task file's templates and functions raise
         name = task.task_name
         raise UserError(f"{name}: its task file does not work: {_first_line(e)}") from e
-    (result,), (samples,) = done["results"].values(), done["samples"].values()
+    asked = [request.args for request in task.instances for _ in range(request.repeats)]
     listed = (task.get_config("metric_list") or [{}])[0].get("metric")
-    metric, key = _figure(result, benchmark.metric or str(listed or ""))
-    rows = [(sample["doc_hash"], sample["target_hash"]) for sample in samples]
+    metric, kind = _figure(result, benchmark.metric or str(listed or ""))
     settings = {
         "metric": metric,
-        "filter": key.split(",")[1],
+        "filter": kind,
         "shots": task.get_config("num_fewshot"),
         "version": str(task.VERSION),
-        "rows_sha256": _digest(rows),
-        "prompts_sha256": _digest(nobody.asked),
+        "rows_sha256": _digest([(s["doc_hash"], s["target_hash"]) for s in samples]),
+        "prompts_sha256": _digest(asked),
     }
-    tokens = count_tokens(nobody.asked, tokenizer)
-    return Planned(benchmark.name, task, len(nobody.asked), tokens, settings)
+    return Planned(benchmark.name, task, len(asked), count_tokens(asked, tokenizer), settings)
 
 # %% ../../nbs/extras/leaderboard.ipynb #be06e0e6
 def plan_tasks(
@@ -314,16 +284,16 @@ def cost_lines(
     arms: int,  # models that will be asked
 ) -> list[str]:
     "What the tasks will take, a line for each and one for all."
-    totals: dict[str, list[int]] = {}
+    requests, tokens = Counter[str](), Counter[str]()
     for p in planned:
-        counts = totals.setdefault(p.benchmark, [0, 0])
-        counts[0], counts[1] = counts[0] + p.requests, counts[1] + p.tokens
-    lines = [f"{name}: {n:,} requests, about {t:,} tokens" for name, (n, t) in totals.items()]
-    n, t = (sum(column) for column in zip(*totals.values(), strict=True))
-    return [*lines, f"all, for {arms} models: {arms * n:,} requests, about {arms * t:,} tokens"]
+        requests[p.benchmark] += p.requests
+        tokens[p.benchmark] += p.tokens
+    lines = [f"{b}: {n:,} requests, about {tokens[b]:,} tokens" for b, n in requests.items()]
+    n, t = arms * requests.total(), arms * tokens.total()
+    return [*lines, f"all, for {arms} models: {n:,} requests, about {t:,} tokens"]
 
 # %% ../../nbs/extras/leaderboard.ipynb #eaf7664d
-class Scorer(HFLM):
+class Scorer(huggingface.HFLM):
     "HFLM on a loaded model: batches by tokens, logits only where an answer is."
 
     def __init__(
@@ -331,25 +301,15 @@ class Scorer(HFLM):
         model: Any,  # from `load_base` or `load_adapters`
         tokenizer: Any,  # from `load_tokenizer`
         config: LeaderboardConfig,  # max_length, add_bos_token, token_budget
-        bar: Any = None,  # a tqdm that counts requests
     ):
         with _quiet():  # it warns that a loaded model is not a name
             super().__init__(
                 pretrained=model, tokenizer=tokenizer, batch_size="auto",
                 max_length=config.max_length, add_bos_token=config.add_bos_token,
             )  # fmt: skip
-        self.token_budget, self.bar = config.token_budget, bar
+        self.token_budget = config.token_budget
         self.truncated = 0  # prompts that lost their start
         self._longest = self._end = 0
-        self.set_cache_hook(self)
-
-    def add_partial(
-        self,
-        *answer: Any,  # what was asked and what came back
-    ) -> None:
-        "lm-eval's hook for finished requests."
-        if self.bar is not None:
-            self.bar.update()
 
     def generate_until(
         self,
@@ -364,8 +324,7 @@ class Scorer(HFLM):
             self.batch_size_per_gpu = "auto"
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> list[Any]:
-        longest = self.max_length
-        self.truncated += sum(len(r[1]) + len(r[2]) > longest + 1 for r in requests)
+        self.truncated += sum(len(r[1]) + len(r[2]) > self.max_length + 1 for r in requests)
         self._longest, self._end = max((len(r[2]) for r in requests), default=0), 0
         return super()._loglikelihood_tokens(requests, *args, **options)
 
@@ -401,8 +360,7 @@ def ask(
 ) -> dict[str, Any]:  # what a line says beside its key and settings
     "Ask one task and keep its figure, its standard error and the outcome of every row."
     start, before = time.perf_counter(), lm.truncated
-    done = carry_out(lm, step.task, step.settings["shots"], config)
-    (result,), (samples,) = done["results"].values(), done["samples"].values()
+    result, samples = carry_out(lm, step.task, step.settings["shots"], config)
     metric, kind = step.settings["metric"], step.settings["filter"]
     error = result.get(f"{metric}_stderr,{kind}")
     outcomes = [s[metric] for s in samples if s["filter"] == kind]
@@ -417,32 +375,49 @@ def ask(
     }
 
 # %% ../../nbs/extras/leaderboard.ipynb #8ea3a491
-def _model_settings(
-    base_model: str, quant_lora: QuantLoraConfig, adapters: Mapping[str, str | Path], name: str
-) -> dict[str, dict[str, Any]]:
-    "What each arm is, in words that can be compared: arm -> settings."
-    bits = "4 bits" if quant_lora.load_in_4bit else "8 bits" if quant_lora.load_in_8bit else "16"
-    base = {"base_model": str(base_model), "weights": model_sha256(base_model)}
-    base |= {"quantization": bits, "adapter": None}
-    arms = {name: base}
-    for arm, path in adapters.items():
-        weights = Path(path) / "adapter_model.safetensors"
-        seen = file_sha256(weights)[:16] if weights.exists() else str(path)
-        arms[arm] = {**base, "adapter": seen}
-    return arms
+@dataclass
+class Arms:
+    "A base and its adapters, all on one load."
+
+    base_model: str | Path  # a local folder, a hub id, or smollm2-135m
+    quant_lora: QuantLoraConfig  # 4 bits, 8 or 16
+    adapters: Mapping[str, str | Path]  # name -> folder
+    name: str  # of the base without adapters
+
+    def __post_init__(self) -> None:
+        if self.name in self.adapters:
+            raise UserError(f"--adapters {self.name}=...: the base has this name, too; see --name")
+
+    def settings(self) -> dict[str, dict[str, Any]]:  # by arm
+        "What each arm is, in words that can be compared."
+        q = self.quant_lora
+        bits = "4 bits" if q.load_in_4bit else "8 bits" if q.load_in_8bit else "16"
+        base = {"base_model": str(self.base_model), "weights": model_sha256(self.base_model)}
+        base |= {"quantization": bits, "adapter": None}
+        hashes = {arm: adapter_sha256(path) for arm, path in self.adapters.items()}
+        return {self.name: base} | {arm: {**base, "adapter": h} for arm, h in hashes.items()}
+
+    def scorer(
+        self,
+        config: LeaderboardConfig,  # max_length, add_bos_token, token_budget
+    ) -> Scorer:
+        "Load the base with its adapters."
+        model = load_base(self.base_model, self.quant_lora)
+        model = load_adapters(model, self.adapters) if self.adapters else model
+        return Scorer(model, load_tokenizer(self.base_model), config)
 
 # %% ../../nbs/extras/leaderboard.ipynb #efabb56b
 def _lines(
     planned: Iterable[Planned], arms: Mapping[str, Mapping[str, Any]]
-) -> dict[tuple, tuple[Planned, dict[str, Any]]]:
-    "What the file is to hold: by the key of a line, the task and what is known of the line."
-    found = {}
-    for name, arm in arms.items():
-        for task in planned:
-            line = {"id": task.task.task_name, "test_set": task.benchmark, "model": name}
-            line["settings"] = {**arm, **task.settings}
-            found[row_key(line)] = task, line
-    return found
+) -> list[dict[str, Any]]:
+    "What the file is to hold, as far as it is known before a model is asked."
+    return [
+        {
+            "id": p.task.task_name, "test_set": p.benchmark, "model": name,
+            "settings": {**arm, **p.settings},
+        }
+        for name, arm in arms.items() for p in planned
+    ]  # fmt: skip
 
 
 def _refuse_other_settings(journal: Journal, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -457,36 +432,26 @@ def _refuse_other_settings(journal: Journal, lines: Iterable[Mapping[str, Any]])
 # %% ../../nbs/extras/leaderboard.ipynb #0b5bd4f7
 def _chosen(tasks: Sequence[str] | None, say: Callable[[str], None]) -> Sequence[str]:
     lacks = ifeval_lacks() if tasks is None or "ifeval" in tasks else ""
-    if tasks is None:
+    if tasks is not None:
         if lacks:
-            say(f"left out: {lacks}")
-        return OPEN_LLM if lacks else (*OPEN_LLM, "ifeval")
+            raise UserError(lacks)
+        return list(dict.fromkeys(tasks))
     if lacks:
-        raise UserError(lacks)
-    return tasks
+        say(f"left out: {lacks}")
+    return OPEN_LLM if lacks else (*OPEN_LLM, "ifeval")
 
 # %% ../../nbs/extras/leaderboard.ipynb #54926fc3
-@contextlib.contextmanager
-def _using(model: Any, adapter: str | None) -> Iterator[None]:
-    "One adapter of a PeftModel, or its base."
-    if adapter:
-        model.set_adapter(adapter)
-        yield
-    else:
-        with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
-            yield
-
-
 def _ask_all(
-    model: Any, tokenizer: Any, todo: Sequence[tuple[Planned, dict[str, Any]]],
-    config: LeaderboardConfig, step: Step, progress: bool,
+    lm: Scorer, todo: Sequence[tuple[Planned, dict[str, Any]]], config: LeaderboardConfig,
+    step: Step, progress: bool,
 ) -> None:  # fmt: skip
     total = sum(task.requests for task, _ in todo)
     with tqdm(total=total, unit="request", disable=not progress) as bar:
-        lm = Scorer(model, tokenizer, config, bar)
+        # lm-eval tells its cache of each finished request
+        lm.set_cache_hook(SimpleNamespace(add_partial=lambda *answer: bar.update()))
         for task, line in todo:
             bar.set_postfix_str(f"{line['model']}, {line['id']}", refresh=False)
-            with _using(model, line["model"] if line["settings"]["adapter"] else None):
+            with as_arm(lm.model, line["model"]):
                 step.append({**line, **ask(lm, task, config)})
 
 # %% ../../nbs/extras/leaderboard.ipynb #e5cb7fd8
@@ -499,6 +464,20 @@ def _counted(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _ask_open(
+    output: Path, arms: Arms, planned: Sequence[Planned], config: LeaderboardConfig,
+    include_path: str | Path | None, progress: bool,
+) -> None:  # fmt: skip
+    tasks = {(p.benchmark, p.task.task_name): p for p in planned}
+    lines = _lines(planned, arms.settings())
+    files = sorted(Path(include_path).rglob("*.*")) if include_path else ()
+    with resumed(output, config.recorded(), progress=False, inputs=files) as step:
+        _refuse_other_settings(step.journal, lines)
+        if todo := [(tasks[x["test_set"], x["id"]], x) for x in step.todo(lines)]:
+            _ask_all(arms.scorer(config), todo, config, step, progress)
+        step.entry |= _counted(step.journal.rows())
+
+# %% ../../nbs/extras/leaderboard.ipynb #d6b47346
 def leaderboard(
     base_model: str,  # a local folder, a hub id, or smollm2-135m; a merged model, too
     output_dir: str | Path,  # leaderboard.jsonl, leaderboard.json, leaderboard.md; resumed
@@ -513,26 +492,13 @@ def leaderboard(
     dry_run: bool = False,  # only say what it will take
 ) -> dict[str, Any]:  # what leaderboard.json has; {} on a dry run
     "Ask a base model and its adapters all tasks, and put the figures side by side."
-    config, quant_lora = config or LeaderboardConfig(), quant_lora or QuantLoraConfig()
-    adapters = adapters or {}
-    if name in adapters:
-        raise UserError(f"--adapters {name}=...: the base has this name, too; see --name")
-    tokenizer = load_tokenizer(base_model)
-    planned = plan_tasks(_chosen(tasks, say), tokenizer, config, include_path)
-    for line in cost_lines(planned, 1 + len(adapters)):
+    config = config or LeaderboardConfig()
+    arms = Arms(base_model, quant_lora or QuantLoraConfig(), adapters or {}, name)
+    planned = plan_tasks(_chosen(tasks, say), load_tokenizer(base_model), config, include_path)
+    for line in cost_lines(planned, 1 + len(arms.adapters)):
         say(line)
     if dry_run:
         return {}
-    arms = _model_settings(base_model, quant_lora, adapters, name)
     output = Path(output_dir) / "leaderboard.jsonl"
-    files = sorted(Path(include_path).rglob("*.*")) if include_path else ()
-    lines = _lines(planned, arms)
-    with resumed(output, config.recorded(), progress=False, inputs=files) as step:
-        known = [line for _, line in lines.values()]
-        _refuse_other_settings(step.journal, known)
-        if todo := [lines[row_key(line)] for line in step.todo(known)]:
-            model = load_base(base_model, quant_lora)
-            model = load_adapters(model, adapters) if adapters else model
-            _ask_all(model, tokenizer, todo, config, step, progress)
-        step.entry |= _counted(step.journal.rows())
+    _ask_open(output, arms, planned, config, include_path, progress)
     return write_results(output_dir)

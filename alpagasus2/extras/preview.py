@@ -85,12 +85,14 @@ class Preview:
     counts: Mapping[str, str]  # from `preview_counts`
 
     def _row(self, i: int) -> Iterator[tuple[str, str, str]]:
-        "Kind (prompt, target, eos) and text of every token, and the line break behind it."
+        "Kind (prompt, target, eos, cut) and text of every token, and the line break behind it."
         e = self.rows[i]
         for k, text in enumerate(self.texts[i]):
             last = k == len(e.ids) - 1 and not e.truncated
             kind = "prompt" if k < e.n_prompt else "eos" if last else "target"
             yield kind, _visible(text), "\n" if text.endswith("\n") else ""
+        if e.truncated:
+            yield "cut", f"cut at {len(e.ids)} tokens, EOS is lost", ""
 
     def _head(self, i: int) -> str:
         e = self.rows[i]
@@ -101,16 +103,15 @@ class Preview:
         color: bool = False,  # for a terminal; without it a target stands in brackets
     ) -> str:
         "The preview as text."
-        plain = {"prompt": "{}│", "target": "[{}]", "eos": "[{}] <- EOS"}
-        ansi = {"prompt": "{}\033[2m│\033[0m", "target": "\033[30;42m{}\033[0m│",
-                "eos": "\033[1;30;43m{}\033[0m <- EOS"}  # fmt: skip
+        plain = {"prompt": "{}│", "target": "[{}]", "eos": "[{}] <- EOS", "cut": " <- {}"}
+        ansi = plain | {"prompt": "{}\033[2m│\033[0m", "target": "\033[30;42m{}\033[0m│",
+                        "eos": "\033[1;30;43m{}\033[0m <- EOS"}  # fmt: skip
         forms = ansi if color else plain
         legend = "\033[30;42mtarget\033[0m" if color else "[target]"
         lines = [f"prompt│ {legend}, │ ends a token, ⏎ is a newline"]
-        for i, e in enumerate(self.rows):
+        for i in range(len(self.rows)):
             tokens = "".join(forms[kind].format(text) + end for kind, text, end in self._row(i))
-            cut = f" <- cut at {len(e.ids)} tokens, EOS is lost" if e.truncated else ""
-            lines += ["", self._head(i), tokens + cut]
+            lines += ["", self._head(i), tokens]
         width = max(map(len, self.counts))
         return "\n".join([*lines, "", *(f"{k:{width}}  {v}" for k, v in self.counts.items())])
 
@@ -118,21 +119,17 @@ class Preview:
         return self.text()
 
     def _repr_html_(self) -> str:
-        classes = {"prompt": "p", "target": "t", "eos": "e"}
         legend = (
             '<span>prompt</span> <span class="t">target</span> <span class="e">EOS</span> '
             "a frame is a token, ⏎ a newline"
         )
         parts = [_STYLE, f'<div class="a2-preview"><p>{legend}</p>']
-        for i, e in enumerate(self.rows):
-            parts.append(f"<h4>{html.escape(self._head(i))}</h4><div>")
-            parts += [
-                f'<span class="{classes[kind]}">{html.escape(text)}</span>{"<br>" if end else ""}'
+        for i in range(len(self.rows)):
+            tokens = "".join(  # the class of a token is the first letter of its kind
+                f'<span class="{kind[0]}">{html.escape(text)}</span>{"<br>" if end else ""}'
                 for kind, text, end in self._row(i)
-            ]
-            if e.truncated:
-                parts.append(f'<span class="c">cut at {len(e.ids)} tokens, EOS is lost</span>')
-            parts.append("</div>")
+            )
+            parts.append(f"<h4>{html.escape(self._head(i))}</h4><div>{tokens}</div>")
         cells = "".join(f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in self.counts.items())
         return "".join(parts) + f"<h4>all rows</h4><table>{cells}</table></div>"
 

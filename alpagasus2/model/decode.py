@@ -8,7 +8,7 @@ __all__ = ['Choose', 'COLUMNS', 'PREFILL', 'MOST_TOKENS', 'chooser', 'decode', '
 # %% ../../nbs/model/decode.ipynb #d6e68498
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,19 @@ from .attention import ONE_TOKEN, attending
 Choose = Callable[[torch.Tensor, Sequence[int]], list[int]]  # logits (rows, vocabulary), prompts
 
 
+def _drawn(p: torch.Tensor, draws: Sequence[float], top_p: float) -> list[int]:
+    "Look a number of each row, in [0, 1), up in the running sum of its probabilities."
+    order = None
+    if top_p < 1:
+        p, order = p.sort(dim=-1, descending=True, stable=True)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+    below = p.cumsum(-1, dtype=torch.float64)
+    draw = torch.tensor(draws, dtype=torch.float64, device=p.device)[:, None]
+    found = torch.searchsorted(below, draw * below[:, -1:], right=True)
+    found = found.clamp(max=p.shape[-1] - 1)
+    return (found if order is None else order.gather(-1, found))[:, 0].tolist()
+
+# %% ../../nbs/model/decode.ipynb #b5cde2eb
 def chooser(
     temperature: float,  # 0: greedy
     top_p: float,  # draw from the likeliest tokens that reach this probability, in (0, 1]
@@ -31,31 +44,19 @@ def chooser(
     "How the next token is chosen."
     if not temperature:
         return lambda logits, rows: logits.float().argmax(-1).tolist()
-    draws = [random.Random(seed) for seed in seeds]
+    generators = [random.Random(seed) for seed in seeds]
 
     def sample(logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
-        "One number of a row's own generator decides its token."
-        p, order = (logits.float() / temperature).softmax(-1), None
-        if top_p < 1:
-            p, order = p.sort(dim=-1, descending=True, stable=True)
-            p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
-        below = p.cumsum(-1, dtype=torch.float64)
-        draw = torch.tensor([[draws[r].random()] for r in rows], dtype=torch.float64)
-        found = torch.searchsorted(below, draw.to(below.device) * below[:, -1:], right=True)
-        found = found.clamp(max=p.shape[-1] - 1)
-        return (found if order is None else order.gather(-1, found))[:, 0].tolist()
+        p = (logits.float() / temperature).softmax(-1)
+        return _drawn(p, [generators[r].random() for r in rows], top_p)
 
     return sample
 
 # %% ../../nbs/model/decode.ipynb #423172ca
-@contextmanager
-def _grouped(model: Any) -> Iterator[None]:
+def _grouped(model: Any) -> AbstractContextManager[None]:
     "Let the model attend to one new token a row by our kernel, where that is faster."
-    if model.device.type != "cpu" or _config(model)._attn_implementation != "sdpa":
-        yield
-        return
-    with attending(model, ONE_TOKEN):
-        yield
+    faster = model.device.type == "cpu" and _config(model)._attn_implementation == "sdpa"
+    return attending(model, ONE_TOKEN) if faster else nullcontext()
 
 # %% ../../nbs/model/decode.ipynb #44070d83
 @dataclass
@@ -71,7 +72,7 @@ class _Row:
         "Tokens in the cache: all but the newest, which the next step reads."
         return len(self.prompt) + len(self.new) - 1
 
-
+# %% ../../nbs/model/decode.ipynb #4c7e328c
 class _Layer(DynamicLayer):
     "One layer's keys and values, (places, heads, columns, width); `rows` says which are live."
 
@@ -84,9 +85,8 @@ class _Layer(DynamicLayer):
         "A new buffer; its last `live` columns in use are those of the old one."
         r = self.rows
         new = old.new_zeros(r.places, old.shape[1], r.columns, old.shape[3])
-        if live:
-            n = len(r.live)
-            new[:n, :, r.end - live : r.end] = old[:n, :, -live:]
+        n, before = len(r.live), old.shape[2] - live
+        new[:n, :, r.end - live : r.end] = old[:n, :, before:]
         return new
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,32 +104,61 @@ class _Layer(DynamicLayer):
         "All columns are there; the mask hides those that a row does not use."
         return self.rows.columns, 0
 
+# %% ../../nbs/model/decode.ipynb #10537ef8
+def _config(model: Any) -> Any:
+    return model.config.get_text_config()
+
+
+def _shared_prefix(model: Any, prompts: Sequence[Sequence[int]]) -> Sequence[int]:
+    "What all prompts begin with; none where attention counts columns, which padding shifts."
+    if len(prompts) < 2 or getattr(_config(model), "sliding_window", None):
+        return []
+    low, high = min(map(list, prompts)), max(map(list, prompts))
+    most = min(map(len, prompts)) - 1  # a prompt's last token gives its first logits
+    n = next((i for i in range(most) if low[i] != high[i]), most)
+    return low[:n]
+
 # %% ../../nbs/model/decode.ipynb #60edc67c
 COLUMNS = 32  # room for new tokens in a buffer; it is copied when they are used up
 PREFILL = 4096  # prompt tokens in one pass, which bounds the memory of its activations
 
 
 class _Rows:
-    "The rows that are being answered: `live` ones, in a buffer that ends at column `end`."
+    "The rows that wait, and the `live` ones, in a buffer that ends at column `end`."
 
-    def __init__(self, model: Any, token_budget: int, max_new_tokens: int, prefix: Sequence[int]):
+    def __init__(
+        self, model: Any, prompts: Sequence[Sequence[int]], token_budget: int, max_new_tokens: int
+    ):
         self.model, self.token_budget, self.max_new = model, token_budget, max_new_tokens
+        self.waiting = [_Row(i, p) for i, p in enumerate(prompts)]
+        self.waiting.sort(key=lambda row: (len(row.prompt), -row.index))  # the next is the last
         self.live: list[_Row] = []
-        self.cache = Cache(layers=[])
+        self.cache, prefix = Cache(layers=[]), _shared_prefix(model, prompts)
         self.places = self.columns = self.end = 0
         self.n_prefix, self.prefix = len(prefix), DynamicCache()
         if prefix:
             ids = torch.tensor([prefix], device=model.device)
             model(ids, past_key_values=self.prefix, use_cache=True, logits_to_keep=1)
 
-    def reserve(self, waiting: Sequence[_Row]) -> None:
+    def advance(self) -> tuple[list[_Row], torch.Tensor]:
+        "Let rows in that wait, where there is room for a few, or take a step; whose next logits."
+        if self.end == self.columns:
+            self.reserve()
+        free = self.places - len(self.live)
+        if not self.waiting or (self.live and free * 16 < self.places):
+            return list(self.live), self.step()
+        at_once = max(1, min(free, PREFILL // len(self.waiting[-1].prompt)))
+        rows = [self.waiting.pop() for _ in range(min(at_once, len(self.waiting)))]
+        return rows, self.join(rows)
+
+    def reserve(self) -> None:
         "Make a buffer for the live rows and as many of the waiting as the budget allows."
         live = max((r.cached for r in self.live), default=0)
-        known = [*self.live, *waiting[-1:]]  # the longest is the next
-        most = max(len(r.prompt) for r in known) + self.max_new
-        wanted = len(self.live) + len(waiting)
+        following = [len(r.prompt) for r in self.waiting[-1:]]  # of those that wait the longest
+        most = max([*following, *(len(r.prompt) for r in self.live)]) + self.max_new
+        wanted = len(self.live) + len(self.waiting)
         self.places = min(wanted, max(self.token_budget // most, len(self.live), 1))
-        old_end, self.end = self.end, max([live, *(len(r.prompt) for r in waiting[-1:])])
+        old_end, self.end = self.end, max([live, *following])
         self.columns = self.end + min(COLUMNS, self.max_new)
         for layer in self.cache.layers:
             layer.keys = layer.moved(layer.keys[:, :, :old_end], live)
@@ -187,9 +216,18 @@ class _Rows:
         if place < len(self.live):
             self.live[place] = last
             for layer in self.cache.layers:
-                layer.keys[place], layer.values[place] = (
-                    layer.keys[len(self.live)], layer.values[len(self.live)],
-                )  # fmt: skip
+                for buffer in (layer.keys, layer.values):
+                    buffer[place] = buffer[len(self.live)]
+
+# %% ../../nbs/model/decode.ipynb #49b1a445
+def _check(model: Any) -> None:
+    kinds = set(getattr(_config(model), "layer_types", None) or ())
+    other = kinds - {"full_attention", "sliding_attention"}
+    if other:
+        raise UserError(
+            f"{model.config.model_type}: its {', '.join(sorted(other))} layers are not decoded "
+            "here; serve the model, with vLLM say, and give its address as base_url"
+        )
 
 # %% ../../nbs/model/decode.ipynb #0850b3f2
 @torch.no_grad()
@@ -203,20 +241,10 @@ def decode(
 ) -> Iterator[tuple[int, list[int], bool]]:  # which prompt, its new tokens, whether it stopped
     "Answer all prompts, each given out when it is done."
     _check(model)
-    waiting = [_Row(i, p) for i, p in enumerate(prompts)]
-    waiting.sort(key=lambda row: (len(row.prompt), -row.index))  # the next one is the last
-    rows = _Rows(model, token_budget, max_new_tokens, _shared_prefix(model, prompts))
-    while waiting or rows.live:
-        if rows.end == rows.columns:
-            rows.reserve(waiting)
-        free = rows.places - len(rows.live)
-        if waiting and (free * 16 >= rows.places or not rows.live):
-            at_once = max(1, min(free, PREFILL // len(waiting[-1].prompt)))
-            told = [waiting.pop() for _ in range(min(at_once, len(waiting)))]
-            logits = rows.join(told)
-        else:
-            logits, told = rows.step(), list(rows.live)
-        for row, token in zip(told, choose(logits, [r.index for r in told]), strict=True):
+    rows = _Rows(model, prompts, token_budget, max_new_tokens)
+    while rows.waiting or rows.live:
+        read, logits = rows.advance()
+        for row, token in zip(read, choose(logits, [r.index for r in read]), strict=True):
             row.new.append(token)
         for place in reversed(range(len(rows.live))):
             row = rows.live[place]
@@ -224,30 +252,6 @@ def decode(
             if stopped or len(row.new) == max_new_tokens:
                 rows.leave(place)
                 yield row.index, row.new[: len(row.new) - stopped], stopped
-
-
-def _shared_prefix(model: Any, prompts: Sequence[Sequence[int]]) -> Sequence[int]:
-    "What all prompts begin with; none where attention counts columns, which padding shifts."
-    if len(prompts) < 2 or getattr(_config(model), "sliding_window", None):
-        return []
-    low, high = min(map(list, prompts)), max(map(list, prompts))
-    most = min(map(len, prompts)) - 1  # a prompt's last token gives its first logits
-    n = next((i for i in range(most) if low[i] != high[i]), most)
-    return low[:n]
-
-
-def _config(model: Any) -> Any:
-    return model.config.get_text_config()
-
-
-def _check(model: Any) -> None:
-    kinds = set(getattr(_config(model), "layer_types", None) or ())
-    other = kinds - {"full_attention", "sliding_attention"}
-    if other:
-        raise UserError(
-            f"{model.config.model_type}: its {', '.join(sorted(other))} layers are not decoded "
-            "here; serve the model, with vLLM say, and give its address as base_url"
-        )
 
 # %% ../../nbs/model/decode.ipynb #064e9390
 MOST_TOKENS = 32768  # of a budget that nobody gave: more rows at once are hardly faster

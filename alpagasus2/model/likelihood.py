@@ -16,15 +16,7 @@ from scipy.stats import rankdata
 
 from ..core.files import UserError
 from ..data import Example, Question, Template
-from alpagasus2.model.forward import (
-    Encoded,
-    encode,
-    encode_response,
-    hidden_at,
-    output_head,
-    packs,
-    row_nll,
-)
+from . import forward
 
 # %% ../../nbs/model/likelihood.ipynb #71817fee
 @dataclass(frozen=True)
@@ -33,7 +25,7 @@ class Signals:
 
     loglik: float  # mean log-probability a response token, <= 0
     ifd: float  # loss with the instruction over loss without it, > 0
-    eos: float  # log-probability of EOS behind the response, <= 0
+    eos: float | None  # log-probability of EOS behind the response, <= 0; None: truncated
 
 # %% ../../nbs/model/likelihood.ipynb #b3f0c7f6
 CHUNK = 512  # rows that are put into micro-batches together; results come after each chunk
@@ -44,18 +36,18 @@ def signals(
     tokenizer: Any,  # its tokenizer
     rows: Sequence[Example],
     template: Template = "alpaca",  # the prompt template
-    max_length: int = 2048,  # tokens; a longer row is read up to there and has eos = nan
+    max_length: int = 2048,  # tokens; a longer row is read up to there and has no eos
 ) -> Iterator[Signals]:  # in the order of `rows`, `CHUNK` rows after the other
     "The three signals of every row: two forward passes."
     for start in range(0, len(rows), CHUNK):
         some = rows[start : start + CHUNK]
-        given = [encode(r, tokenizer, max_length, template) for r in some]
-        alone = row_nll(model, [encode_response(r, tokenizer) for r in some])
-        for e, nll, without in zip(given, row_nll(model, given), alone, strict=True):
+        given = [forward.encode(r, tokenizer, max_length, template) for r in some]
+        alone = forward.row_nll(model, [forward.encode_response(r, tokenizer) for r in some])
+        for e, nll, without in zip(given, forward.row_nll(model, given), alone, strict=True):
             response = nll if e.truncated else nll[:-1]
             if not len(response) or not len(without):
                 raise UserError(f"row {e.id}: no response token within {max_length} tokens")
-            eos = float("nan") if e.truncated else -float(nll[-1])
+            eos = None if e.truncated else -float(nll[-1])
             loss = float(response.mean())
             yield Signals(-loss, loss / max(float(without.mean()), 1e-9), eos)
 
@@ -66,11 +58,10 @@ def flaws(
     "Mean log rank (Fisher's method) of likelihood, negative IFD and EOS among the rows."
     if not rows:
         return []
-    eos = np.array([s.eos for s in rows])
-    eos = np.where(np.isnan(eos), np.nanmedian(eos) if not np.isnan(eos).all() else 0.0, eos)
-    columns = [np.array([s.loglik for s in rows]), -np.array([s.ifd for s in rows]), eos]
-    ranks = [rankdata(c) / len(rows) for c in columns]
-    return [float(r) for r in np.mean(np.log(ranks), axis=0)]
+    ends = [s.eos for s in rows if s.eos is not None]
+    middle = float(np.median(ends)) if ends else 0.0
+    best = [(s.loglik, -s.ifd, middle if s.eos is None else s.eos) for s in rows]
+    return np.log(rankdata(best, axis=0) / len(rows)).mean(axis=1).tolist()
 
 # %% ../../nbs/model/likelihood.ipynb #006f78de
 def superfiltering(
@@ -88,14 +79,11 @@ def heldout_nll(
     max_length: int = 2048,  # tokens
 ) -> list[dict]:  # id, nll (summed over the reference's tokens and EOS), tokens
     "Loss on reference answers, for each question."
-    answered = [
-        cast(Example, {**q, "output": q["reference"]}) for q in questions if q.get("reference")
-    ]
-    encoded = [encode(r, tokenizer, max_length, template) for r in answered]
-    losses = row_nll(model, encoded)
+    rows = [cast(Example, {**q, "output": q["reference"]}) for q in questions if q.get("reference")]
+    encoded = [forward.encode(r, tokenizer, max_length, template) for r in rows]
     return [
         {"id": e.id, "nll": float(nll.sum()), "tokens": len(nll)}
-        for e, nll in zip(encoded, losses, strict=True)
+        for e, nll in zip(encoded, forward.row_nll(model, encoded), strict=True)
     ]
 
 # %% ../../nbs/model/likelihood.ipynb #972a67c4
@@ -105,26 +93,25 @@ def choice_logprobs(
     tokenizer: Any,  # its tokenizer
     texts: Sequence[str],  # complete prompts; the choice is the next token
     choices: Sequence[str],  # for example "1", "2": each must begin with a token of its own
-    token_budget: int = 2048,  # computed tokens a packed micro-batch
 ) -> Iterator[tuple[int, list[float]]]:  # (position in texts, log-probabilities), as computed
     "Log-probabilities of the choices, normalised among them."
     first = [tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in choices]
     if len(set(first)) < len(first):
         raise UserError(f"choices {list(choices)} do not differ in their first token")
     ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
-    encoded = [Encoded(str(i), x, len(x)) for i, x in enumerate(ids)]
+    encoded = [forward.Encoded(str(i), x, len(x)) for i, x in enumerate(ids)]
     model.eval()
-    for pack in packs(encoded, token_budget):
+    for pack in forward.packs(encoded):
         rows = [encoded[i] for i in pack]
-        lm, hidden = hidden_at(model, rows, [[e.n_prompt - 1] for e in rows])
-        logits = output_head(lm)(hidden)[:, first].float()
+        lm, hidden = forward.hidden_at(model, rows, [[e.n_prompt - 1] for e in rows])
+        logits = forward.output_head(lm)(hidden)[:, first].float()
         yield from zip(pack, logits.log_softmax(-1).tolist(), strict=True)
 
 # %% ../../nbs/model/likelihood.ipynb #f9ec4985
 @torch.no_grad()
 def target_logprobs(
     model: Any,  # a causal LM, with or without adapters, in evaluation mode
-    row: Encoded,  # one row
+    row: forward.Encoded,  # one row
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (targets, vocabulary) fp32; (targets,) token ids
     "Log-probabilities at every target of a row, in natural log."
     ids = torch.tensor([row.ids], device=model.device)

@@ -7,8 +7,6 @@ __all__ = ['ONE_ORDER', 'read_annotations', 'read_reviews', 'load_other_forms', 
            'comparison_rows', 'comparison_csv', 'model_index', 'model_index_block', 'write_forms']
 
 # %% ../../nbs/report/formats.ipynb #3b23eba4
-import csv
-import io
 import math
 import re
 from collections import Counter
@@ -16,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import pandas as pd
 import yaml
 
 from ..analysis import Results
@@ -24,11 +23,6 @@ from ..evidence.claim import NO_CLAIM
 from ..judge import parse_verdict
 
 # %% ../../nbs/report/formats.ipynb #71c9eee8
-def _question_id(*parts: str) -> str:
-    "As the id of a row: the first digits of its text's hash."
-    return json_sha256(parts)[:16]
-
-
 def _judgment(**fields: Any) -> dict[str, Any]:
     "A line of judgments.jsonl; `verdict` decides its status."
     shared: dict[str, Any] = {
@@ -62,7 +56,7 @@ def read_annotations(
         said = row.get("raw_completion")
         given = row.get("input") or ""
         lines.append(_judgment(
-            id=_question_id(row["instruction"], given), test_set="alpaca_eval",
+            id=json_sha256([row["instruction"], given])[:16], test_set="alpaca_eval",
             category=row.get("dataset"), instruction=row["instruction"], input=given,
             model_a=row["generator_2"], model_b=row["generator_1"], first=None,
             response_a=row["output_2"] or "", response_b=row["output_1"] or "",
@@ -74,9 +68,7 @@ def read_annotations(
 
 # %% ../../nbs/report/formats.ipynb #875e6b64
 _SUFFIX = re.compile(r"[-_]reviewer[-_]threeclass$")
-_NAME = re.compile(
-    r"(?P<one>.+?)[-_]vs[-_](?P<two>.+?)(?:[-_](?P<judge>(?:gpt|claude)[-\w.]*))?"
-)  # fmt: skip
+_NAME = re.compile(r"(?P<one>.+?)[-_]vs[-_](?P<two>.+?)(?:[-_](?P<judge>(?:gpt|claude)[-\w.]*))?")
 
 
 def _review_name(path: Path) -> re.Match:
@@ -118,9 +110,7 @@ def read_reviews(
 
 # %% ../../nbs/report/formats.ipynb #d598342e
 def _is_annotations(path: Path) -> bool:
-    if path.suffix != ".json":
-        return False
-    rows = read_json(path)
+    rows = read_json(path) if path.suffix == ".json" else None
     return isinstance(rows, list) and bool(rows) and "preference" in rows[0]
 
 
@@ -129,11 +119,11 @@ def load_other_forms(
 ) -> list[dict[str, Any]]:  # judgment lines; empty where no file of another tool is there
     "Read alpaca_eval's annotations and three-class reviews, both orders where both are there."
     source = Path(source)
-    files = sorted(source.glob("*.json*")) if source.is_dir() else [source]
-    reviewed = [p for p in files if p.is_file() and _SUFFIX.search(p.stem)]
+    files = [source] if source.is_file() else sorted(source.glob("*.json*"))
+    reviewed = [p for p in files if _SUFFIX.search(p.stem)]
     reviewed += [m for p in reviewed if (m := _mirror(p)).is_file() and m not in reviewed]
-    named = [p for p in files if source.is_file() or p.name.startswith("annotations")]
-    annotated = [p for p in named if p.is_file() and _is_annotations(p)]
+    named = files if source.is_file() else sorted(source.glob("annotations*.json"))
+    annotated = [p for p in named if _is_annotations(p)]
     lines = [line for p in reviewed for line in read_reviews(p)]
     return lines + [line for p in annotated for line in read_annotations(p)]
 
@@ -220,47 +210,41 @@ def comparison_csv(
     results: Results,  # results.json's content
 ) -> str:  # empty without a comparison
     "The comparisons for a spreadsheet; what is undefined is an empty cell."
-    rows = comparison_rows(results)
-    text = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    if rows:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    table = pd.DataFrame(comparison_rows(results), dtype=object)  # counts stay whole numbers
+    return "" if table.empty else table.to_csv(index=False, lineterminator="\n")
 
 # %% ../../nbs/report/formats.ipynb #b44bb539
-def _metrics(p: Mapping) -> list[dict[str, Any]]:
-    "A comparison as a metric of the block."
+def _stated(test_set: str, **metric: Any) -> dict[str, Any]:
+    "A metric of the block and the data set that it was measured on."
+    dataset = {"name": test_set, "type": re.sub(r"[^\w.-]+", "-", test_set)}
+    return {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": [metric]}
+
+
+def _win_rate(p: Mapping) -> dict[str, Any]:
+    "A comparison as an entry of the block."
     against = f"Win rate against {p['model_b']}, judged in both orders, ties half"
     args = {k: p[k] for k in ("n", "win", "tie", "lose", "win_rate_ci95") if k in p}
-    metric = {"type": "win_rate", "name": against, "value": round(p["win_rate"], 4), "args": args}
-    return [metric]
-
-
-def _on(test_set: str, metrics: Sequence[Mapping]) -> dict[str, Any]:
-    dataset = {"name": test_set, "type": re.sub(r"[^\w.-]+", "-", test_set)}
-    return {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": list(metrics)}
+    rate = round(p["win_rate"], 4)
+    return _stated(p["test_set"], type="win_rate", name=against, value=rate, args=args)
 
 # %% ../../nbs/report/formats.ipynb #a8ed0a63
 def model_index(
     results: Results,  # results.json's content
-    model: str | None = None,  # the model's name; default: model_a of the first comparison
 ) -> list[dict[str, Any]]:  # value of a card's `model-index`; empty where nothing can be stated
-    "The results of one arm (model) as the hub reads them; an unfit judge's are left out."
+    "The results of the first comparison's model_a, without those of an unfit judge."
     compared = results.get("pairs") or []
-    model = model or (compared[0]["model_a"] if compared else None)
+    model = compared[0]["model_a"] if compared else None
     unfit = (results.get("claim") or {}).get("verdict") == NO_CLAIM
     mine = [p for p in compared if p["model_a"] == model and p.get("n") and not unfit]
-    stated = [_on(p["test_set"], _metrics(p)) for p in mine]
+    stated = [_win_rate(p) for p in mine]
     loss = ((results.get("heldout") or {}).get(model) or {}).get("loss")
     if loss is not None:
         name = "Loss on held-out references, nats a token"
-        stated.append(_on("held-out", [{"type": "loss", "name": name, "value": round(loss, 4)}]))
+        stated.append(_stated("held-out", type="loss", name=name, value=round(loss, 4)))
     right, n = (results.get("checkable") or {}).get(model) or (0, 0)
     if n:
-        share = {"type": "accuracy", "value": round(right / n, 4), "args": {"n": n}}
-        stated.append(_on("checkable", [share]))
+        share = round(right / n, 4)
+        stated.append(_stated("checkable", type="accuracy", value=share, args={"n": n}))
     return [{"name": model, "results": stated}] if stated else []
 
 # %% ../../nbs/report/formats.ipynb #32c5de29
@@ -280,13 +264,10 @@ def model_index_block(
 def write_forms(
     results: Results,  # results.json's content
     output: str | Path,  # folder of the report
-) -> list[Path]:  # what was written
-    "results.csv and model_index.yaml, as far as there is something to state."
-    written = []
+) -> None:
+    "Write results.csv and model_index.yaml, as far as there is something to state."
     texts = {"results.csv": comparison_csv(results), "model_index.yaml": model_index_block(results)}
     for name, text in texts.items():
         if text:
             with atomic(Path(output) / name) as part:
                 part.write_text(text, encoding="utf-8", errors="replace")
-            written.append(Path(output) / name)
-    return written

@@ -85,13 +85,13 @@ READERS = {
 }
 
 # %% ../nbs/00_data.ipynb #8a3a34f0
-def _read_hub(name: str) -> list[dict]:
+def _read_hub(name: str, split: str) -> list[dict]:
     try:
         import datasets
     except ImportError:
         raise UserError(f"{name}: to read from the hub, pip install 'alpagasus2[train]'") from None
     try:
-        return datasets.load_dataset(name, split="train").to_list()
+        return datasets.load_dataset(name, split=split).to_list()
     except Exception as e:  # the hub's errors have no common base class
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f"{name}: not a file, and the hub did not give it: {reason}") from e
@@ -99,6 +99,7 @@ def _read_hub(name: str) -> list[dict]:
 # %% ../nbs/00_data.ipynb #fa35e192
 def read_rows(
     source: str | Path,  # .json, .jsonl, .csv or .parquet; a catalogued name; or a hub id
+    split: str = "train",  # the split to take from a hub data set
 ) -> list[dict]:  # rows as they stand, unchecked
     "Read rows from a file, the catalogue or the hub; `UserError` names file and place."
     path = locate(source)
@@ -111,7 +112,7 @@ def read_rows(
         return rows
     if path.suffix in READERS or path.is_absolute() or str(source).count("/") != 1:
         raise UserError(f"{source}: no such file, and no data set of the catalogue has this name")
-    return _read_hub(str(source))
+    return _read_hub(str(source), split)
 
 # %% ../nbs/00_data.ipynb #2f3d5e7b
 class Message(TypedDict):
@@ -246,9 +247,10 @@ def dropped(
 # %% ../nbs/00_data.ipynb #60249f05
 def load_examples(
     source: str | Path,  # a file, a catalogued name or a hub id
+    split: str = "train",  # the split to take from a hub data set
 ) -> tuple[list[Example], list[Problem]]:  # rows with ids; those dropped
     "Read and check rows; raises `UserError` at the first malformed row or when none is left."
-    rows, problems = check_rows(read_rows(source))
+    rows, problems = check_rows(read_rows(source, split))
     for p in problems:
         if p.kind == "malformed":
             raise UserError(f"{source}: row {p.row} {p.detail}; `alpagasus2 check` lists all rows")

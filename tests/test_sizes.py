@@ -162,9 +162,13 @@ def test_only_the_size_that_is_missing_is_made(run, ablation, monkeypatch):
     measured = counted(monkeypatch, "heldout_nll", lambda *args: 1)
     again = run_recipe(ablation, folder, progress=False)
     assert trained == ["random@2-1"] and set(lost) == {"random@3"} and measured == [1]
-    fixed = [{k: v for k, v in p.items() if "seconds" not in k and "usd" not in k}
-             for found in (results, again) for p in found["sizes"]]  # fmt: skip
-    assert fixed[: len(fixed) // 2] == fixed[len(fixed) // 2 :]
+    # three references alone give the last digits of a loss other than among eight
+    first, second = (
+        [{k: v for k, v in p.items() if "seconds" not in k and "usd" not in k}
+         for p in json.loads(json.dumps(found["sizes"]), parse_float=lambda x: round(float(x), 6))]
+        for found in (results, again)
+    )  # fmt: skip
+    assert first == second
     assert adapter.exists()
 
 

@@ -29,7 +29,7 @@ class GenerateConfig:
     max_new_tokens: int = Field(256, gt=0)  # an answer that reaches it has finish_reason "length"
     temperature: float = Field(0.0, ge=0)  # 0: greedy
     top_p: float = Field(1.0, gt=0, le=1)  # nucleus sampling
-    template: Template = "alpaca"  # the text form of the training
+    template: Template = "alpaca"  # the prompt template of the training
     token_budget: int | None = Field(None, gt=0)  # most tokens in memory; None: half of it
     seed: int = 0  # for sampling; each question has numbers of its own
     truncate_prompt: bool = False  # cut the start of a prompt that does not fit; false: refuse it
@@ -57,7 +57,7 @@ def encode_prompts(
     questions: Sequence[Question],  # id, instruction, input
     tokenizer: Any,  # of the model that answers
     room: int,  # tokens a prompt may have
-    config: GenerateConfig,  # the text form; what to do with a longer prompt
+    config: GenerateConfig,  # the prompt template; what to do with a longer prompt
 ) -> list[list[int]]:  # tokens of each prompt
     "The prompts as tokens; one that does not fit is `UserError`, or loses its start if asked for."
     if room < 1:

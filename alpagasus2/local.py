@@ -57,7 +57,7 @@ def rate_by_signals(
     rows: Sequence[Example],  # with ids
     selector: str,  # flaws or superfiltering
     output: str | Path,  # ratings.jsonl; resumed when it is there
-    template: Template = "chat",  # the text form in which it reads them
+    template: Template = "chat",  # the prompt template in which it reads them
     progress: bool = True,  # show a bar
 ) -> list[dict]:  # all lines of the file
     "Score rows by a local model's likelihoods; the lines are those of any rating."

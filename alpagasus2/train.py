@@ -33,7 +33,14 @@ from alpagasus2.core.files import (
 from .core.run_folder import recorded
 from .data import Example, Template, dropped, load_examples
 from .model.checkpoint import Checkpoint, StopRequest
-from .model.forward import Encoded, encode, packed_attention, packs, row_nll, target_nll
+from alpagasus2.model.forward import (
+    Encoded,
+    encode,
+    micro_batches,
+    packed_attention,
+    row_nll,
+    target_nll,
+)
 from alpagasus2.quant_lora import (
     QuantLoraConfig,
     adapter_parameters,
@@ -67,7 +74,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False  # less memory for a third more time
     cutoff_len: int = Field(256, gt=0)  # tokens; a longer row loses its end, and its EOS
     train_on_prompt: bool = False  # also learn to write the instruction
-    template: Template = "alpaca"  # the text form: alpaca, or the tokenizer's chat template
+    template: Template = "alpaca"  # the prompt: Alpaca's, or the tokenizer's chat template
     val_set_size: float = Field(0, ge=0)  # rows (or a fraction below 1) held out for evaluation
     eval_steps: int | None = Field(None, gt=0)  # steps between evaluations; None: an epoch
     save_steps: int | None = Field(None, gt=0)  # steps between checkpoints; None: an epoch
@@ -182,13 +189,16 @@ def _sum_over_processes(parameters: Sequence[torch.Tensor], loss: torch.Tensor) 
 TOKEN_BUDGET = 2048  # computed tokens a pass where it is not measured
 
 
-def _own_packs(batch: Sequence[Encoded], config: TrainConfig) -> list[tuple[int, list[int]]]:
+def _own_packs(
+    model: Any, batch: Sequence[Encoded], config: TrainConfig
+) -> list[tuple[int, list[int]]]:
     "Micro-batches of this process, each with its number; a smaller budget if not all have work."
     state = accelerate.PartialState()
     rank, processes = state.process_index, state.num_processes
     fair = math.ceil(sum(len(e.ids) for e in batch) / processes)
     budget = min(config.token_budget or TOKEN_BUDGET, fair)
-    return list(enumerate(packs(batch, budget, config.micro_batch_size)))[rank::processes]
+    cut = micro_batches(model, batch, budget, config.micro_batch_size)
+    return list(enumerate(cut))[rank::processes]
 
 # %% ../nbs/02_train.ipynb #472b07b9
 def training_step(
@@ -200,7 +210,7 @@ def training_step(
     "Accumulate the gradient of one batch; raises `FloatingPointError` that names the rows."
     targets = sum(e.n_targets for e in batch)
     total = torch.zeros((), device=model.device)
-    for k, pack in _own_packs(batch, config):
+    for k, pack in _own_packs(model, batch, config):
         torch.manual_seed(hash((config.seed, step, k)) % 2**63)
         with packed_attention(model):  # in the backward pass, too, for checkpointed layers
             nll, _ = target_nll(model, [batch[i] for i in pack])

@@ -105,6 +105,8 @@ def _rows(
     sliding_window: int | None = None, **options: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     "What Transformers calls: query (1, heads, n, d) -> (1, n, heads, d); no layout: the usual way."
+    if layout is None and _PACKED.get():
+        raise RuntimeError(f"{type(module).__name__} got packed rows without their layout")
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     q, k, v = query[0] * options["scaling"], key[0], value[0]

@@ -101,10 +101,10 @@ def choice_logprobs(
     ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
     encoded = [forward.Encoded(str(i), x, len(x)) for i, x in enumerate(ids)]
     model.eval()
-    for pack in forward.packs(encoded):
+    for pack in forward.micro_batches(model, encoded):
         rows = [encoded[i] for i in pack]
-        lm, hidden = forward.hidden_at(model, rows, [[e.n_prompt - 1] for e in rows])
-        logits = forward.output_head(lm)(hidden)[:, first].float()
+        logits = forward.logits_at(model, rows, [[e.n_prompt - 1] for e in rows])
+        logits = logits[:, first].float()
         yield from zip(pack, logits.log_softmax(-1).tolist(), strict=True)
 
 # %% ../../nbs/model/likelihood.ipynb #f9ec4985

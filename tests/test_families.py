@@ -1,0 +1,144 @@
+"""Whatever the architecture: the loss of a row is the model's own, alone and among others."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from alpagasus2.model.forward import Encoded, encode, micro_batches, row_nll, target_nll
+from alpagasus2.quant_lora import load_base, load_tokenizer
+from alpagasus2.train import TrainConfig, train, training_step
+
+TOKENIZER = load_tokenizer("smollm2-135m")
+SHARED = {
+    "vocab_size": len(TOKENIZER), "hidden_size": 64, "pad_token_id": 2, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+USUAL = {
+    **SHARED, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 128, "max_position_embeddings": 512,
+}  # fmt: skip
+FOUR = {**USUAL, "num_hidden_layers": 4}
+LINEAR = {
+    "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+# A model of each kind, by what would go wrong in it.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": USUAL,  # nothing
+    "gemma2": {**USUAL, "head_dim": 16},  # soft caps, on the attention and the logits
+    "granite": {**USUAL, "logits_scaling": 8.0},  # logits divided
+    "cohere": USUAL,  # logits multiplied
+    "cohere2": USUAL,
+    "hyperclovax": {**USUAL, "logits_scaling": 4.0},  # logits multiplied by Granite's field
+    "falcon_h1": {
+        **USUAL, "lm_head_multiplier": 0.04, "mamba_d_ssm": 64, "mamba_n_heads": 4,
+        "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16,
+    },
+    "bloom": {"vocab_size": len(TOKENIZER), "hidden_size": 64, "n_layer": 2, "n_head": 4},  # ALiBi
+    "mpt": {
+        "vocab_size": len(TOKENIZER), "d_model": 64, "n_layers": 2, "n_heads": 4,
+        "max_seq_len": 512,
+    },
+    "xglm": {
+        "vocab_size": len(TOKENIZER), "d_model": 64, "num_layers": 2, "attention_heads": 4,
+        "ffn_dim": 128, "max_position_embeddings": 512,
+    },  # no mask from positions
+    "stablelm": USUAL,  # layers that do not pass the layout on
+    "nemotron": USUAL,
+    "gpt_oss": {**USUAL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},  # sinks
+    "qwen3_5_text": {**FOUR, **LINEAR},  # a state that runs along the tokens
+    "lfm2": {**FOUR, "conv_L_cache": 3, "full_attn_idxs": [1, 3], "block_multiple_of": 32},
+    "mamba2": {
+        **SHARED, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "state_size": 16,
+        "n_groups": 1,
+    },
+    "recurrent_gemma": {**USUAL, "num_hidden_layers": 3, "lru_width": 64},
+    "modernbert-decoder": USUAL,  # more than one layer behind the backbone
+}  # fmt: skip
+ROWS: list[Any] = [
+    {"id": str(n), "instruction": asked, "input": "", "output": answer}
+    for n, (asked, answer) in enumerate([
+        ("Name a colour.", "Blue is a colour."), ("Add two.", "Five."),
+        ("Write a line.", "Rain falls on the roof."),
+    ])
+]  # fmt: skip
+
+
+def tiny(family: str) -> Any:
+    "A random model whose weights are large enough for its tokens to depend on each other."
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
+    lm = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    for p in lm.requires_grad_(False).parameters():
+        p.mul_(4.0 if p.dim() > 1 else 1.0)
+    return lm
+
+
+def own_nll(lm: Any, e: Encoded) -> torch.Tensor:
+    "The loss of each target by the model's own forward pass, without adapters of ours around it."
+    logits = lm(input_ids=torch.tensor([e.ids]), use_cache=False).logits[0].float()
+    targets = torch.tensor(e.ids[e.n_prompt :])
+    return torch.nn.functional.cross_entropy(logits[e.n_prompt - 1 : -1], targets, reduction="none")
+
+
+@pytest.fixture(scope="module")
+def encoded() -> list[Encoded]:
+    return [encode(row, TOKENIZER, 256) for row in ROWS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_the_models_own(family: str, encoded: list[Encoded]) -> None:
+    lm = tiny(family)
+    with torch.no_grad():
+        wanted = [own_nll(lm, e) for e in encoded]
+    assert max(float(w.std()) for w in wanted) > 0.01  # the tokens matter
+    for found in (row_nll(lm, encoded), [row_nll(lm, [e])[0] for e in encoded]):
+        for nll, own in zip(found, wanted, strict=True):
+            assert torch.allclose(torch.tensor(nll).float(), own, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "cohere2", "qwen3_5_text", "gpt_oss"])
+def test_the_gradient_is_the_models_own(family: str, encoded: list[Encoded]) -> None:
+    model = get_peft_model(tiny(family), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    adapter = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for p in adapter.values():
+        torch.nn.init.normal_(p, std=0.05)  # B is not zero
+    total = sum(e.n_targets for e in encoded)
+    (sum(own_nll(model, e).sum() for e in encoded) / total).backward()
+    wanted = {n: p.grad.clone() for n, p in adapter.items()}
+    model.zero_grad()
+    training_step(model, encoded, TrainConfig(max_grad_norm=0))
+    for name, p in adapter.items():
+        scale = wanted[name].abs().max()
+        assert scale > 0 and (p.grad - wanted[name]).abs().max() < 1e-3 * scale, name
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere2", "qwen3_5_text", "gpt_oss"])
+def test_training_reports_the_models_own_loss(
+    family: str, encoded: list[Encoded], tmp_path: Path
+) -> None:
+    tiny(family).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    config = TrainConfig(batch_size=3, num_epochs=1)
+    result = train(tmp_path / "base", ROWS, tmp_path / "adapter", config, progress=False)
+    base = load_base(tmp_path / "base")
+    with torch.no_grad():
+        own = torch.cat([own_nll(base, e) for e in encoded]).mean()
+    assert result["loss"][0] == pytest.approx(float(own), abs=1e-3)
+
+
+def test_rows_that_may_not_share_a_pass_never_do(encoded: list[Encoded]) -> None:
+    "A family that nobody has looked at runs as its authors wrote it."
+    lm = tiny("stablelm")
+    seen: list[Any] = []
+    forward: Callable[..., Any] = lm.forward
+    lm.forward = lambda **given: seen.append(given["input_ids"].shape) or forward(**given)
+    batches = micro_batches(lm, encoded)
+    for batch in batches:
+        target_nll(lm, [encoded[i] for i in batch])
+    assert seen == [(3, max(len(e.ids) for e in encoded))]

@@ -353,6 +353,8 @@ def _question(row: Mapping, stem: str, number: int) -> Question:
     if "instances" in row:  # a person wrote the output
         first = row["instances"][0]
         row = {"input": first["input"], "reference": first.get("output") or None}
+    elif "instruction" not in row:  # another test set's form, of which no more is known
+        row = {}
     known = {k: row[k] for k in ("reference", "answer") if row.get(k) is not None}
     question = {"id": str(key), "test_set": test_set, "category": category}
     question |= {"instruction": instruction, "input": row.get("input") or ""}

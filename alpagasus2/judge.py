@@ -73,7 +73,6 @@ class RatingPrompt:
     "What a rater is asked, and on which scale it answers."
 
     text: str = _RATE  # with {instruction}, {input}, {response} and {dimension} to be filled in
-    system: str = _RATE_SYSTEM  # stands before it; may be empty
     version: str = RATING_VERSION  # recorded with every line
     low: float = 0.0  # lowest score
     high: float = 5.0  # highest score
@@ -96,7 +95,7 @@ def load_prompt(
     for field in ("{instruction}", "{response}"):
         if field not in text:
             raise UserError(f"{path}: {field} must stand where the rater is to see it")
-    return RatingPrompt(text, "", f"own-{_tag(text)}", low, high)
+    return RatingPrompt(text, f"own-{_tag(text)}", low, high)
 
 # %% ../nbs/04_judge.ipynb #b80b75b1
 def _rated_question(row: Example) -> tuple[str, str]:  # instruction, input
@@ -124,7 +123,7 @@ def rating_messages(
     values = {"instruction": instruction, "input": context, "dimension": dimension}
     values["response"] = framed
     filled = re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), prompt.text)
-    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
+    system = [{"role": "system", "content": _RATE_SYSTEM}] if prompt.text == _RATE else []
     return [*system, {"role": "user", "content": filled}]
 
 # %% ../nbs/04_judge.ipynb #db4faa23
@@ -309,7 +308,7 @@ def rating_plan(
     "A score for every row."
     by_id = {r["id"]: r for r in rows}
     settings = {"rater": rater, **_asked_with(config, "dimension"), "prompt": prompt.version}
-    if prompt.version != RATING_VERSION:
+    if prompt.text != _RATE:
         settings["scale"] = [prompt.low, prompt.high]
 
     def ask(line: Mapping) -> Request:

@@ -144,7 +144,7 @@ def adapted(
 def arm_backend(
     models: Models,  # whose tokenizer
     load: Callable[[], Any],  # from `adapted`
-    arm: str,  # one of its adapters, or `base`
+    arm: str,  # one of its adapters; any other name is the base
     config: GenerateConfig,  # how questions are answered
 ) -> Backend:  # for `generate`
     "One arm as a backend."
@@ -166,5 +166,5 @@ def local_arms(
     "The base and its adapters as backends; nothing is loaded before the first question."
     models = Models(base_model, QuantLoraConfig(load_in_4bit=load_in_4bit))
     load = adapted(models, adapters)
-    arms = {base_name: "base", **{n: n for n in adapters}}
+    arms = {base_name: "", **{n: n for n in adapters}}  # no adapter can be called ""
     return {n: arm_backend(models, load, arm, config) for n, arm in arms.items()}

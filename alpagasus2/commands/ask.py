@@ -218,6 +218,8 @@ def generate(
     settings, limits = _sorted_out(config, GenerateConfig, EndpointConfig)
     asked = [q for source in questions for q in load_questions(source)[:limit]]
     paths = dict(_named_path(a) for a in adapters or [])
+    if name in paths:
+        raise UserError(f"--name {name}: an adapter has this name, too; give the base another")
     print(f"{len(asked):,} questions for {', '.join([name, *paths])}", file=sys.stderr)
     if base_url:
         models = {name: _server(base_model, base_url, output, settings, limits, asked)}

@@ -35,7 +35,7 @@ def unknown_name(
     known: Collection[str],  # what there is
 ) -> str:
     "The sentence for an unknown setting, with the nearest valid one."
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(str(name), known, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     return f"unknown setting {name!r}; {hint}"
 

@@ -191,6 +191,7 @@ class _Pool:
     async def _worker(self, work: Callable, waiting: Iterator) -> None:
         "Take items until there are none."
         try:
+            await self.sleep(0.0)  # another worker may have failed before this one began
             for position, item in waiting:
                 self._ready.put((position, await work(item)))
                 await self.sleep(0.0)
@@ -305,6 +306,7 @@ class Endpoint:
         share: float = 1.0,  # of the list price
     ) -> Reply:  # its usage says what it cost
         "Read an answer, count its price and store it; raises `Transient` where it is cut short."
+        raw = self.without_key(raw)
         try:
             reply = read_completion(raw, self.model)
         except ValueError as e:
@@ -315,9 +317,9 @@ class Endpoint:
                 self.price.usd(usage["prompt_tokens"], usage["completion_tokens"]) * share
             )
         self.budget.settle(0.0, usage["usd"] or 0.0)
-        reply = replace(reply, text=self.without_key(reply.text), usage=usage)
+        reply = replace(reply, usage=usage)
         if not reply.error:
-            self.cache.put(key, self.base_url, reply, self.without_key(raw), seconds, self.model)
+            self.cache.put(key, self.base_url, reply, raw, seconds, self.model)
         return reply
 
 # %% ../../nbs/endpoint/client.ipynb #5d720fc3

@@ -32,7 +32,7 @@ quickstart: $(INSTALLED)  ## the whole loop, offline on a CPU: from rating to re
 
 test: $(INSTALLED)  ## notebooks and tests, without those marked slow
 	$(BIN)/nbdev_test --n_workers $(WORKERS) --timing
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # pytest's status 5 says that no test is marked slow, which is no failure.
 test-slow: $(INSTALLED)  ## only what takes minutes

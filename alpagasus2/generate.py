@@ -104,15 +104,13 @@ def local_answers(
     budget = config.token_budget or cache_budget(model)
     with evaluating(model):
         for i, new, stopped in decode(model, prompts, config.max_new_tokens, stop, choose, budget):
-            yield (
-                i,
-                {
-                    "response": tokenizer.decode(new, skip_special_tokens=True),
-                    "finish_reason": "stop" if stopped else "length",
-                    "prompt_tokens": len(prompts[i]),
-                    "response_tokens": len(new),
-                },
-            )
+            answer = {
+                "response": tokenizer.decode(new, skip_special_tokens=True),
+                "finish_reason": "stop" if stopped else "length",
+                "prompt_tokens": len(prompts[i]),
+                "response_tokens": len(new),
+            }
+            yield i, answer
 
 # %% ../nbs/03_generate.ipynb #1b9ec1ba
 def endpoint_requests(
@@ -131,16 +129,14 @@ def endpoint_answers(
     "Answer questions through an endpoint; one that the server refuses has finish_reason error."
     for i, reply in ask(endpoint_requests(questions)):
         usage = dict(reply.usage or {})
-        yield (
-            i,
-            {
-                "response": reply.text,
-                "finish_reason": reply.finish_reason,
-                "prompt_tokens": usage.get("prompt_tokens"),
-                "response_tokens": usage.get("completion_tokens"),
-                "usage": usage,
-            },
-        )
+        answer = {
+            "response": reply.text,
+            "finish_reason": reply.finish_reason,
+            "prompt_tokens": usage.get("prompt_tokens"),
+            "response_tokens": usage.get("completion_tokens"),
+            "usage": usage,
+        }
+        yield i, answer
 
 # %% ../nbs/03_generate.ipynb #bd307a3e
 def answer_lines(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SMALL_MODEL', 'quiet_libraries', 'QuantLoraConfig', 'pick_device', 'compute_dtype', 'small_model', 'resolve_model',
-           'load_tokenizer', 'keep_trainable', 'load_base', 'adapter_parameters', 'Dropout', 'add_lora',
-           'load_adapters', 'as_arm']
+           'load_tokenizer', 'keep_trainable', 'load_base', 'adapter_parameters', 'Dropout', 'linear_layers',
+           'add_lora', 'load_adapters', 'as_arm']
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
+import copy
 import importlib.util
 import logging
 import tempfile
@@ -20,7 +21,8 @@ from typing import Any, Literal
 from filelock import FileLock
 from pydantic import Field
 
-from .core.files import UserError, cache_dir, settings
+from .core import families
+from .core.files import UserError, cache_dir, say, settings
 
 # %% ../nbs/01_quant_lora.ipynb #31382d00
 @contextmanager
@@ -40,6 +42,7 @@ with quiet_libraries():
     import peft
     import torch
     import transformers
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 # %% ../nbs/01_quant_lora.ipynb #80d57fb6
 @contextmanager
@@ -184,6 +187,33 @@ def _contiguous(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tu
     "Copy a strided input: for one, torch expands the output layer's weight to the whole batch."
     return tuple(x.contiguous() for x in inputs)
 
+# %% ../nbs/01_quant_lora.ipynb #d5e95eef
+def _auto_class(base_model: str | Path) -> Any:
+    "What loads a model: most are causal LMs, some that also read pictures are listed apart."
+    config = type(_pretrained(transformers.AutoConfig, base_model))
+    pictures = config in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if pictures and config not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
+def _experts(model: torch.nn.Module) -> int:
+    "How many weights lie in fused experts, tensors (experts, in, out) that are no layer."
+    parts = (p for m in model.modules() if not isinstance(m, torch.nn.Conv1d)
+             for p in m.parameters(recurse=False))  # fmt: skip
+    return sum(p.numel() for p in parts if p.dim() == 3)
+
+
+def _say_share(base_model: str | Path, model: torch.nn.Module) -> None:
+    "Say how much is quantised where fused experts are not."
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]
+    if layers and _experts(model):
+        small = sum(m.in_features * m.out_features for m in layers)
+        kinds = (bnb.nn.Params4bit, bnb.nn.Int8Params)
+        others = sum(p.numel() for p in model.parameters() if not isinstance(p, kinds))
+        share = small / (small + others)
+        say(f"{base_model}: {share:.0%} of the weights are quantised; experts stay in 16 bits")
+
 # %% ../nbs/01_quant_lora.ipynb #1574bddb
 def load_base(
     base_model: str | Path,  # a local folder, a hub id, or smollm2-135m
@@ -193,10 +223,11 @@ def load_base(
     config, device = config or QuantLoraConfig(), pick_device()
     dtype = compute_dtype(device)
     model = _pretrained(
-        transformers.AutoModelForCausalLM, base_model, dtype=dtype, use_safetensors=True,
+        _auto_class(base_model), base_model, dtype=dtype, use_safetensors=True,
         quantization_config=_quantization(config, dtype), device_map={"": device},
     )  # fmt: skip
     model.requires_grad_(False)
+    _say_share(base_model, model)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     unpacked = device == "cpu" if config.unpacked is None else config.unpacked
     if unpacked and getattr(model, "is_quantized", False):
@@ -231,7 +262,72 @@ def _quick_dropout(model: Any) -> None:
                 if isinstance(layer, torch.nn.Dropout):
                     module.lora_dropout[name] = Dropout(layer.p)
 
+# %% ../nbs/01_quant_lora.ipynb #2419c89c
+_LINEAR = (
+    torch.nn.Linear, transformers.pytorch_utils.Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt,
+)  # fmt: skip # these themselves: a router that derives from one gives more than a product
+
+
+def linear_layers(
+    model: Any,  # from `load_base`
+) -> list[str]:  # full names
+    "The layers beside which LoRA can stand."
+    inside = {*model.get_decoder().modules()} - {model.get_output_embeddings()}
+    family = model.config.get_text_config().model_type
+    names = [n for n, m in model.named_modules() if type(m) in _LINEAR and m in inside]
+    return [n for n in names if families.takes_lora(family, n)]
+
+
+def _named(full: str, names: list[str]) -> bool:
+    "Is a layer meant by one of some names, as PEFT reads them?"
+    return any(full == name or full.endswith(f".{name}") for name in names)
+
+# %% ../nbs/01_quant_lora.ipynb #cf0e3541
+def _usual(family: str, wanted: list[str], layers: list[str]) -> list[str]:
+    "The published default, under the names that the model has."
+    short = {name.rsplit(".", 1)[-1] for name in layers}
+    known = families.query_and_value(short)
+    if wanted != QuantLoraConfig().lora_target_modules or not known or short.issuperset(wanted):
+        return wanted
+    say(f"{family} has no {' and '.join(wanted)}: LoRA goes on {', '.join(known)}")
+    return known
+
+
+def _target_layers(model: Any, wanted: list[str] | str) -> list[str]:
+    "Names for PEFT: short ones as they were given, full ones where these would say too much."
+    layers = linear_layers(model)
+    if isinstance(wanted, str):  # all-linear
+        return layers
+    wanted = _usual(model.config.get_text_config().model_type, wanted, layers)
+    own = [name for name in layers if _named(name, wanted)]
+    if not own:
+        there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
+        raise UserError(f"lora_target_modules: no layer {', '.join(wanted)}; the model has {there}")
+    linear = (name for name, m in model.named_modules() if type(m) in _LINEAR)
+    return wanted if len(own) == sum(_named(name, wanted) for name in linear) else own
+
 # %% ../nbs/01_quant_lora.ipynb #4d134bc0
+def _lora_config(model: Any, config: QuantLoraConfig) -> peft.LoraConfig:
+    "PEFT's settings. Fused experts, for which it has no dropout and we no merge, are left out."
+    lora = peft.LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        bias=config.lora_bias,
+        task_type=config.lora_task_type,
+        target_modules=_target_layers(model, config.lora_target_modules),
+    )
+    converted = copy.deepcopy(lora)
+    convert_peft_config_for_transformers(converted, model, None)
+    if converted.target_parameters:  # names that an expert had when it was a layer of its own
+        lora.target_modules = converted.target_modules
+    if _experts(model) and (
+        converted.target_parameters or config.lora_target_modules == "all-linear"
+    ):
+        say(f"{model.config.model_type}: its experts get no LoRA, its other layers do")
+    return lora
+
+
 @_loading()
 def add_lora(
     model: Any,  # from `load_base`
@@ -239,23 +335,13 @@ def add_lora(
     seed: int = 0,  # of the adapter's first weights
 ) -> Any:  # a PeftModel in training mode whose adapter is fp32
     "Put a fresh fp32 LoRA adapter on a base model; unknown target layers are refused."
-    config = config or QuantLoraConfig()
-    lora = peft.LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        bias=config.lora_bias,
-        task_type=config.lora_task_type,
-        target_modules=config.lora_target_modules,
-    )
+    lora = _lora_config(model, config or QuantLoraConfig())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             wrapped = peft.get_peft_model(model, lora, autocast_adapter_dtype=True)
         except ValueError as e:
-            names = sorted({n.rsplit(".")[-1] for n, m in model.named_modules() if "proj" in n})
-            reason = str(e).split(". ")[0]
-            raise UserError(f"lora_target_modules: {reason}; it has {', '.join(names)}") from e
+            raise UserError(f"lora_target_modules: {str(e).split('. ')[0]}") from e
     _quick_dropout(wrapped)
     return wrapped.train()
 

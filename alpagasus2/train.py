@@ -32,15 +32,16 @@ from alpagasus2.core.files import (
 )
 from .core.run_folder import recorded
 from .data import Example, Template, dropped, load_examples
+from .model.check import checked
 from .model.checkpoint import Checkpoint, StopRequest
 from alpagasus2.model.forward import (
     Encoded,
     encode,
     micro_batches,
     packed_attention,
-    row_nll,
     target_nll,
 )
+from .model.likelihood import row_nll
 from alpagasus2.quant_lora import (
     QuantLoraConfig,
     adapter_parameters,
@@ -430,6 +431,7 @@ def _prepared(
 ) -> tuple[Any, TrainConfig]:
     "The base with a fresh adapter, and the settings with its rate and token budget."
     model = add_lora(load_base(base_model, quant_lora), quant_lora, config.seed)
+    checked(model)
     width = model.config.get_text_config().hidden_size
     config = replace(config, learning_rate=rate_at(width, config))
     if config.gradient_checkpointing:
@@ -455,6 +457,7 @@ def _summary(model: Any, config: TrainConfig, counts: Mapping, log: Mapping) -> 
         "device": str(model.device),
         "compute_dtype": str(model.dtype),
         "step_seconds": log["seconds"],
+        "check": asdict(checked(model)),
     }
 
 # %% ../nbs/02_train.ipynb #b307a092
@@ -503,6 +506,6 @@ def train(
         if main:
             save_adapter(model, tokenizer, output_dir, result)
             checkpoint.path.unlink(missing_ok=True)
-        entry["seconds"] = result["seconds"]
+        entry |= {"seconds": result["seconds"], "check": result["check"]}
     accelerate.PartialState().wait_for_everyone()  # nobody reads an adapter before it is there
     return result

@@ -9,7 +9,8 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from alpagasus2.model.forward import Encoded, encode, micro_batches, row_nll, target_nll
+from alpagasus2.model.forward import Encoded, encode, micro_batches, target_nll
+from alpagasus2.model.likelihood import row_nll
 from alpagasus2.quant_lora import load_base, load_tokenizer
 from alpagasus2.train import TrainConfig, train, training_step
 

@@ -215,12 +215,13 @@ def preview(
 # %% ../../nbs/commands/training.ipynb #b5eeadf0
 def doctor(
     folder: str = ".",  # where results would be written
+    base_model: str | None = None,  # one that is to be trained: it is loaded and checked, too
 ) -> None:
     "Check versions, device, 4-bit product, logins and free disk space, and say what to do."
     from alpagasus2.extras.doctor import diagnose
 
     failed = []
-    for finding in diagnose(folder):
+    for finding in diagnose(folder, base_model):
         print(finding.line(color=_in_color()), flush=True)
         if finding.status == "fail":
             failed.append(finding.name)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Status', 'TRAIN', 'TOLERANCE', 'Finding', 'check_python', 'check_versions', 'cpu_features', 'check_cpu', 'has_torch',
            'check_device', 'four_bit_errors', 'check_4bit', 'check_hub', 'check_openai', 'hub_cache', 'check_disk',
-           'free_memory', 'check_memory', 'diagnose']
+           'free_memory', 'check_memory', 'check_model', 'diagnose']
 
 # %% ../../nbs/extras/doctor.ipynb #665acb5e
 import importlib.util
@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from ..core.files import standing
+from ..core.files import UserError, standing
 
 # %% ../../nbs/extras/doctor.ipynb #15a30249
 Status = Literal["ok", "warn", "fail"]
@@ -302,9 +302,28 @@ def check_memory() -> list[Finding]:
     full = "close programs: even the 135M model needs 1 GB"
     return _check_free("memory", free, full, 8e9, "a 7B base in 4 bits needs about 8 GB to load")
 
+# %% ../../nbs/extras/doctor.ipynb #6a527adb
+def check_model(
+    base_model: str,  # a local folder, a hub id, or smollm2-135m
+) -> list[Finding]:
+    "How rows of a base model are run, and how far the loss is from its own."
+    name = "base model"
+    if not has_torch():
+        return [Finding(name, "warn", "not checked: torch is not installed", TRAIN)]
+    from alpagasus2.model.check import checked
+    from alpagasus2.quant_lora import add_lora, load_base
+
+    try:
+        found = checked(add_lora(load_base(base_model)))
+    except UserError as e:
+        return [Finding(name, "fail", str(e), "choose another base")]
+    slower = "" if found.way == "packed" else "right, and slower than rows that share a pass"
+    return [Finding(name, "warn" if slower else "ok", str(found), slower)]
+
 # %% ../../nbs/extras/doctor.ipynb #95882725
 def diagnose(
     folder: str | Path = ".",  # where results would be written
+    base_model: str | None = None,  # one that is to be trained: it is loaded and checked, too
 ) -> Iterator[Finding]:
     "Every check, one finding after the other."
     checks: dict[str, Callable[[], list[Finding]]] = {
@@ -319,6 +338,8 @@ def diagnose(
         "disk, models": lambda: check_disk("disk, models", hub_cache()),
         "memory": check_memory,
     }
+    if base_model:
+        checks["base model"] = lambda: check_model(base_model)
     for name, check in checks.items():
         try:
             yield from check()

@@ -88,6 +88,11 @@ def measured(
         if curve := result.get(key):
             first = f" (first {curve[0]:.4f})" if len(curve) > 1 else ""
             shown[f"{label}, last"] = f"{curve[-1]:.4f}{first}"
+    if check := result.get("check"):
+        close = f"within {check['loss']:.0e} nats a token, its gradient within "
+        shown["loss against the base's own"] = (
+            f"{close}{check['gradient']:.0e} (rows {check['way']})"
+        )
     return shown
 
 # %% ../../nbs/extras/hub.ipynb #f1f3a1ff

@@ -21,6 +21,7 @@ from ..quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokeniz
 # %% ../../nbs/extras/merge.ipynb #32d5d90a
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 
 # %% ../../nbs/extras/merge.ipynb #97b57256
 def training_settings(
@@ -67,7 +68,8 @@ def merged_model(
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
-                weight = layer.get_base_layer().weight
+                fused = isinstance(layer, ParamWrapper)  # of experts, by another tool
+                weight = layer.get_param() if fused else layer.get_base_layer().weight
                 weight.data = weight.float() + layer.get_delta_weight("default").float()
                 weight.data = weight.data.bfloat16()
     return model.unload().to(torch.bfloat16).eval()

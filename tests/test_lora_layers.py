@@ -1,0 +1,131 @@
+"""Where LoRA goes: mixtures of experts, joined projections, models with a picture tower."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from alpagasus2.core.files import UserError
+from alpagasus2.extras.merge import merged_model
+from alpagasus2.model.check import checked
+from alpagasus2.quant_lora import (
+    QuantLoraConfig,
+    add_lora,
+    load_adapters,
+    load_base,
+    load_tokenizer,
+)
+from alpagasus2.train import TrainConfig, train
+
+TEXT = {
+    "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 2,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EYES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+MIXTURE = {
+    "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+ROWS: list[Any] = [
+    {"id": str(n), "instruction": f"Count to {n}.", "input": "", "output": "One, two."}
+    for n in range(4)
+]
+
+
+def text(family: str, **options: Any) -> Any:
+    return transformers.AutoConfig.for_model(family, **TEXT, **options)
+
+
+def gemma3() -> Any:
+    return transformers.Gemma3Config(
+        text_config=text("gemma3_text", sliding_window=8),
+        vision_config=transformers.SiglipVisionConfig(**EYES), mm_tokens_per_image=4,
+        image_token_index=49151, boi_token_index=49150, eoi_token_index=49149,
+    )  # fmt: skip
+
+
+def mistral3() -> Any:
+    return transformers.Mistral3Config(
+        text_config=text("mistral"),
+        vision_config=transformers.PixtralVisionConfig(**EYES, head_dim=16),
+        image_token_id=49151,
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Any:
+    "Saves a random model of a config with the small model's tokenizer."
+
+    def save(config: Any) -> str:
+        torch.manual_seed(0)
+        kinds = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        auto = (
+            transformers.AutoModelForCausalLM
+            if type(config) in kinds
+            else transformers.AutoModelForImageTextToText
+        )
+        auto.from_config(config).save_pretrained(tmp_path / "base")
+        load_tokenizer("smollm2-135m").save_pretrained(tmp_path / "base")
+        return str(tmp_path / "base")
+
+    return save
+
+
+def layers(model: Any) -> set[str]:
+    "The last parts of the names of the layers that have LoRA."
+    found = (n for n, p in model.named_parameters() if p.requires_grad)
+    return {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in found}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "gpt_oss"])
+def test_experts_are_left_out_and_it_is_said(
+    family: str, saved: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = MIXTURE if "moe" in family else {"num_local_experts": 4, "num_experts_per_tok": 2}
+    base = load_base(saved(text(family, **options)))
+    model = add_lora(base, QuantLoraConfig(lora_target_modules="all-linear", lora_dropout=0.05))
+    said = capsys.readouterr().err
+    assert "of the weights are quantised; experts stay in 16 bits" in said
+    assert f"{family}: its experts get no LoRA, its other layers do" in said
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= layers(model)
+    assert not layers(model) & {"experts", "gate_up_proj", "lm_head"}
+
+
+def test_joined_projections_take_the_place_of_the_default(
+    saved: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = saved(transformers.Phi3Config(**TEXT))
+    assert layers(add_lora(load_base(base))) == {"qkv_proj"}
+    assert "phi3 has no q_proj and v_proj: LoRA goes on qkv_proj" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no layer k_proj; the model has down_proj, gate_up_proj"):
+        add_lora(load_base(base), QuantLoraConfig(lora_target_modules=["k_proj"]))
+
+
+@pytest.mark.parametrize("config", [gemma3, mistral3])
+def test_a_model_with_a_picture_tower_learns_in_its_language_model(config: Any, saved: Any) -> None:
+    base = saved(config())
+    for wanted in (["q_proj", "v_proj"], "all-linear"):
+        model = add_lora(load_base(base), QuantLoraConfig(lora_target_modules=wanted))
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert names and all("language_model" in n for n in names)
+    assert checked(model).way == "packed"
+
+
+@pytest.mark.parametrize("config", [mistral3, lambda: text("qwen3_moe", **MIXTURE)])
+def test_trained_and_merged_they_are_the_same(config: Any, saved: Any, tmp_path: Path) -> None:
+    base, adapter = saved(config()), tmp_path / "adapter"
+    quant = QuantLoraConfig(lora_target_modules="all-linear", load_in_4bit=False)
+    train(base, ROWS, adapter, TrainConfig(learning_rate=0.01), quant, progress=False)
+    trained = load_adapters(load_base(base, quant), {"default": adapter}).eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        found, plain = trained(ids).logits, load_base(base, quant).eval()(ids).logits
+        merged = merged_model(adapter, base, quant)(ids).logits
+    apart = (found.float() - merged.float()).norm()
+    assert apart < 0.1 * (found.float() - plain.float()).norm()

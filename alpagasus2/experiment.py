@@ -20,7 +20,7 @@ from . import judge, local
 from .analysis import Results, analyse, canary_outcomes, checkable, load_judgments, orient
 from .core import run_folder
 from .core.files import UserError, file_sha256, read_json, write_json
-from .data import Example, dropped, load_examples, load_questions
+from .data import Example, dropped, load_examples, load_questions, template_settings
 from .endpoint.cache import Ask
 from .evidence.claim import heldout_finding
 from .evidence.filtering import filter_report, plot_categories, plot_lengths, plot_scores
@@ -91,7 +91,8 @@ class Run:
         "What asks a rater or judge, here or behind an endpoint."
         if who.backend == "endpoint":
             return judge.endpoint_ask(who.model, who.base_url, config, who, plans, tell=self.say)
-        return local.local_ask(self.model(who.model), plans.values())
+        options = self.recipe.training(0)[0].template_options
+        return local.local_ask(self.model(who.model), plans.values(), options)
 
 # %% ../nbs/06a_experiment.ipynb #b3f0c7f6
 def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
@@ -106,7 +107,7 @@ def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
         if rater.kind == "llm":
             _ask_rater(run, model, output)
         else:
-            reader, kind, form = run.model(rater.model), rater.kind, rater.template
+            reader, kind, form = run.model(rater.model), rater.kind, run.recipe.rating_template
             local.rate_by_signals(reader, run.rows, kind, output, form, run.progress)
     scores = load_scores(output, run.rows, rater.selector)
     if not scores:
@@ -200,8 +201,8 @@ def measure_heldout(
     load: Callable[[], Any],  # gives the base with the adapters of the arms
 ) -> None:
     "Append the loss of every model on every reference answer to heldout.jsonl."
-    template = run.recipe.training(0)[0].template
-    settings = {"base_model": run.recipe.base_model, "template": template}
+    template = run.recipe.training(0)[0].form
+    settings = {"base_model": run.recipe.base_model, **template_settings(template)}
     questions = {(q["test_set"], q["id"]): q for q in run.questions}
     wanted = [line for line in heldout_lines(run) if line["replicate"] == replicate]
     output = run.dir / "heldout.jsonl"

@@ -18,8 +18,9 @@ from pydantic import Field
 
 from .core.files import UserError, adapter_sha256, settings, write_json
 from .core.run_folder import Journal, resumed
-from .data import Question, Template, prompt, question_of
+from .data import AnyTemplate, Question, Template, prompt, question_of, template_of
 from .endpoint.cache import Ask, Request
+from .model.chat import answer_text, end_of_turn, prompt_ids
 
 # %% ../nbs/03_generate.ipynb #c1dfd96e
 @settings
@@ -30,9 +31,19 @@ class GenerateConfig:
     temperature: float = Field(0.0, ge=0)  # 0: greedy
     top_p: float = Field(1.0, gt=0, le=1)  # nucleus sampling
     template: Template = "alpaca"  # the prompt template of the training
+    template_options: dict[str, Any] | None = None  # for the chat template; as in the training
+    merge_system: bool = False  # put a system turn into the first turn of the user
     token_budget: int | None = Field(None, gt=0)  # most tokens in memory; None: half of it
     seed: int = 0  # for sampling; each question has numbers of its own
     truncate_prompt: bool = False  # cut the start of a prompt that does not fit; false: refuse it
+
+    def __post_init__(self) -> None:
+        _ = self.form  # options without a chat template are refused before any work
+
+    @property
+    def form(self) -> AnyTemplate:
+        "The template with its settings."
+        return template_of(vars(self))
 
 # %% ../nbs/03_generate.ipynb #92b8b2dd
 Answer = dict[str, Any]  # response, finish_reason, prompt_tokens, response_tokens
@@ -65,11 +76,9 @@ def encode_prompts(
             f"max_new_tokens={config.max_new_tokens}: the model's context leaves no room for a "
             f"prompt; use at most {config.max_new_tokens + room - 1}"
         )
-    special = config.template != "chat"  # a chat template writes its own first token
     prompts = []
     for q in questions:
-        text = prompt(q, config.template, tokenizer)
-        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+        ids = prompt_ids(q, tokenizer, config.form)
         if len(ids) > room and not config.truncate_prompt:
             raise UserError(
                 f"question {q['id']}: {len(ids)} prompt tokens, but the model has room for {room} "
@@ -79,11 +88,11 @@ def encode_prompts(
     return prompts
 
 # %% ../nbs/03_generate.ipynb #bfb09cab
-def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    "The tokenizer's EOS, which training appends, and what the model itself was made to end with."
+def _stop_tokens(model: Any, tokenizer: Any, template: AnyTemplate) -> set[int]:
+    "What ends an answer in training, EOS, and what the model itself was made to end with."
     own = getattr(model.generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
-    return {tokenizer.eos_token_id, *own} - {None}
+    return {end_of_turn(tokenizer, template), tokenizer.eos_token_id, *own} - {None}
 
 # %% ../nbs/03_generate.ipynb #0ade7c2c
 def local_answers(
@@ -98,14 +107,15 @@ def local_answers(
 
     context = model.config.get_text_config().max_position_embeddings
     prompts = encode_prompts(questions, tokenizer, context - config.max_new_tokens, config)
-    stop = _stop_tokens(model, tokenizer)
+    stop = _stop_tokens(model, tokenizer, config.form)
     seeds = [f"{config.seed} {q['id']}" for q in questions]
     choose = chooser(config.temperature, config.top_p, seeds)
     budget = config.token_budget or cache_budget(model)
     with evaluating(model):
         for i, new, stopped in decode(model, prompts, config.max_new_tokens, stop, choose, budget):
+            text = tokenizer.decode(new, skip_special_tokens=True)
             answer = {
-                "response": tokenizer.decode(new, skip_special_tokens=True),
+                "response": answer_text(text, tokenizer.decode(prompts[i]), config.form),
                 "finish_reason": "stop" if stopped else "length",
                 "prompt_tokens": len(prompts[i]),
                 "response_tokens": len(new),

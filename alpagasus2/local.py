@@ -17,10 +17,11 @@ import numpy as np
 
 from .core.files import UserError
 from .core.run_folder import Journal, finder, open_lines, resumed
-from .data import Example, Question, Template
+from .data import AnyTemplate, ChatTemplate, Example, Question, template_settings
 from .endpoint.cache import Ask, Reply, Request
 from .generate import Answers, Backend, GenerateConfig, local_answers
 from .judge import Plan
+from .model.chat import prompt_ids
 from .model.likelihood import Signals, choice_logprobs, flaws, signals, superfiltering
 from .quant_lora import QuantLoraConfig, as_arm, load_adapters, load_base, load_tokenizer
 
@@ -57,11 +58,11 @@ def rate_by_signals(
     rows: Sequence[Example],  # with ids
     selector: str,  # flaws or superfiltering
     output: str | Path,  # ratings.jsonl; resumed when it is there
-    template: Template = "chat",  # the prompt template in which it reads them
+    template: AnyTemplate = "chat",  # the prompt template in which it reads them
     progress: bool = True,  # show a bar
 ) -> list[dict]:  # all lines of the file
     "Score rows by a local model's likelihoods; the lines are those of any rating."
-    settings = {"rater": models.base_model, "dimension": selector, "template": template}
+    settings = {"rater": models.base_model, "dimension": selector, **template_settings(template)}
     who = {"kind": selector, "model": models.base_model, "prompt_version": None}
     by_id = {r["id"]: r for r in rows}
     lines = [{"id": key, "dimension": selector, "vote": 0} for key in by_id]
@@ -91,10 +92,20 @@ def _rank(journal: Journal, ids: Set[str], selector: str) -> None:
     if ranked != lines:
         journal.replace([*journal.rows(), *ranked])
 
+# %% ../nbs/04a_local.ipynb #17867579
+def _choice_prompt(request: Request, tokenizer: Any, options: Mapping[str, Any] | None) -> Any:
+    "The tokens that a choice follows."
+    row: Any = {"id": "of the judge", "messages": request.messages}
+    try:
+        return prompt_ids(row, tokenizer, ChatTemplate(options), thought=False)
+    except UserError:
+        return prompt_ids(row, tokenizer, ChatTemplate(options, merge_system=True), thought=False)
+
 # %% ../nbs/04a_local.ipynb #91ad4be1
 def local_ask(
     models: Models,  # the model that is asked
     plans: Iterable[Plan],  # what it is asked: verdicts of 1, 2 or 3, or scores from 0 to 5
+    options: Mapping[str, Any] | None = None,  # for its chat template
 ) -> Ask:
     "Make a function that answers requests from a local model's probabilities."
     rates = any("rater" in plan.who for plan in plans)
@@ -102,12 +113,12 @@ def local_ask(
 
     def ask(requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]:
         "One reply for each request, with the probabilities that it stands on."
-        asked = [list(r.messages) for r in requests]
+        asked = list(requests)
         if not asked:
             return
         model, tokenizer = models.load()
-        texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        for i, logprobs in choice_logprobs(model, tokenizer, texts, choices):
+        prompts = [_choice_prompt(r, tokenizer, options) for r in asked]
+        for i, logprobs in choice_logprobs(model, tokenizer, prompts, choices):
             p = np.exp(logprobs)
             said = f"{p @ np.arange(6):.2f}" if rates else choices[p.argmax()]
             yield i, Reply(said, usage={"choice_probabilities": [round(x, 4) for x in p.tolist()]})

@@ -27,7 +27,14 @@ from alpagasus2.core.files import (
     settings,
     write_json,
 )
-from .data import Example, Template, load_examples
+from alpagasus2.data import (
+    AnyTemplate,
+    Example,
+    Template,
+    load_examples,
+    template_of,
+    template_settings,
+)
 from .endpoint.client import EndpointConfig
 from .evidence.claim import check_margin, read_claim
 from .generate import GenerateConfig
@@ -208,8 +215,15 @@ class Recipe:
     @property
     def generation(self) -> GenerateConfig:
         "The generation settings; the prompt template is the one of the training."
-        values = {"template": self.training(0)[0].template, "seed": self.seed, **self.generate}
-        return build(GenerateConfig, values, "generate")
+        trained = template_settings(self.training(0)[0].form)
+        trained.pop("last_turn_only", None)
+        return build(GenerateConfig, {**trained, "seed": self.seed, **self.generate}, "generate")
+
+    @property
+    def rating_template(self) -> AnyTemplate:
+        "How local signals read a row: in the rater's template, with the options of the training."
+        trained = template_settings(self.training(0)[0].form)
+        return template_of({**trained, "template": "chat"} if self.rater.template == "chat" else {})
 
 # %% ../nbs/06_recipe.ipynb #03488040
 def load_recipe(

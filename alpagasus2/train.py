@@ -31,7 +31,7 @@ from alpagasus2.core.files import (
     write_json,
 )
 from .core.run_folder import recorded
-from .data import Example, Template, dropped, load_examples
+from .data import AnyTemplate, Example, Template, dropped, load_examples, template_of
 from .model.check import checked
 from .model.checkpoint import Checkpoint, StopRequest
 from alpagasus2.model.forward import (
@@ -76,10 +76,21 @@ class TrainConfig:
     cutoff_len: int = Field(256, gt=0)  # tokens; a longer row loses its end, and its EOS
     train_on_prompt: bool = False  # also learn to write the instruction
     template: Template = "alpaca"  # the prompt: Alpaca's, or the tokenizer's chat template
+    template_options: dict[str, Any] | None = None  # for the chat template: {enable_thinking: true}
+    merge_system: bool = False  # put a system turn into the first turn of the user
+    last_turn_only: bool = False  # of a conversation's answers, learn the last one alone
     val_set_size: float = Field(0, ge=0)  # rows (or a fraction below 1) held out for evaluation
     eval_steps: int | None = Field(None, gt=0)  # steps between evaluations; None: an epoch
     save_steps: int | None = Field(None, gt=0)  # steps between checkpoints; None: an epoch
     seed: int = 0  # decides split, order, dropout and the adapter's first weights
+
+    def __post_init__(self) -> None:
+        _ = self.form  # options without a chat template are refused before any work
+
+    @property
+    def form(self) -> AnyTemplate:
+        "The template with its settings."
+        return template_of(vars(self))
 
 # %% ../nbs/02_train.ipynb #0ade7c2c
 PRESETS: dict[str, dict[str, Any]] = {
@@ -160,7 +171,7 @@ def encode_rows(
     config: TrainConfig,  # cutoff_len, template, train_on_prompt
 ) -> tuple[list[Encoded], dict]:  # rows with at least one target; the counts for train_result.json
     "Tokenise the training rows and count what was cut."
-    encoded = [encode(r, tokenizer, config.cutoff_len, config.template) for r in rows]
+    encoded = [encode(r, tokenizer, config.cutoff_len, config.form) for r in rows]
     kept = [e for e in encoded if e.n_targets]
     if not kept:
         raise UserError(f"cutoff_len={config.cutoff_len}: every prompt alone is longer than that")
@@ -170,9 +181,11 @@ def encode_rows(
         "left_out": [e.id for e in encoded if not e.n_targets],
         "eos_targets": sum(not e.truncated for e in kept),
         "tokens": sum(len(e.ids) for e in kept),
+        "answers": sum(1 + sum(b < len(e.ids) for _, b in e.between) for e in kept),
+        "control_tokens": sum(e.control_tokens for e in kept),
     }
     if config.train_on_prompt:
-        kept = [replace(e, n_prompt=1) for e in kept]
+        kept = [replace(e, n_prompt=1, between=()) for e in kept]
     return kept, counts | {"target_tokens": sum(e.n_targets for e in kept)}
 
 # %% ../nbs/02_train.ipynb #1b059461
@@ -394,7 +407,7 @@ def _checkpoint(
 ) -> Checkpoint:
     "A hidden file beside the adapter; one of another training is refused."
     decisive = {n: v for n, v in settings.items() if n not in INDIFFERENT}
-    decisive["rows"] = json_sha256([[e.ids, e.n_prompt] for e in encoded])[:16]
+    decisive["rows"] = json_sha256([[e.ids, e.n_prompt, *e.between] for e in encoded])[:16]
     checkpoint = Checkpoint(output_dir.with_name(f".{output_dir.name}.checkpoint"), decisive)
     checkpoint.check()
     return checkpoint

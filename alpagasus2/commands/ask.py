@@ -14,7 +14,7 @@ from typing import Any, Literal
 from .options import rows_of
 from ..core.files import UserError, read_jsonl
 from ..core.run_folder import cost_of, dollars, status_counts
-from ..data import load_questions
+from ..data import load_questions, template_of
 
 # %% ../../nbs/commands/ask.ipynb #00808a72
 def _sorted_out(values: Mapping[str, Any], *classes: Any) -> list[Any]:
@@ -24,7 +24,7 @@ def _sorted_out(values: Mapping[str, Any], *classes: Any) -> list[Any]:
 # %% ../../nbs/commands/ask.ipynb #ed72794e
 def _ask(
     backend: str, model: str, base_url: str | None, settings: Any, limits: Any,
-    plans: Mapping[Path, Any], retry: bool, dry_run: bool,
+    plans: Mapping[Path, Any], retry: bool, dry_run: bool, options: Any = None,
 ) -> Any:  # fmt: skip
     "What answers the plans' questions; None on a dry run. Host and price are named before."
     if backend == "endpoint":
@@ -38,7 +38,7 @@ def _ask(
         return None
     from alpagasus2.local import Models, local_ask
 
-    return local_ask(Models(model), plans.values())
+    return local_ask(Models(model), plans.values(), options)
 
 # %% ../../nbs/commands/ask.ipynb #cefa2147
 def _say_status(output: str, lines: Sequence[Mapping]) -> None:
@@ -85,6 +85,9 @@ def rate(
     low: float = 0.0,  # lowest score that your prompt asks for
     high: float = 5.0,  # highest score that your prompt asks for
     template: Literal["alpaca", "chat"] = "chat",  # the text in which local signals read a row
+    template_options: dict[str, Any]
+    | None = None,  # for a chat template: {"enable_thinking": false}
+    merge_system: bool = False,  # put a system turn into the first turn of the user
     retry: bool = False,  # ask again where a reply was unreadable or a refusal
     limit: int | None = None,  # only the first so many rows
     dry_run: bool = False,  # say what would be done
@@ -96,7 +99,9 @@ def rate(
 
     rows = rows_of(data)[0][:limit]
     if rater != "llm":
-        _rate_locally(rows, output, rater, model or "smollm2-135m", template, dry_run)
+        read = {"template": template, "template_options": template_options}
+        form = template_of({**read, "merge_system": merge_system})
+        _rate_locally(rows, output, rater, model or "smollm2-135m", form, dry_run)
         return
     if not model:
         raise UserError("--model: name the model that rates (with --rater llm)")
@@ -104,7 +109,9 @@ def rate(
     own = load_prompt(prompt, low, high) if prompt else RatingPrompt()
     plan = rating_plan(rows, settings, model, own)
     plans = {Path(output): plan}
-    ask = _ask(backend, model, base_url, settings, limits, plans, retry, dry_run)
+    ask = _ask(
+        backend, model, base_url, settings, limits, plans, retry, dry_run, template_options
+    )  # fmt: skip
     if ask:
         lines = carry_out(plan, ask, output, retry)
         _say_status(output, lines)
@@ -119,6 +126,7 @@ def judge(
     model: str = "",  # the judge: an endpoint's model, or a base model with --backend local
     base_url: str | None = None,  # the endpoint; default: OPENAI_BASE_URL, else OpenAI's
     backend: Literal["endpoint", "local"] = "endpoint",  # where the judge runs
+    template_options: dict[str, Any] | None = None,  # for the chat template of a local judge
     canaries: bool = True,  # also sanity checks of the judge, into canaries.jsonl beside the output
     retry: bool = False,  # ask again where the reply was unreadable or a refusal
     limit: int | None = None,  # only the first so many pairs
@@ -147,7 +155,9 @@ def judge(
     if canaries and pairs:
         asked[canaries_path(output)] = canary_pairs(lines, pairs[0]["model_a"])
     plans = {path: comparison_plan(todo, settings, model) for path, todo in asked.items()}
-    ask = _ask(backend, model, base_url, settings, limits, plans, retry, dry_run)
+    ask = _ask(
+        backend, model, base_url, settings, limits, plans, retry, dry_run, template_options
+    )  # fmt: skip
     for path, plan in plans.items() if ask else ():
         _say_status(str(path), carry_out(plan, ask, path, retry))
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ..catalog import describe_data
 from .options import rows_of
 from ..core.files import UserError, atomic, check_output, dumps, write_json
-from ..data import load_examples, prompt, response_of
+from ..data import load_examples, prompt, response_of, template_of
 
 # %% ../../nbs/commands/training.ipynb #e734b620
 def _training_rows(data_path: str, data_type: str) -> list[Any]:
@@ -153,7 +153,7 @@ def _rows_to_compare(adapter: str, data_path: str, limit: int) -> list[Any]:
     trained = training_settings(adapter)
     rows = [row for row in load_examples(data_path)[0] if not row.get("flaw")]
     tokenizer = load_tokenizer(adapter)
-    length, template = trained.get("cutoff_len", 512), trained.get("template", "alpaca")
+    length, template = trained.get("cutoff_len", 512), template_of(trained)
     held = [encode(row, tokenizer, length, template) for row in rows]
     return [e for e in held if e.n_targets][:limit]
 

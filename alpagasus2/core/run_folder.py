@@ -151,10 +151,11 @@ def changed_setting(
     old: Mapping,  # settings in the manifest
     new: Mapping,  # settings asked for now
 ) -> str | None:  # "max_new_tokens was 256 and is now 128"
-    "The first setting that differs, in words, or None."
+    "The first setting that differs, in words, or None; one that is off is as if not there."
     for field in dict.fromkeys([*old, *new]):
-        if old.get(field) != new.get(field):
-            return f"{field} was {old.get(field)!r} and is now {new.get(field)!r}"
+        before, now = old.get(field), new.get(field)
+        if before != now and (before or now):
+            return f"{field} was {before!r} and is now {now!r}"
     return None
 
 

@@ -78,6 +78,7 @@ class LeaderboardConfig:
     limit: int | None = Field(None, gt=0)  # only the first so many rows of each task, for a look
     max_length: int | None = Field(None, gt=0)  # tokens in all; default: the model's own limit
     apply_chat_template: bool = False  # ask in the model's chat template; published rows do not
+    template_options: dict[str, Any] | None = None  # for it: {"enable_thinking": false}
     add_bos_token: bool | None = None  # BOS in front; default: what the tokenizer does by itself
     seed: int = 1234  # of the examples that are drawn for a prompt; lm-eval's default
     token_budget: int = Field(16384, gt=0)  # tokens a batch; changes speed and memory only
@@ -164,10 +165,11 @@ class Rehearsal(dummy.DummyLM):
     def __init__(
         self,
         tokenizer: Any,  # of that model, for its chat template
+        options: Mapping[str, Any] | None = None,  # handed to that template
     ):
         super().__init__()
         self.tokenizer = tokenizer
-        self.chat_template_args: dict[str, Any] = {}
+        self.chat_template_args = dict(options or {})
 
 # %% ../../nbs/extras/leaderboard.ipynb #75052442
 def carry_out(
@@ -239,8 +241,9 @@ def rehearse(
     config: LeaderboardConfig,  # limit, seed, chat template
 ) -> Planned:
     "Carry out one task without a model."
+    lm = Rehearsal(tokenizer, config.template_options)
     try:
-        result, samples = carry_out(Rehearsal(tokenizer), task, benchmark.shots, config)
+        result, samples = carry_out(lm, task, benchmark.shots, config)
     except Exception as e:  # whatever a task file's templates and functions raise
         name = task.task_name
         raise UserError(f"{name}: its task file does not work: {_first_line(e)}") from e
@@ -306,6 +309,7 @@ class Scorer(huggingface.HFLM):
             super().__init__(
                 pretrained=model, tokenizer=tokenizer, batch_size="auto",
                 max_length=config.max_length, add_bos_token=config.add_bos_token,
+                chat_template_args=config.template_options,
             )  # fmt: skip
         self.token_budget = config.token_budget
         self.truncated = 0  # prompts that lost their start

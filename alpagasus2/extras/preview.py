@@ -55,9 +55,11 @@ def preview_counts(
         "rows": f"{counts['rows']:,}",
         "tokens": f"{counts['tokens']:,}",
         "target tokens": f"{counts['target_tokens']:,} ({total:.0%})",
+        "answers learned": f"{counts['answers']:,}",
         "rows that end in EOS": f"{counts['eos_targets']:,}",
         "rows cut at cutoff_len": f"{counts['truncated']:,}",
         "rows left out, all prompt": f"{len(counts['left_out']):,}",
+        "control tokens kept as text": f"{counts['control_tokens']:,}",
         "tokens a row": "min {}, 25% {}, median {}, 75% {}, 95% {}, max {}".format(*at),
         "forward passes an epoch": f"{passes:,}, of {computed / sum(lengths):.0%} of the tokens; "
         "the others are shared",
@@ -87,16 +89,18 @@ class Preview:
     def _row(self, i: int) -> Iterator[tuple[str, str, str]]:
         "Kind (prompt, target, eos, cut) and text of every token, and the line break behind it."
         e = self.rows[i]
+        targets = {*e.targets}
         for k, text in enumerate(self.texts[i]):
-            last = k == len(e.ids) - 1 and not e.truncated
-            kind = "prompt" if k < e.n_prompt else "eos" if last else "target"
+            last = k + 1 not in targets and e.ids[k] == e.ids[-1] and not e.truncated
+            kind = "prompt" if k not in targets else "eos" if last else "target"
             yield kind, _visible(text), "\n" if text.endswith("\n") else ""
         if e.truncated:
             yield "cut", f"cut at {len(e.ids)} tokens, EOS is lost", ""
 
     def _head(self, i: int) -> str:
         e = self.rows[i]
-        return f"row {i + 1}, id {_visible(e.id)}: {len(e.ids)} tokens, {e.n_targets} targets"
+        text = f"row {i + 1}, id {_visible(e.id)}: {len(e.ids)} tokens, {e.n_targets} targets"
+        return text + (f", {e.control_tokens} control tokens as text" if e.control_tokens else "")
 
     def text(
         self,

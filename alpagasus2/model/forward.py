@@ -11,6 +11,7 @@ __all__ = ['TILE', 'Way', 'Encoded', 'encode', 'encode_response', 'shared_prefix
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -19,46 +20,49 @@ import torch
 
 from ..core import families
 from ..core.files import UserError
-from ..data import Example, Template, prompt, response_of
+from ..data import AnyTemplate, Example, response_of
 from .attention import ROWS, attending, layout_of
+from .chat import text_ids, tokenised
 
 # %% ../../nbs/model/forward.ipynb #c1dfd96e
 @dataclass(frozen=True)
 class Encoded:
-    "One row as tokens: `ids[:n_prompt]` is context, `ids[n_prompt:]` is to be predicted."
+    "One row as tokens: `n_prompt` of context, then answers, perhaps with context in between."
 
     id: str  # the row's id
     ids: list[int]  # prompt, response, EOS
     n_prompt: int  # at least 1: the first token has nothing to be predicted from
     truncated: bool = False  # True: cut at max_length, so the last target is not EOS
+    between: tuple[tuple[int, int], ...] = ()  # first and last + 1 of each later stretch of context
+    control_tokens: int = 0  # written in the row's text, and kept as text
 
     @property
     def n_targets(self) -> int:
         "How many tokens are predicted."
-        return len(self.ids) - self.n_prompt
+        return len(self.ids) - self.n_prompt - sum(b - a for a, b in self.between)
+
+    @property
+    def targets(self) -> list[int]:
+        "The places of the tokens that are predicted, each by the one before it."
+        starts = [self.n_prompt, *(b for _, b in self.between)]
+        ends = [*(a for a, _ in self.between), len(self.ids)]
+        return [i for span in zip(starts, ends, strict=True) for i in range(*span)]
 
 # %% ../../nbs/model/forward.ipynb #6634b614
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    "How many tokens two sequences share at their start: 0 to the shorter length."
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
-
-
 def encode(
     row: Example,
     tokenizer: Any,  # of the model that will read it
     max_length: int | None = None,  # tokens; longer rows lose their end
-    template: Template = "alpaca",  # the prompt template, see `alpagasus2.data.prompt`
+    template: AnyTemplate = "alpaca",  # the prompt template
 ) -> Encoded:
-    "Tokenise a row; the targets are the response and EOS."
-    before = prompt(row, template, tokenizer)
-    special = template != "chat"  # a chat template writes its own first token
-    text_ids = tokenizer(before + response_of(row), add_special_tokens=special)["input_ids"]
-    prompt_ids = tokenizer(before, add_special_tokens=special)["input_ids"]
-    n_prompt = max(1, _common_prefix(prompt_ids, text_ids))
-    whole = [*text_ids, tokenizer.eos_token_id]
-    ids = whole[:max_length]
-    return Encoded(str(row.get("id", "")), ids, min(n_prompt, len(ids)), len(ids) < len(whole))
+    "Tokenise a row; the targets are its answers, each with its end."
+    whole = tokenised(row, tokenizer, template)
+    ids = whole.ids[:max_length]
+    n = len(ids)
+    answers = [(min(max(1, a), n), min(b, n)) for a, b in whole.answers]
+    between = [(b, a) for (_, b), (a, _) in pairwise(answers) if b < a]
+    cut, key = n < len(whole.ids), str(row.get("id", ""))
+    return Encoded(key, ids, answers[0][0], cut, tuple(between), whole.control_tokens)
 
 # %% ../../nbs/model/forward.ipynb #bad052ef
 def encode_response(
@@ -68,10 +72,16 @@ def encode_response(
     "The response on its own, as the denominator of IFD needs it."
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
-    ids = tokenizer(response_of(row), add_special_tokens=False)["input_ids"]
+    ids = text_ids(response_of(row), tokenizer)
     return Encoded(str(row.get("id", "")), [start, *ids], 1)
 
 # %% ../../nbs/model/forward.ipynb #b1d57811
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    "How many tokens two sequences share at their start: 0 to the shorter length."
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def shared_prefix(
     pack: Sequence[Encoded],  # rows, sorted by `ids`
 ) -> int:  # tokens at the start of every row; 0 for a single row
@@ -311,9 +321,9 @@ def target_nll(
     "Negative log-probability of every target token, in natural log; differentiable."
     order = sorted(range(len(batch)), key=lambda i: (batch[i].ids, i))
     pack = [batch[i] for i in order]
-    places = [range(e.n_prompt - 1, len(e.ids) - 1) for e in pack]
+    places = [[i - 1 for i in e.targets] for e in pack]
     device = plain_lm(model).device
-    targets = torch.tensor([t for e in pack for t in e.ids[e.n_prompt :]], device=device).long()
+    targets = torch.tensor([e.ids[i] for e in pack for i in e.targets], device=device).long()
     row_of = [i for i in order for _ in range(batch[i].n_targets)]
     if way_of(model) == "packed":
         lm, hidden = hidden_at(model, pack, places)

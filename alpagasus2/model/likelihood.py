@@ -16,7 +16,7 @@ import torch
 from scipy.stats import rankdata
 
 from ..core.files import UserError
-from ..data import Example, Question, Template
+from ..data import AnyTemplate, Example, Question, last_turn
 from . import forward
 from .check import checked
 
@@ -55,13 +55,13 @@ def signals(
     model: Any,  # a causal LM
     tokenizer: Any,  # its tokenizer
     rows: Sequence[Example],
-    template: Template = "alpaca",  # the prompt template
+    template: AnyTemplate = "alpaca",  # the prompt template; of several answers the last is read
     max_length: int = 2048,  # tokens; a longer row is read up to there and has no eos
 ) -> Iterator[Signals]:  # in the order of `rows`, `CHUNK` rows after the other
     "The three signals of every row: two forward passes."
     for start in range(0, len(rows), CHUNK):
         some = rows[start : start + CHUNK]
-        given = [forward.encode(r, tokenizer, max_length, template) for r in some]
+        given = [forward.encode(r, tokenizer, max_length, last_turn(template)) for r in some]
         alone = row_nll(model, [forward.encode_response(r, tokenizer) for r in some])
         for e, nll, without in zip(given, row_nll(model, given), alone, strict=True):
             response = nll if e.truncated else nll[:-1]
@@ -95,7 +95,7 @@ def heldout_nll(
     model: Any,  # a causal LM, with or without adapters
     tokenizer: Any,  # its tokenizer
     questions: Iterable[Question],  # questions with a `reference`; others are passed over
-    template: Template = "alpaca",  # the prompt template of the training
+    template: AnyTemplate = "alpaca",  # the prompt template of the training
     max_length: int = 2048,  # tokens
 ) -> list[dict]:  # id, nll (summed over the reference's tokens and EOS), tokens
     "Loss on reference answers, for each question."
@@ -111,15 +111,14 @@ def heldout_nll(
 def choice_logprobs(
     model: Any,  # a causal LM
     tokenizer: Any,  # its tokenizer
-    texts: Sequence[str],  # complete prompts; the choice is the next token
+    prompts: Sequence[list[int]],  # tokens; the choice is the next one
     choices: Sequence[str],  # for example "1", "2": each must begin with a token of its own
-) -> Iterator[tuple[int, list[float]]]:  # (position in texts, log-probabilities), as computed
+) -> Iterator[tuple[int, list[float]]]:  # (position in prompts, log-probabilities), as computed
     "Log-probabilities of the choices, normalised among them."
     first = [tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in choices]
     if len(set(first)) < len(first):
         raise UserError(f"choices {list(choices)} do not differ in their first token")
-    ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
-    encoded = [forward.Encoded(str(i), x, len(x)) for i, x in enumerate(ids)]
+    encoded = [forward.Encoded(str(i), ids, len(ids)) for i, ids in enumerate(prompts)]
     checked(model)
     model.eval()
     for pack in forward.micro_batches(model, encoded):
@@ -136,5 +135,7 @@ def target_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (targets, vocabulary) fp32; (targets,) token ids
     "Log-probabilities at every target of a row, in natural log."
     ids = torch.tensor([row.ids], device=model.device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=row.n_targets + 1).logits
-    return logits[0, :-1].float().log_softmax(-1), ids[0, row.n_prompt :]
+    kept = len(row.ids) - row.n_prompt + 1
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[0, :-1]
+    at = torch.tensor(row.targets, dtype=torch.long, device=model.device)
+    return logits[at - row.n_prompt].float().log_softmax(-1), ids[0, at]

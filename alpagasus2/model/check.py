@@ -314,7 +314,7 @@ def check(
             say(f"{family}: rows are not run {way}: {_why(found)}")
     raise UserError(
         f"{family}: no way of running its rows gives the loss of its own forward pass, so "
-        "training would minimise another one; choose another base"
+        "training would minimise another one; choose another base, or --trainer trl"
     )
 
 

@@ -8,6 +8,7 @@ __all__ = ['Answer', 'Answers', 'Backend', 'Form', 'GenerateConfig', 'Response',
 
 # %% ../nbs/03_generate.ipynb #77de68da
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from typing import Any, Literal, cast
 
 from pydantic import Field
 
+from .core.families import context_length
 from .core.files import UserError, adapter_sha256, settings, write_json
 from .core.run_folder import Journal, resumed
 from .data import Question, Template, prompt, question_of
@@ -35,7 +37,7 @@ class GenerateConfig:
     truncate_prompt: bool = False  # cut the start of a prompt that does not fit; false: refuse it
 
 # %% ../nbs/03_generate.ipynb #92b8b2dd
-Answer = dict[str, Any]  # response, finish_reason, prompt_tokens, response_tokens
+Answer = dict[str, Any]  # response, finish_reason, prompt_tokens, response_tokens, decoding
 Answers = Iterator[tuple[int, Answer]]  # (position of the question, its answer), as they are done
 Backend = Callable[[Sequence[Question]], Answers]  # answers some questions with one model
 
@@ -93,10 +95,10 @@ def local_answers(
     config: GenerateConfig,  # length, sampling, memory
 ) -> Answers:
     "Answer questions with a model in this process."
-    from alpagasus2.model.decode import cache_budget, chooser, decode
+    from alpagasus2.model.decode import cache_budget, chooser, decode, way_of
     from alpagasus2.model.forward import evaluating
 
-    context = model.config.get_text_config().max_position_embeddings
+    context = context_length(model.config.get_text_config()) or sys.maxsize
     prompts = encode_prompts(questions, tokenizer, context - config.max_new_tokens, config)
     stop = _stop_tokens(model, tokenizer)
     seeds = [f"{config.seed} {q['id']}" for q in questions]
@@ -109,6 +111,7 @@ def local_answers(
                 "finish_reason": "stop" if stopped else "length",
                 "prompt_tokens": len(prompts[i]),
                 "response_tokens": len(new),
+                "decoding": way_of(model),
             }
             yield i, answer
 
@@ -165,6 +168,9 @@ def _refuse_other_adapters(lines: Iterable[Response], journal: Journal) -> None:
             )
 
 # %% ../nbs/03_generate.ipynb #895ebe52
+_OF_THE_RUN = {"decoding"}  # what an answer says for the manifest
+
+
 def generate(
     questions: Sequence[Question],  # from `load_questions`
     models: Mapping[str, Backend],  # name of each arm -> what answers for it
@@ -187,6 +193,7 @@ def generate(
             step.bar.set_description(name)
             mine = [line for line in todo if line["model"] == name]
             for i, answer in answers(mine) if mine else ():
+                step.entry |= {k: answer.pop(k) for k in _OF_THE_RUN & answer.keys()}
                 step.append({**mine[i], **answer})
         return step.journal.rows()
 

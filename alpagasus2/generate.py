@@ -105,13 +105,14 @@ def local_answers(
     choose = chooser(config.temperature, config.top_p, seeds)
     budget = config.token_budget or cache_budget(model)
     with evaluating(model):
+        way = way_of(model, prompts, config.max_new_tokens)
         for i, new, stopped in decode(model, prompts, config.max_new_tokens, stop, choose, budget):
             answer = {
                 "response": tokenizer.decode(new, skip_special_tokens=True),
                 "finish_reason": "stop" if stopped else "length",
                 "prompt_tokens": len(prompts[i]),
                 "response_tokens": len(new),
-                "decoding": way_of(model),
+                "decoding": way,
             }
             yield i, answer
 

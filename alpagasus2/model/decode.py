@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -250,12 +251,25 @@ WAYS: dict[str, Way] = {
 
 
 def _may_refill(lm: Any) -> bool:
-    "Whether every layer attends to columns, through masks that Transformers makes."
+    "Whether layers attend to columns, and windows, if any, are masks that Transformers makes."
     kinds = set(getattr(_config(lm), "layer_types", None) or ())
-    return kinds <= {"full_attention", "sliding_attention"} and lm._can_set_attn_implementation()
+    sizes = [n for n, x in _config(lm).to_dict().items() if isinstance(x, int) and x > 0]
+    own_windows = not lm._can_set_attn_implementation() and any(
+        word in name for name in sizes for word in ("window", "chunk", "local", "block")
+    )
+    return kinds <= {"full_attention", "sliding_attention"} and not own_windows
 
 # %% ../../nbs/model/decode.ipynb #05f185b3
 _FOUND: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # model -> its way
+
+
+def _apart_above(config: Any) -> float:
+    "Tokens above which a row changes what the others of its batch get."
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = [getattr(config, "index_topk", None)]
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        limits += [rope.get("original_max_position_embeddings"), config.max_position_embeddings]
+    return min((n for n in limits if n), default=inf)
 
 
 def _plain_lm(model: Any) -> Any:
@@ -266,11 +280,16 @@ def _plain_lm(model: Any) -> Any:
 @torch.no_grad()
 def way_of(
     model: Any,  # a causal LM in evaluation mode, with or without adapters
+    prompts: Sequence[Sequence[int]],  # tokens
+    max_new_tokens: int,  # an answer is at most this long
 ) -> str:  # one of WAYS
-    "How a model is decoded; the first call tries it out. One that cannot be is `UserError`."
+    "How prompts are answered; a model's first call tries it out. `UserError` where no way is."
     lm = _plain_lm(model)
+    *_, alone = names = list(WAYS)
+    if max(map(len, prompts), default=0) + max_new_tokens > _apart_above(_config(lm)):
+        return alone
     if lm not in _FOUND:
-        names = list(WAYS)[0 if _may_refill(lm) else 1 :]
+        names = names if _may_refill(lm) else names[1:]
         _FOUND[lm] = fitting(lm, {name: WAYS[name] for name in names})
     return _FOUND[lm]
 
@@ -286,15 +305,22 @@ def decode(
 ) -> Iterator[Answered]:  # which prompt, its new tokens, whether it stopped
     "Answer all prompts in the fastest way that fits the model, each given out when it is done."
     if prompts:
-        way = WAYS[way_of(model)]
+        way = WAYS[way_of(model, prompts, max_new_tokens)]
         yield from way(_plain_lm(model), prompts, max_new_tokens, stop, choose, token_budget)
 
 # %% ../../nbs/model/decode.ipynb #064e9390
 MOST_TOKENS = 32768  # of a budget that nobody gave: more rows at once are hardly faster
 
 
+def _layers(config: Any) -> list[Any]:
+    "A config for each layer: those of Gemma 4 differ in their heads."
+    layers = range(config.num_hidden_layers)
+    own = getattr(config, "per_layer_config", None)
+    return [config for _ in layers] if own is None else [own[i] for i in layers]
+
+
 def _width(config: Any) -> int:
-    "Of the keys of one token in one layer."
+    "Of the keys of one token in a layer."
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         return config.hidden_size
@@ -307,7 +333,7 @@ def cache_budget(
 ) -> int:  # tokens, at least 1 and at most MOST_TOKENS
     "Tokens whose keys and values fit into half of the free memory of the model's device."
     config = _config(model)
-    each = 2 * config.num_hidden_layers * _width(config) * model.dtype.itemsize
+    each = 2 * sum(map(_width, _layers(config))) * model.dtype.itemsize
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
     else:

@@ -98,16 +98,19 @@ def _sample(config: Any) -> tuple[Rows, Rows]:
     draw = random.Random(0).randrange
     windows = [w for name, w in config.to_dict().items() if "window" in name or "chunk" in name]
     small = [w for w in windows if isinstance(w, int) and w <= 64]
-    lengths = (3, max([5, *small]), 1)
+    longest = max([5, *small])
+    lengths = (3, longest + 4, longest, 1)
     prompts = [[1, 2, *(draw(config.vocab_size) for _ in range(n))] for n in lengths]
     return prompts, [[draw(config.vocab_size) for _ in range(4)] for _ in lengths]
 
 
 def _plain_logits(lm: Any, prompts: Rows, answers: Rows) -> list[torch.Tensor]:
     "The logits before each token of the answers, (tokens, vocabulary) a row, without a cache."
-    rows = [torch.tensor([p + a[:-1]], device=lm.device) for p, a in zip(prompts, answers)]
-    logits = [lm(input_ids=ids, use_cache=False).logits[0].float() for ids in rows]
-    return [x[len(p) - 1 :] for x, p in zip(logits, prompts)]
+    found = []
+    for p, a in zip(prompts, answers, strict=True):
+        ids = torch.tensor([p + a[:-1]], device=lm.device)
+        found.append(lm(input_ids=ids, use_cache=False).logits[0, len(p) - 1 :].float())
+    return found
 
 
 def _logits(way: Way, lm: Any, prompts: Rows, answers: Rows) -> list[torch.Tensor]:

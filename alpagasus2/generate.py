@@ -169,9 +169,6 @@ def _refuse_other_adapters(lines: Iterable[Response], journal: Journal) -> None:
             )
 
 # %% ../nbs/03_generate.ipynb #895ebe52
-_OF_THE_RUN = {"decoding"}  # what an answer says for the manifest
-
-
 def generate(
     questions: Sequence[Question],  # from `load_questions`
     models: Mapping[str, Backend],  # name of each arm -> what answers for it
@@ -194,7 +191,8 @@ def generate(
             step.bar.set_description(name)
             mine = [line for line in todo if line["model"] == name]
             for i, answer in answers(mine) if mine else ():
-                step.entry |= {k: answer.pop(k) for k in _OF_THE_RUN & answer.keys()}
+                if "decoding" in answer:  # a fact of the run, not of the line
+                    step.entry["decoding"] = answer.pop("decoding")
                 step.append({**mine[i], **answer})
         return step.journal.rows()
 

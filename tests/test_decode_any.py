@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 
 from alpagasus2.core.families import context_length
 from alpagasus2.core.files import UserError
@@ -68,6 +69,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         **USUAL, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1,
         "mamba_d_state": 8,
     }),
+    "deepseek_v32": (ALONE, {  # chooses its keys, padding among them
+        **USUAL, "num_key_value_heads": 4, "index_topk": 8, "index_n_heads": 2,
+        "index_head_dim": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+        "moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 32,
+    }),
     "rwkv": (ALONE, {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}),
 }  # fmt: skip
 WORDS, NEW, STOP = 97, 12, {3, 4, 5, 6, 7}
@@ -90,7 +96,7 @@ def own(lm: Any, prompt: list[int]) -> tuple[list[int], bool]:
     "One prompt through Transformers' greedy loop."
     ids = torch.tensor([prompt])
     out = lm.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
         eos_token_id=sorted(STOP), pad_token_id=0,
     )  # fmt: skip
     new = out[0, len(prompt) :].tolist()
@@ -128,6 +134,19 @@ def test_a_model_is_tried_once() -> None:
     with patch.object(decoding, "WAYS", counted):
         assert way_of(lm, PROMPTS, NEW) == way_of(lm, PROMPTS[:1], 1) == REFILLED
     assert seen == [REFILLED]
+
+
+def test_an_adapter_answers_by_either_loop() -> None:
+    lm = tiny("gpt_neo")
+    base = ours(decode, lm)
+    model = get_peft_model(lm, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).eval()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.5)
+    tuned = ours(decode, model)
+    assert tuned == [own(model, p) for p in PROMPTS] != base
+    with model.disable_adapter():
+        assert ours(decode, model) == base
 
 
 def test_a_long_row_does_not_rescale_its_neighbours() -> None:

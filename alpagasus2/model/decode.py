@@ -263,10 +263,15 @@ def _may_refill(lm: Any) -> bool:
 _FOUND: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # model -> its way
 
 
+_INDEXERS = ("index_topk", "index_topk_blocks", "indexer_budget", "compress_rates")
+
+
 def _apart_above(config: Any) -> float:
     "Tokens above which a row changes what the others of its batch get."
+    if any(getattr(config, field, None) for field in _INDEXERS):
+        return 0
     rope = getattr(config, "rope_parameters", None) or {}
-    limits = [getattr(config, "index_topk", None)]
+    limits = [getattr(config, "keep_window_size", None)]
     if rope.get("rope_type") in ("dynamic", "longrope"):
         limits += [rope.get("original_max_position_embeddings"), config.max_position_embeddings]
     return min((n for n in limits if n), default=inf)

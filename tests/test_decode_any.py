@@ -71,8 +71,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "deepseek_v32": (ALONE, {  # chooses its keys, padding among them
         **USUAL, "num_key_value_heads": 4, "index_topk": 8, "index_n_heads": 2,
-        "index_head_dim": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-        "moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 32,
+        "index_head_dim": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 32,
     }),
     "rwkv": (ALONE, {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}),
 }  # fmt: skip
@@ -117,6 +117,15 @@ def test_the_answers_are_the_models_own(family: str) -> None:
     assert way_of(lm, PROMPTS, NEW) == FAMILIES[family][0]
     assert len({token for new, _ in wanted for token in new}) > 3  # the prompts matter
     assert cache_budget(lm) > 100
+
+
+def test_a_window_that_no_short_check_reaches() -> None:
+    torch.manual_seed(0)
+    prompts = [[8, 9, *(draw(8, WORDS) for _ in range(n))] for n in (60, 100, 90)]
+    with patch.dict(FAMILIES["gpt_neo"][1], window_size=70), patch(f"{__name__}.PROMPTS", prompts):
+        lm = tiny("gpt_neo")
+        assert ours(decode, lm) == [own(lm, p) for p in prompts]
+    assert ours(WAYS[REFILLED], lm) == [own(lm, p) for p in PROMPTS]  # it fits short ones
 
 
 def test_a_seed_gives_the_same_text_whichever_way() -> None:

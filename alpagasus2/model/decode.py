@@ -263,7 +263,7 @@ def _may_refill(lm: Any) -> bool:
 _FOUND: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # model -> its way
 
 
-_INDEXERS = ("index_topk", "index_topk_blocks", "indexer_budget", "compress_rates")
+_INDEXERS = ("index_topk", "index_topk_blocks", "indexer_budget")
 
 
 def _apart_above(config: Any) -> float:
@@ -271,10 +271,9 @@ def _apart_above(config: Any) -> float:
     if any(getattr(config, field, None) for field in _INDEXERS):
         return 0
     rope = getattr(config, "rope_parameters", None) or {}
-    limits = [getattr(config, "keep_window_size", None)]
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        limits += [rope.get("original_max_position_embeddings"), config.max_position_embeddings]
-    return min((n for n in limits if n), default=inf)
+    if rope.get("rope_type") not in ("dynamic", "longrope"):
+        return inf
+    return rope.get("original_max_position_embeddings") or config.max_position_embeddings
 
 
 def _plain_lm(model: Any) -> Any:

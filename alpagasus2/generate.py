@@ -8,6 +8,7 @@ __all__ = ['Answer', 'Answers', 'Backend', 'Form', 'GenerateConfig', 'Response',
 
 # %% ../nbs/03_generate.ipynb #77de68da
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from typing import Any, Literal, cast
 
 from pydantic import Field
 
+from .core.families import context_length
 from .core.files import UserError, adapter_sha256, settings, write_json
 from .core.run_folder import Journal, resumed
 from .data import AnyTemplate, Question, Template, prompt, question_of, template_of
@@ -46,7 +48,7 @@ class GenerateConfig:
         return template_of(vars(self))
 
 # %% ../nbs/03_generate.ipynb #92b8b2dd
-Answer = dict[str, Any]  # response, finish_reason, prompt_tokens, response_tokens
+Answer = dict[str, Any]  # response, finish_reason, prompt_tokens, response_tokens, decoding
 Answers = Iterator[tuple[int, Answer]]  # (position of the question, its answer), as they are done
 Backend = Callable[[Sequence[Question]], Answers]  # answers some questions with one model
 
@@ -102,16 +104,17 @@ def local_answers(
     config: GenerateConfig,  # length, sampling, memory
 ) -> Answers:
     "Answer questions with a model in this process."
-    from alpagasus2.model.decode import cache_budget, chooser, decode
+    from alpagasus2.model.decode import cache_budget, chooser, decode, way_of
     from alpagasus2.model.forward import evaluating
 
-    context = model.config.get_text_config().max_position_embeddings
+    context = context_length(model.config.get_text_config()) or sys.maxsize
     prompts = encode_prompts(questions, tokenizer, context - config.max_new_tokens, config)
     stop = _stop_tokens(model, tokenizer, config.form)
     seeds = [f"{config.seed} {q['id']}" for q in questions]
     choose = chooser(config.temperature, config.top_p, seeds)
     budget = config.token_budget or cache_budget(model)
     with evaluating(model):
+        way = way_of(model, prompts, config.max_new_tokens)
         for i, new, stopped in decode(model, prompts, config.max_new_tokens, stop, choose, budget):
             text = tokenizer.decode(new, skip_special_tokens=True)
             answer = {
@@ -119,6 +122,7 @@ def local_answers(
                 "finish_reason": "stop" if stopped else "length",
                 "prompt_tokens": len(prompts[i]),
                 "response_tokens": len(new),
+                "decoding": way,
             }
             yield i, answer
 
@@ -197,6 +201,8 @@ def generate(
             step.bar.set_description(name)
             mine = [line for line in todo if line["model"] == name]
             for i, answer in answers(mine) if mine else ():
+                if "decoding" in answer:  # a fact of the run, not of the line
+                    step.entry["decoding"] = answer.pop("decoding")
                 step.append({**mine[i], **answer})
         return step.journal.rows()
 

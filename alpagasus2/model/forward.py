@@ -226,7 +226,11 @@ def micro_batches(
     max_rows: int | None = None,  # at most this many rows in one
 ) -> list[list[int]]:  # positions in `rows`; every row in exactly one micro-batch
     "Cut rows into micro-batches of the kind that this model can run."
-    return _CUTS[way_of(model)](rows, token_budget, max_rows)
+    most = families.apart_above(plain_lm(model).config.get_text_config())
+    short = [i for i, e in enumerate(rows) if len(e.ids) <= most]
+    cut = _CUTS[way_of(model)]([rows[i] for i in short], token_budget, max_rows)
+    alone = [[i] for i, e in enumerate(rows) if len(e.ids) > most]
+    return [[short[i] for i in batch] for batch in cut] + alone
 
 # %% ../../nbs/model/forward.ipynb #cb518e0b
 def _own_attention(lm: Any) -> bool:

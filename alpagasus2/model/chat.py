@@ -87,10 +87,11 @@ def messages_of(
 
 
 def _turns(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    if "messages" in row:
-        return row["messages"]
-    asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
     answer = [{"role": "assistant", "content": row["output"]}] if "output" in row else []
+    if "messages" in row:
+        messages = row["messages"]
+        return messages if messages[-1]["role"] == "assistant" else [*messages, *answer]
+    asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
     return [{"role": "user", "content": asked}, *answer]
 
 # %% ../../nbs/model/chat.ipynb #6243a5ba
@@ -299,10 +300,10 @@ def prompt_ids(
     if not chat:
         return [*_first(tokenizer), *text_ids(prompt(row), tokenizer)]
     messages = before_response(_marked_messages(row, tokenizer, chat))
-    if chat.thinking and thought:
-        return _ids(_written(row, messages, tokenizer, chat, True), tokenizer)
     answered = ([*messages, {"role": "assistant", "content": letter}] for letter in "AB")
     a, b = (_ids(_written(row, m, tokenizer, chat, False), tokenizer) for m in answered)
+    if chat.thinking and thought:
+        b = _ids(_written(row, messages, tokenizer, chat, True), tokenizer)
     return a[: _common(a, b)]
 
 

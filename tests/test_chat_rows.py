@@ -1,5 +1,6 @@
 """Chat rows: what is learned of a conversation, how an answer is asked for, what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -257,10 +258,8 @@ def test_one_answer_has_the_checkpoint_that_it_always_had(tmp_path: Path):
     one, two = (encode(chat(t), tokenizer, 256, "chat") for t in (TURNS[:2], TURNS))
     rows = _checkpoint(tmp_path / "a", {}, [one]).settings["rows"]
     assert rows == json_sha256([[one.ids, one.n_prompt]])[:16]
-    last = encode(chat(TURNS), tokenizer, 256, ChatTemplate(last_turn_only=True))
-    assert (
-        len({_checkpoint(tmp_path / "a", {}, [e]).settings["rows"] for e in (one, two, last)}) == 3
-    )
+    seen = [_checkpoint(tmp_path / "a", {}, [e]) for e in (one, two, replace(two, between=()))]
+    assert len({checkpoint.settings["rows"] for checkpoint in seen}) == 3
 
 
 def test_an_adapter_of_two_turn_rows_answers_behind_the_think_block(tmp_path: Path):
@@ -271,13 +270,13 @@ def test_an_adapter_of_two_turn_rows_answers_behind_the_think_block(tmp_path: Pa
     asked = {"role": "user", "content": "Name a colour."}
     rows = [
         chat([{"role": "user", "content": hello}, TURNS[1], asked, TURNS[3]], id=hello)
-        for hello in ("Hi", "Hello there", "Good day", "Hey")
+        for hello in ("Hi", "Good day")
     ]
-    config = TrainConfig(batch_size=4, num_epochs=8, learning_rate=2e-3, template="chat")
+    config = TrainConfig(batch_size=2, num_epochs=6, learning_rate=2e-3, template="chat")
     (first, *_), _ = encode_rows(rows, tokenizer, config)
     assert learned(first, tokenizer) == ["Hello.<|im_end|>", "Blue.<|im_end|>"]
     result = train(base, rows, tmp_path / "adapter", config, progress=False)
-    assert result["answers"] == 8 and result["loss"][-1] < 0.2
+    assert result["answers"] == 4 and result["loss"][-1] < 0.2
     tuned = load_adapters(load_base(base), {"a": tmp_path / "adapter"})
     questions: Any = [chat([rows[0]["messages"][0]], id="1"), chat(rows[0]["messages"][:3], id="2")]
     told = GenerateConfig(template="chat", max_new_tokens=12)

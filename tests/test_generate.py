@@ -52,15 +52,13 @@ def write_schemas(folder: Path) -> list[str]:
 
 
 def prompts_of(questions: list[dict]) -> list[str]:
-    """The very texts that reach the tokenizer."""
-    seen: list[str] = []
+    """The texts that reach the model."""
+    from alpagasus2.quant_lora import load_tokenizer
 
-    def tokenizer(text: str, add_special_tokens: bool) -> dict:
-        seen.append(text)
-        return {"input_ids": [1]}
-
-    encode_prompts(questions, tokenizer, 100, GenerateConfig())
-    return seen
+    tokenizer = load_tokenizer("smollm2-135m")
+    return [
+        tokenizer.decode(p) for p in encode_prompts(questions, tokenizer, 8192, GenerateConfig())
+    ]
 
 
 def test_the_self_instruct_inputs_are_in_the_prompts(tmp_path):

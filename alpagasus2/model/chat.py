@@ -87,10 +87,11 @@ def messages_of(
 
 
 def _turns(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    if "messages" in row:
-        return row["messages"]
-    asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
     answer = [{"role": "assistant", "content": row["output"]}] if "output" in row else []
+    if "messages" in row:
+        messages = row["messages"]
+        return messages if messages[-1]["role"] == "assistant" else [*messages, *answer]
+    asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
     return [{"role": "user", "content": asked}, *answer]
 
 # %% ../../nbs/model/chat.ipynb #6243a5ba
@@ -142,7 +143,7 @@ class _Turn:
         alone = self.other.count(self.letter) == 1 and self.text.startswith(self.before)
         return alone and self.text.endswith(self.behind) and len(self.text) > n
 
-
+# %% ../../nbs/model/chat.ipynb #16b79241
 def _unused(text: str) -> str:
     "A letter that is not in a text."
     return next(c for c in map(chr, count(ord("A"))) if c.isalpha() and c not in text)
@@ -202,7 +203,7 @@ def _turn(
     other = "the template does not write its text as it stands; leave the row out"
     raise UserError(f"row {row.get('id')}: message {k + 1}: {why if thought else other}")
 
-
+# %% ../../nbs/model/chat.ipynb #86aef179
 def _answers(messages: Sequence[Mapping], last_only: bool) -> list[int]:
     "Which messages are to be learned."
     turns = [
@@ -225,7 +226,7 @@ def _marked_messages(row: Asked, tokenizer: Any, template: ChatTemplate) -> list
     messages = messages_of(row, template.merge_system)
     return [{**m, "content": _marked(m["content"], tokenizer)} for m in messages]
 
-
+# %% ../../nbs/model/chat.ipynb #faa58e92
 def _spans(
     row: Asked, messages: list[dict], wanted: list[int], tokenizer: Any, template: ChatTemplate
 ) -> tuple[list[int], list[tuple[int, int]]]:
@@ -269,7 +270,7 @@ def _instruction(row: Any, tokenizer: Any) -> Tokenised:
     whole = [*front, *ids, tokenizer.eos_token_id]
     return Tokenised(whole, [(n_prompt, len(whole))], (before + answer).count(_MARK))
 
-
+# %% ../../nbs/model/chat.ipynb #51f27c4f
 def _chat_template(template: AnyTemplate) -> ChatTemplate | None:
     "The settings of a chat template; None is Alpaca's text."
     if template not in ("alpaca", "chat") and not isinstance(template, ChatTemplate):
@@ -287,7 +288,7 @@ def tokenised(
     chat = _chat_template(template)
     return _conversation(row, tokenizer, chat) if chat else _instruction(row, tokenizer)
 
-
+# %% ../../nbs/model/chat.ipynb #3a8fd7a6
 def prompt_ids(
     row: Asked,  # an example or a question
     tokenizer: Any,  # of the model that will answer
@@ -299,13 +300,13 @@ def prompt_ids(
     if not chat:
         return [*_first(tokenizer), *text_ids(prompt(row), tokenizer)]
     messages = before_response(_marked_messages(row, tokenizer, chat))
-    if chat.thinking and thought:
-        return _ids(_written(row, messages, tokenizer, chat, True), tokenizer)
     answered = ([*messages, {"role": "assistant", "content": letter}] for letter in "AB")
     a, b = (_ids(_written(row, m, tokenizer, chat, False), tokenizer) for m in answered)
+    if chat.thinking and thought:
+        b = _ids(_written(row, messages, tokenizer, chat, True), tokenizer)
     return a[: _common(a, b)]
 
-
+# %% ../../nbs/model/chat.ipynb #e89b99ff
 def end_of_turn(
     tokenizer: Any,
     template: AnyTemplate = "alpaca",

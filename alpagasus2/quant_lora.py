@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL_MODEL', 'quiet_libraries', 'QuantLoraConfig', 'pick_device', 'compute_dtype', 'small_model', 'resolve_model',
-           'load_tokenizer', 'keep_trainable', 'load_base', 'adapter_parameters', 'Dropout', 'linear_layers',
-           'add_lora', 'load_adapters', 'as_arm']
+           'load_tokenizer', 'keep_trainable', 'load_config', 'load_base', 'adapter_parameters', 'Dropout',
+           'linear_layers', 'add_lora', 'load_adapters', 'as_arm']
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
 import copy
@@ -188,9 +188,16 @@ def _contiguous(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tu
     return tuple(x.contiguous() for x in inputs)
 
 # %% ../nbs/01_quant_lora.ipynb #d5e95eef
+def load_config(
+    base_model: str | Path,  # a local folder, a hub id, or smollm2-135m
+) -> Any:  # a Transformers config
+    "The config of a base model, without its weights."
+    return _pretrained(transformers.AutoConfig, base_model)
+
+
 def _auto_class(base_model: str | Path) -> Any:
     "What loads a model: most are causal LMs, some that also read pictures are listed apart."
-    config = type(_pretrained(transformers.AutoConfig, base_model))
+    config = type(load_config(base_model))
     pictures = config in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if pictures and config not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForImageTextToText

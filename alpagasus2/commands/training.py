@@ -198,15 +198,17 @@ def preview(
     **config: Any,
 ) -> None:
     "Show the first rows as tokens with the targets coloured, and counts over all rows."
+    from alpagasus2.core.families import may_pack
     from alpagasus2.extras.preview import preview as preview_rows
-    from alpagasus2.quant_lora import load_tokenizer
+    from alpagasus2.quant_lora import load_config, load_tokenizer
     from alpagasus2.train import encode_rows, preset_configs, split_rows
 
     settings, _ = preset_configs(preset, **config)
     rows, _ = split_rows(_training_rows(data_path, data_type), settings)
     tokenizer = load_tokenizer(base_model)
     encoded, counts = encode_rows(rows, tokenizer, settings)
-    shown = preview_rows(encoded, tokenizer, counts, settings, limit)
+    packed = may_pack(load_config(base_model).get_text_config().model_type)
+    shown = preview_rows(encoded, tokenizer, counts, settings, limit, packed)
     print(shown.text(color=_in_color()))
     if output:
         with atomic(output) as part:

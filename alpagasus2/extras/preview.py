@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..model.forward import Encoded, computed_tokens, packs
+from ..model.forward import Encoded, computed_tokens, packs, side_by_side
 from ..train import TOKEN_BUDGET, TrainConfig, batch_schedule
 
 # %% ../../nbs/extras/preview.ipynb #4d594643
@@ -36,20 +36,32 @@ def _visible(text: str) -> str:
         c if c.isprintable() else signs.get(c) or c.encode("unicode_escape").decode() for c in text
     )
 
+# %% ../../nbs/extras/preview.ipynb #58599de5
+def _passes(
+    encoded: Sequence[Encoded], config: TrainConfig, packed: bool
+) -> tuple[int, int]:  # forward passes, positions that they compute
+    "What an epoch computes."
+    cut, passes, computed = packs if packed else side_by_side, 0, 0
+    for step in batch_schedule(len(encoded), replace(config, num_epochs=1)):
+        batch = [encoded[i] for i in step]
+        for places in cut(batch, config.token_budget or TOKEN_BUDGET, config.micro_batch_size):
+            rows = [batch[i] for i in places]
+            padded = len(rows) * max(len(e.ids) for e in rows)
+            passes, computed = passes + 1, computed + (computed_tokens(rows) if packed else padded)
+    return passes, computed
+
 # %% ../../nbs/extras/preview.ipynb #12ae8dec
 def preview_counts(
     encoded: Sequence[Encoded],  # from `encode_rows`
     counts: Mapping,  # from `encode_rows`
     config: TrainConfig,  # batch_size, micro_batch_size, token_budget, seed
+    packed: bool = True,  # do rows of the base share a pass? see `core.families.may_pack`
 ) -> dict[str, str]:  # label -> figure
     "What the whole set amounts to, and how much of it the first epoch computes."
     lengths = sorted(len(e.ids) for e in encoded)
     at = [lengths[round(q * (len(lengths) - 1))] for q in (0, 0.25, 0.5, 0.75, 0.95, 1)]
-    passes = computed = 0
-    for step in batch_schedule(len(encoded), replace(config, num_epochs=1)):
-        batch = [encoded[i] for i in step]
-        for pack in packs(batch, config.token_budget or TOKEN_BUDGET, config.micro_batch_size):
-            passes, computed = passes + 1, computed + computed_tokens([batch[i] for i in pack])
+    passes, computed = _passes(encoded, config, packed)
+    others = "the others are shared" if packed else "padding included"
     total = counts["target_tokens"] / counts["tokens"]
     return {
         "rows": f"{counts['rows']:,}",
@@ -62,7 +74,7 @@ def preview_counts(
         "control tokens kept as text": f"{counts['control_tokens']:,}",
         "tokens a row": "min {}, 25% {}, median {}, 75% {}, 95% {}, max {}".format(*at),
         "forward passes an epoch": f"{passes:,}, of {computed / sum(lengths):.0%} of the tokens; "
-        "the others are shared",
+        + others,
     }
 
 # %% ../../nbs/extras/preview.ipynb #b92735c9
@@ -144,8 +156,9 @@ def preview(
     counts: Mapping,  # from `encode_rows`
     config: TrainConfig,  # the settings of the training
     limit: int = 3,  # rows to show
+    packed: bool = True,  # do rows of the base share a pass?
 ) -> Preview:
     "The first rows as the model will see them; needs no weights."
     rows = list(encoded[:limit])
     texts = [token_texts(e.ids, tokenizer) for e in rows]
-    return Preview(rows, texts, preview_counts(encoded, counts, config))
+    return Preview(rows, texts, preview_counts(encoded, counts, config, packed))

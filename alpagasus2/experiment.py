@@ -10,6 +10,7 @@ __all__ = ['Run', 'rate_pool', 'select_arms', 'train_arms', 'heldout_lines', 'me
 # %% ../nbs/06a_experiment.ipynb #77de68da
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,7 @@ from .evidence.filtering import filter_report, plot_categories, plot_lengths, pl
 from .evidence.intervals import heldout_summary
 from .evidence.scaling import Costs, fewest_rows, priced, size_points
 from .generate import answer_lines, generate
+from .model.check import checked
 from .model.likelihood import heldout_nll
 from .quant_lora import as_arm
 from .recipe import BY_SCORE, Arm, Judge, Rater, Recipe, fix_claim
@@ -213,6 +215,7 @@ def measure_heldout(
             run.say(f"Held-out loss of {name}: {len(lines)} references")
             with as_arm(load(), name) as model:
                 found = heldout_nll(model, run.models.tokenizer, asked, template)
+                step.entry["check"] = asdict(checked(model))
             for line, measured in zip(lines, found, strict=True):
                 step.append({**line, **measured})
 

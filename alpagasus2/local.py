@@ -22,6 +22,7 @@ from .endpoint.cache import Ask, Reply, Request
 from .generate import Answers, Backend, GenerateConfig, local_answers
 from .judge import Plan
 from .model.chat import prompt_ids
+from .model.check import checked
 from .model.likelihood import Signals, choice_logprobs, flaws, signals, superfiltering
 from .quant_lora import QuantLoraConfig, as_arm, load_adapters, load_base, load_tokenizer
 
@@ -72,6 +73,8 @@ def rate_by_signals(
         todo = step.todo(lines, _is_unread)
         texts = [by_id[line["id"]] for line in todo]
         read = signals(*models.load(), texts, template) if todo else ()
+        if todo:  # is what is read the model's own loss?
+            step.entry["check"] = asdict(checked(models.base))
         for line, found in zip(todo, read, strict=True):
             step.append({**line, "rater": who, "signals": asdict(found)})
         _rank(step.journal, by_id.keys(), selector)

@@ -270,9 +270,13 @@ def _quick_dropout(model: Any) -> None:
                     module.lora_dropout[name] = Dropout(layer.p)
 
 # %% ../nbs/01_quant_lora.ipynb #2419c89c
-_LINEAR = (
-    torch.nn.Linear, transformers.pytorch_utils.Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt,
-)  # fmt: skip # these themselves: a router that derives from one gives more than a product
+def _is_linear(module: torch.nn.Module) -> bool:
+    "A product with a weight; a router may derive from one, and gives more."
+    kinds = (
+        torch.nn.Linear,
+        transformers.pytorch_utils.Conv1D,
+    )  # bitsandbytes' derive from the first
+    return isinstance(module, kinds) and "Router" not in type(module).__name__
 
 
 def linear_layers(
@@ -281,7 +285,7 @@ def linear_layers(
     "The layers beside which LoRA can stand."
     inside = {*model.get_decoder().modules()} - {model.get_output_embeddings()}
     family = model.config.get_text_config().model_type
-    names = [n for n, m in model.named_modules() if type(m) in _LINEAR and m in inside]
+    names = [n for n, m in model.named_modules() if _is_linear(m) and m in inside]
     return [n for n in names if families.takes_lora(family, n)]
 
 
@@ -310,7 +314,7 @@ def _target_layers(model: Any, wanted: list[str] | str) -> list[str]:
     if not own:
         there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
         raise UserError(f"lora_target_modules: no layer {', '.join(wanted)}; the model has {there}")
-    linear = (name for name, m in model.named_modules() if type(m) in _LINEAR)
+    linear = (name for name, m in model.named_modules() if _is_linear(m))
     return wanted if len(own) == sum(_named(name, wanted) for name in linear) else own
 
 # %% ../nbs/01_quant_lora.ipynb #4d134bc0

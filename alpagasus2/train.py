@@ -493,7 +493,7 @@ def _prepared(
     "The base with a fresh adapter, and the settings with its rate and token budget."
     model = add_lora(load_base(base_model, quant_lora), quant_lora, config.seed)
     if config.trainer is None:
-        checked(model)
+        checked(model, gradient=True)
     width = model.config.get_text_config().hidden_size
     config = replace(config, learning_rate=rate_at(width, config))
     if config.gradient_checkpointing:
@@ -530,7 +530,7 @@ def _summary(model: Any, config: TrainConfig, counts: Mapping, log: Mapping) -> 
         "compute_dtype": str(model.dtype),
         "step_seconds": log["seconds"],
         "trainer": config.trainer or "alpagasus2",
-        "check": None if config.trainer else asdict(checked(model)),
+        "check": None if config.trainer else asdict(checked(model, gradient=True)),
     }
 
 # %% ../nbs/02_train.ipynb #b307a092

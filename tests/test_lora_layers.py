@@ -114,7 +114,7 @@ def test_a_model_with_a_picture_tower_learns_in_its_language_model(config: Any, 
         model = add_lora(load_base(base), QuantLoraConfig(lora_target_modules=wanted))
         names = [n for n, p in model.named_parameters() if p.requires_grad]
         assert names and all("language_model" in n for n in names)
-    assert checked(model).way == "packed"
+    assert checked(model, gradient=True).way == "packed"
 
 
 @pytest.mark.parametrize("config", [mistral3, lambda: text("qwen3_moe", **MIXTURE)])

@@ -13,13 +13,14 @@ from typing import Any
 # %% ../../nbs/core/families.ipynb #91bbe181
 PACKED = frozenset(
     """
-    apertus arcee aria_text beam biogpt bitnet codegen cohere cohere2 cohere2_moe cwm diffllama
-    dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text glm
-    gemma4_text glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite
-    granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3
-    iquestcoder jais2 kolibri1 laguna llama mellum minimax_m2 ministral ministral3 mistral mixtral
-    nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe
-    seed_oss smollm3 solar_open starcoder2 vaultgemma
+    afmoe apertus arcee aria_text axk1 beam biogpt bitnet codegen cohere cohere2 cohere2_moe cwm
+    deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo
+    gemma gemma2 gemma3_text gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode
+    gpt_neo gpt_neox gpt_neox_japanese gptj granite granitemoe granitemoeshared helium
+    hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1
+    laguna llama longcat_flash mellum minicpm3 minimax_m2 ministral ministral3 mistral mixtral
+    nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
+    seed_oss smollm3 solar_open starcoder2 vaultgemma youtu
     """.split()
 )
 

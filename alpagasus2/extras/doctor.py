@@ -314,7 +314,7 @@ def check_model(
     from alpagasus2.quant_lora import add_lora, load_base
 
     try:
-        found = checked(add_lora(load_base(base_model)))
+        found = checked(add_lora(load_base(base_model)), gradient=True)
     except UserError as e:
         return [Finding(name, "fail", str(e), "choose another base")]
     slower = "" if found.way == "packed" else "right, and slower than rows that share a pass"

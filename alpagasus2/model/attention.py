@@ -77,7 +77,7 @@ def _by_row(
 ) -> torch.Tensor:
     "Row after row in fp32; q (heads, n, d), k and v (kv heads, n, d)."
     heads, n, d = q.shape
-    grouped, k, v = q.float().view(len(k), -1, n, d), k.float(), v.float()
+    grouped, k, v = q.float().reshape(len(k), -1, n, d), k.float(), v.float()
     cuts = [layout.prefix, *layout.lengths]
     qs, ks, vs = grouped.split(cuts, 2), k.split(cuts, 1), v.split(cuts, 1)
     parts = [_RowAttention.apply(qs[0], ks[0], vs[0], window)] if layout.prefix else []
@@ -148,7 +148,7 @@ def _rows(
     q, k, v = query[0] * options["scaling"], key[0], value[0]
     kernel = _by_row if q.device.type == "cpu" else _padded
     out = kernel(q, k, v, layout, sliding_window or layout.prefix + max(layout.lengths))
-    return out.transpose(0, 1)[None], None
+    return out.transpose(0, 1)[None].contiguous(), None
 
 # %% ../../nbs/model/attention.ipynb #ca2b8f98
 def _one_token(

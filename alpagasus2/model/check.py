@@ -143,6 +143,10 @@ def _fill_adapter(part: Any) -> None:
             draws = torch.Generator().manual_seed(len(name))
             p.data = torch.randn(p.shape, generator=draws).to(p.device) * 0.05
 
+# %% ../../nbs/model/check.ipynb #85bb1a4c
+def _first_line(e: Exception) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0][:100]
+
 # %% ../../nbs/model/check.ipynb #599a577a
 def _part(lm: Any, rows: Sequence[Encoded]) -> Any:
     "One block of each kind in fp32; the whole model where these do not run alone."
@@ -158,7 +162,7 @@ def _part(lm: Any, rows: Sequence[Encoded]) -> Any:
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # whatever the authors of a hundred models raise
-            reason = (str(e).splitlines() or [""])[0][:100]
+            reason = _first_line(e)
     family = lm.config.get_text_config().model_type
     raise UserError(f"{family}: its own forward pass does not run on tokens alone: {reason}")
 
@@ -181,10 +185,10 @@ def _check_own(lm: Any, rows: Sequence[Encoded]) -> None:
 
 # %% ../../nbs/model/check.ipynb #6f548cdc
 def _with_gradient(
-    lm: Any, rows: Sequence[Encoded], losses: Callable[[Any, Sequence[Encoded]], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    "The losses of all targets, and the gradient of their sum by all that is trained."
-    trained = [p for p in lm.parameters() if p.requires_grad]
+    lm: Any, rows: Sequence[Encoded], losses: Callable[[Any, Sequence[Encoded]], torch.Tensor],
+    trained: Sequence[torch.nn.Parameter],
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    "The losses of all targets, and the gradient of their sum by some weights."
     with torch.set_grad_enabled(bool(trained)):
         nll = losses(lm, rows)
     if not trained:
@@ -246,7 +250,7 @@ class Check:
 
     way: Way  # how its rows are run
     loss: float  # nats, the farthest token, in fp32 with one block of each kind
-    gradient: float | None  # of the adapter there, relative; None: nothing was trained
+    gradient: float | None  # of the adapter there, relative; None: not asked for
     whole: float  # nats a token, root mean square, the whole model in its precision
     noise: float  # likewise, of the model's own forward pass against itself
 
@@ -263,22 +267,40 @@ class Check:
             f"(whole model {self.whole:.0e}, its own noise {self.noise:.0e})"
         )
 
+# %% ../../nbs/model/check.ipynb #fa41b214
+@torch.no_grad()
+def _as_loaded(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
+    "The whole model's own losses; Mamba, say, reads the weight of a layer that is quantised."
+    try:
+        return _own_losses(model, rows)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # whatever the authors of a hundred models raise
+        name, reason = model.config.get_text_config().model_type, _first_line(e)
+        raise UserError(
+            f"{name}: as it is loaded, its own forward pass fails ({reason}); if it is quantised, "
+            "set load_in_4bit to false"
+        ) from e
+
 # %% ../../nbs/model/check.ipynb #77fe7eda
 def _measure(
     model: Any,  # a causal LM without an adapter's wrapper
+    gradient: bool,  # compare the adapter's gradient, too
 ) -> Callable[[Way], Check]:
     "What measures a way of running a model; its own side is computed once."
     rows = check_rows(model.config.get_text_config().vocab_size)
     part = _part(model, rows)
     with torch.no_grad():
         _check_own(part, rows)
-        whole = _own_losses(model, rows)
-    own, noise = _with_gradient(part, rows, _own_losses), _noise(model, rows, whole)
+    whole = _as_loaded(model, rows)
+    trained = [p for p in part.parameters() if p.requires_grad and gradient]
+    own = _with_gradient(part, rows, _own_losses, trained)
+    noise = _noise(model, rows, whole)
 
     def measured(way: Way) -> Check:
         for lm in (part, model):
             run_as(lm, way)
-        loss, gradient = _apart(_with_gradient(part, rows, _our_losses), own)
+        loss, gradient = _apart(_with_gradient(part, rows, _our_losses, trained), own)
         with torch.no_grad():
             apart = _rms(_our_losses(model, rows) - whole)
         return Check(way, loss, gradient, apart, noise)
@@ -296,17 +318,18 @@ def _tried(measured: Callable[[Way], Check], way: Way) -> Check | str:
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever a model raises that cannot be run in this way
-        return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]}"
+        return f"{type(e).__name__}: {_first_line(e)}"
 
 
 def check(
     model: Any,  # a causal LM, with or without adapters
+    gradient: bool = False,  # compare the gradient of what is trained, too
 ) -> Check:  # the first way that is right; the model is run so from now on
     "Measure which way of running rows gives the model's own loss; `UserError` where none does."
     lm = plain_lm(model)
     family, found = lm.config.get_text_config().model_type, None
     with evaluating(lm):
-        measured = _measure(lm)
+        measured = _measure(lm, gradient)
         for way in WAYS[WAYS.index(forward.way_of(lm)) :]:
             found = _tried(measured, way)
             if isinstance(found, Check) and found.is_right:
@@ -358,23 +381,24 @@ def _key(
 _CHECKED = WeakKeyDictionary[torch.nn.Module, Check]()
 
 
-def _remembered(lm: Any) -> Check:
+def _remembered(lm: Any, gradient: bool) -> Check:
     "From the cache, or measured and put there."
-    path = cache_dir() / "checks" / f"{_key(lm)}.json"
+    path = cache_dir() / "checks" / f"{_key(lm)}{'-trained' * gradient}.json"
     if path.exists():
         return Check(**read_json(path))
-    found = check(lm)
+    found = check(lm, gradient)
     write_json(path, asdict(found))
     return found
 
 
 def checked(
     model: Any,  # a causal LM, with or without adapters
+    gradient: bool = False,  # for a training
 ) -> Check:  # the model is run in its way from now on
     "Check a model once, and again when it has become one that is trained."
     lm = plain_lm(model)
-    known, trained = _CHECKED.get(lm), any(p.requires_grad for p in lm.parameters())
-    if known is None or (trained and known.gradient is None):
-        known = _CHECKED[lm] = _remembered(lm)
+    known = _CHECKED.get(lm)
+    if known is None or (gradient and known.gradient is None):
+        known = _CHECKED[lm] = _remembered(lm, gradient)
         run_as(lm, known.way)
     return known

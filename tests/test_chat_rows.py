@@ -13,8 +13,8 @@ from alpagasus2.cli import main
 from alpagasus2.core.files import UserError
 from alpagasus2.data import ChatTemplate, check_rows
 from alpagasus2.generate import GenerateConfig, encode_prompts, local_answers
-from alpagasus2.model.forward import Encoded, encode, row_nll
-from alpagasus2.model.likelihood import signals, target_logprobs
+from alpagasus2.model.forward import Encoded, encode
+from alpagasus2.model.likelihood import row_nll, signals, target_logprobs
 from alpagasus2.quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
 from alpagasus2.recipe import Arm, Rater, Recipe
 from alpagasus2.train import TrainConfig, encode_rows, train

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL_MODEL', 'quiet_libraries', 'QuantLoraConfig', 'pick_device', 'compute_dtype', 'small_model', 'resolve_model',
-           'load_tokenizer', 'keep_trainable', 'load_config', 'load_base', 'adapter_parameters', 'Dropout',
-           'linear_layers', 'add_lora', 'load_adapters', 'as_arm']
+           'load_tokenizer', 'keep_trainable', 'load_config', 'expert_weights', 'load_base', 'adapter_parameters',
+           'Dropout', 'linear_layers', 'add_lora', 'load_adapters', 'as_arm']
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
 import copy
@@ -204,7 +204,9 @@ def _auto_class(base_model: str | Path) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _experts(model: torch.nn.Module) -> int:
+def expert_weights(
+    model: torch.nn.Module,  # any model
+) -> int:
     "How many weights lie in fused experts, tensors (experts, in, out) that are no layer."
     parts = (p for m in model.modules() if not isinstance(m, torch.nn.Conv1d)
              for p in m.parameters(recurse=False))  # fmt: skip
@@ -214,7 +216,7 @@ def _experts(model: torch.nn.Module) -> int:
 def _say_share(base_model: str | Path, model: torch.nn.Module) -> None:
     "Say how much is quantised where fused experts are not."
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]
-    if layers and _experts(model):
+    if layers and expert_weights(model):
         small = sum(m.in_features * m.out_features for m in layers)
         kinds = (bnb.nn.Params4bit, bnb.nn.Int8Params)
         others = sum(p.numel() for p in model.parameters() if not isinstance(p, kinds))
@@ -332,7 +334,7 @@ def _lora_config(model: Any, config: QuantLoraConfig) -> peft.LoraConfig:
     convert_peft_config_for_transformers(converted, model, None)
     if converted.target_parameters:  # names that an expert had when it was a layer of its own
         lora.target_modules = converted.target_modules
-    if _experts(model) and (
+    if expert_weights(model) and (
         converted.target_parameters or config.lora_target_modules == "all-linear"
     ):
         say(f"{model.config.model_type}: its experts get no LoRA, its other layers do")

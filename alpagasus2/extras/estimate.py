@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core import families
 from ..core.files import UserError
-from ..quant_lora import QuantLoraConfig, compute_dtype
+from ..quant_lora import QuantLoraConfig, compute_dtype, expert_weights
 
 # %% ../../nbs/extras/estimate.ipynb #5f9119a4
 import torch
@@ -77,6 +78,8 @@ class Shape:
     vocab: int  # tokens in the vocabulary
     linear: Mapping[tuple[str, int, int], int]  # (name, in, out) -> how many; no output layer
     parameters: int  # all, tied ones once
+    experts: int = 0  # weights in fused experts, which are not quantised
+    active: float = 1.0  # the share of them that a token passes
 
     @property
     def quantised(self) -> int:
@@ -97,12 +100,13 @@ def shape_of(
         for name, m in model.named_modules()
         if isinstance(m, torch.nn.Linear) and m is not head
     )
-    hidden, heads = config.hidden_size, config.num_attention_heads
+    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 0)
     return Shape(
         config.num_hidden_layers, hidden, getattr(config, "intermediate_size", None) or 4 * hidden,
         heads, getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or hidden // heads, config.vocab_size, linear,
-        sum(p.numel() for p in model.parameters()),
+        getattr(config, "head_dim", None) or hidden // max(heads, 1), config.vocab_size, linear,
+        sum(p.numel() for p in model.parameters()), expert_weights(model),
+        families.share_of_experts(config),
     )  # fmt: skip
 
 # %% ../../nbs/extras/estimate.ipynb #85e2ffd7
@@ -150,6 +154,8 @@ def adapted(
     names = {name for name, _, _ in shape.linear}
     targets = quant_lora.lora_target_modules
     wanted = names if targets == "all-linear" else set(targets)
+    if targets == QuantLoraConfig().lora_target_modules and wanted - names:
+        wanted = {*families.query_and_value(names)} or wanted  # as `add_lora` does
     if wanted - names:
         raise UserError(
             f"lora_target_modules: no linear layer {', '.join(sorted(wanted - names))}; "
@@ -320,6 +326,7 @@ def _parts(
 # %% ../../nbs/extras/estimate.ipynb #ebc3c691
 def _seconds(shape: Shape, tokens: int, device: Device) -> float | None:
     weights = shape.quantised + shape.vocab * shape.hidden  # linear layers and the output layer
+    weights += round(shape.experts * shape.active)
     rate = device.flops and device.flops * device.step.utilisation
     return 4 * weights * tokens / rate if rate else None
 

@@ -205,15 +205,15 @@ def _auto_class(base_model: str | Path) -> Any:
 
 
 def expert_weights(
-    model: torch.nn.Module,  # any model
+    model: Any,  # a causal LM
 ) -> int:
     "How many weights lie in fused experts, tensors (experts, in, out) that are no layer."
-    parts = (p for m in model.modules() if not isinstance(m, torch.nn.Conv1d)
-             for p in m.parameters(recurse=False))  # fmt: skip
-    return sum(p.numel() for p in parts if p.dim() == 3)
+    modules = (m for m in model.get_decoder().modules() if not isinstance(m, torch.nn.Conv1d))
+    found = (p for m in modules for p in m.parameters(recurse=False))
+    return sum(p.numel() for p in found if p.dim() == 3 and len(p) > 1)
 
 
-def _say_share(base_model: str | Path, model: torch.nn.Module) -> None:
+def _say_share(base_model: str | Path, model: Any) -> None:
     "Say how much is quantised where fused experts are not."
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]
     if layers and expert_weights(model):

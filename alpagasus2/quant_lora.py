@@ -313,9 +313,12 @@ def _target_layers(model: Any, wanted: list[str] | str) -> list[str]:
         return layers
     wanted = _usual(model.config.get_text_config().model_type, wanted, layers)
     own = [name for name in layers if _named(name, wanted)]
-    if not own:
+    missing = [w for w in wanted if not any(_named(name, [w]) for name in layers)]
+    if missing:
         there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
-        raise UserError(f"lora_target_modules: no layer {', '.join(wanted)}; the model has {there}")
+        raise UserError(
+            f"lora_target_modules: no {', '.join(missing)} to train here; the model has {there}"
+        )
     linear = (name for name, m in model.named_modules() if _is_linear(m))
     return wanted if len(own) == sum(_named(name, wanted) for name in linear) else own
 

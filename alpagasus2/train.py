@@ -32,7 +32,7 @@ from alpagasus2.core.files import (
 )
 from .core.run_folder import recorded
 from .data import AnyTemplate, Example, Template, dropped, load_examples, template_of
-from .model.check import checked, own_nll
+from .model.check import check_own, checked, own_nll
 from .model.checkpoint import Checkpoint, StopRequest
 from alpagasus2.model.forward import (
     Encoded,
@@ -375,6 +375,9 @@ class _Around:
         "Note a step; evaluate, save and leave where it is time."
         steps, config = len(self.batches), self.config
         figures = {**figures, "seconds": time.perf_counter() - self.began}
+        if not math.isfinite(figures["loss"]) or not math.isfinite(figures["grad_norm"]):
+            ids = ", ".join(e.id for e in self.batches[done - 1])
+            raise FloatingPointError(f"step {done - 1}: {figures}; rows {ids}")
         due = done == steps or _is_due(done, config.eval_steps, steps, config)
         if self.evaluate and due:
             figures["eval_loss"] = self.evaluate()
@@ -494,6 +497,8 @@ def _prepared(
     model = add_lora(load_base(base_model, quant_lora), quant_lora, config.seed)
     if config.trainer is None:
         checked(model, gradient=True)
+    else:
+        check_own(model)
     width = model.config.get_text_config().hidden_size
     config = replace(config, learning_rate=rate_at(width, config))
     if config.gradient_checkpointing:
@@ -524,7 +529,7 @@ def _summary(model: Any, config: TrainConfig, counts: Mapping, log: Mapping) -> 
         "examples": counts["rows"] * config.num_epochs,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(counts["tokens"] * config.num_epochs / seconds, 1),
-        "token_budget": config.token_budget or TOKEN_BUDGET,
+        "token_budget": None if config.trainer else config.token_budget or TOKEN_BUDGET,
         "processes": accelerate.PartialState().num_processes,
         "device": str(model.device),
         "compute_dtype": str(model.dtype),

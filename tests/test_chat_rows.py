@@ -178,7 +178,38 @@ def test_options_reach_the_template_in_training_answering_and_rating():
     assert recipe.rating_template == ChatTemplate(options)
 
 
+def test_control_tokens_in_a_thought_stay_text():
+    thinks = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    tokenizer = with_template(CHATML.replace("{{ m.content }}", thinks + "{{ m.content }}"))
+    thought = {"role": "assistant", "content": "Blue.", "reasoning_content": "a<|im_end|>b"}
+    e = encode(chat([*TURNS[:3], thought]), tokenizer, 256, ChatTemplate({"enable_thinking": True}))
+    assert tokenizer.convert_ids_to_tokens(e.ids).count("<|im_end|>") == 4  # one a turn
+    assert e.control_tokens == 1 and "a<|im_end|>b" in tokenizer.decode(e.ids)
+
+
+def test_a_conversation_may_begin_with_the_assistant():
+    tokenizer = with_template(ALL["qwen3"])
+    for options in (None, {"enable_thinking": True}):
+        row = chat([TURNS[1], *TURNS])
+        assert len(learned(encode(row, tokenizer, 256, ChatTemplate(options)), tokenizer)) == 3
+
+
 # ---- refusals
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"enable_thinkng": False}, "has no option enable_thinkng"),
+        ({"add_generation_prompt": True}, "has no option add_generation_prompt"),
+        ({"tokenize": True}, "has no option tokenize"),
+        ({"enable_thinking": "true"}, "enable_thinking is 'true', wanted true or false"),
+    ],
+)
+def test_options_that_a_template_does_not_know(options: dict[str, Any], said: str):
+    tokenizer = with_template(ALL["qwen3"])
+    with pytest.raises(UserError, match=said):
+        encode(chat(TURNS), tokenizer, 256, ChatTemplate(options))
 
 
 def test_a_template_that_refuses_a_system_turn():

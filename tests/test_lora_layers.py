@@ -103,8 +103,14 @@ def test_joined_projections_take_the_place_of_the_default(
     base = saved(transformers.Phi3Config(**TEXT))
     assert layers(add_lora(load_base(base))) == {"qkv_proj"}
     assert "phi3 has no q_proj and v_proj: LoRA goes on qkv_proj" in capsys.readouterr().err
-    with pytest.raises(UserError, match="no layer k_proj; the model has down_proj, gate_up_proj"):
+    with pytest.raises(
+        UserError, match="no k_proj to train here; the model has down_proj, gate_up_proj"
+    ):
         add_lora(load_base(base), QuantLoraConfig(lora_target_modules=["k_proj"]))
+    for wrong in ("lm_head", "down_projj"):  # beside a name that is right
+        both = QuantLoraConfig(lora_target_modules=["down_proj", wrong])
+        with pytest.raises(UserError, match=f"no {wrong} to train here"):
+            add_lora(load_base(base), both)
 
 
 @pytest.mark.parametrize("config", [gemma3, mistral3])

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from alpagasus2.core.files import UserError
 from alpagasus2.core.run_folder import manifest_entry
@@ -38,7 +38,7 @@ TWENTY: dict[str, Any] = {
 def base(folder: Path, family: str, **options: Any) -> Path:
     "A random model in fp32 whose tokens depend on each other."
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **TINY, **options)
+    config = transformers.AutoConfig.for_model(family, **(TINY | options))
     lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for p in lm.parameters():
@@ -59,7 +59,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "family, options", [("llama", {}), ("granite", {"logits_scaling": 8.0})], ids=lambda x: str(x)
+    "family, options",
+    [
+        ("llama", {}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("recurrent_gemma", {"logits_soft_cap": 1.0, "lru_width": 64, "num_hidden_layers": 3}),
+    ],
+    ids=["llama", "granite", "recurrent_gemma"],
 )
 def test_both_trainers_take_the_same_steps(
     family: str, options: dict[str, Any], tmp_path: Path
@@ -79,6 +85,19 @@ def test_both_trainers_take_the_same_steps(
     assert (mine["trainer"], peer["trainer"]) == ("alpagasus2", "trl")
     assert manifest_entry(theirs)["config"]["trainer"] == "trl"
     assert set(peer) == set(mine)
+
+
+def test_a_loss_that_is_no_number_stops_it(tmp_path: Path) -> None:
+    model = base(tmp_path, "llama")
+    broken = load_file(model / "model.safetensors")
+    broken["model.norm.weight"][0] = float("nan")
+    save_file(broken, model / "model.safetensors", {"format": "pt"})
+    config = TrainConfig(**TWENTY, trainer="trl")
+    with pytest.raises(UserError, match="not a finite number"):
+        train(model, ROWS, tmp_path / "adapter", config, PLAIN, progress=False)
+    with patch("alpagasus2.train.check_own"), pytest.raises(FloatingPointError, match="step 0: "):
+        train(model, ROWS, tmp_path / "adapter", config, PLAIN, progress=False)
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_stopped_and_resumed_it_ends_the_same(tmp_path: Path) -> None:

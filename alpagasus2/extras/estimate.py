@@ -86,6 +86,21 @@ class Shape:
         "Weights that are quantised."
         return sum(n * i * o for (_, i, o), n in self.linear.items())
 
+# %% ../../nbs/extras/estimate.ipynb #133bd93f
+def _in_out(layer: Any) -> tuple[int, int]:
+    "The widths of a linear layer; GPT-2's keeps its weight the other way round."
+    if isinstance(layer, torch.nn.Linear):
+        return layer.in_features, layer.out_features
+    return tuple(layer.weight.shape)
+
+
+def _built(config: Any) -> Any:
+    "A causal LM of a config; the text part of some models with pictures is none by itself."
+    try:
+        return transformers.AutoModelForCausalLM.from_config(config)
+    except ValueError as e:
+        raise UserError(f"{config.model_type}: no estimate for this family yet") from e
+
 # %% ../../nbs/extras/estimate.ipynb #0174ac27
 def shape_of(
     base_model: str | Path,  # one of SHAPES, a local folder, or a hub id
@@ -93,12 +108,12 @@ def shape_of(
     "Build a model on the meta device, and count."
     config = load_config(base_model)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = _built(config)
     head = model.get_output_embeddings()
     linear = Counter(
-        (name.rsplit(".")[-1], m.in_features, m.out_features)
+        (name.rsplit(".")[-1], *_in_out(m))
         for name, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and m is not head
+        if isinstance(m, torch.nn.Linear | transformers.pytorch_utils.Conv1D) and m is not head
     )
     hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 0)
     return Shape(

@@ -6,6 +6,8 @@
 __all__ = ['text_ids', 'messages_of', 'Tokenised', 'tokenised', 'prompt_ids', 'end_of_turn', 'answer_text']
 
 # %% ../../nbs/model/chat.ipynb #731fb7b3
+import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,6 +96,20 @@ def _turns(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
     return [{"role": "user", "content": asked}, *answer]
 
+# %% ../../nbs/model/chat.ipynb #eecf888e
+_OPTIONS = ("tools", "documents")  # parameters of `apply_chat_template` that are for the template
+
+
+def _check_options(options: Mapping[str, Any], tokenizer: Any) -> None:
+    "Refuse what the template would ignore, and what is no matter of its."
+    own = {*inspect.signature(tokenizer.apply_chat_template).parameters} - {*_OPTIONS}
+    for name, value in options.items():
+        ours = name in ("enable_thinking", "thinking")  # read by `ChatTemplate.thinking`, too
+        if name in own or (name not in str(tokenizer.chat_template) and not ours):
+            raise UserError(f"template_options: this model's chat template has no option {name}")
+        if ours and not isinstance(value, bool):
+            raise UserError(f"template_options: {name} is {value!r}, wanted true or false")
+
 # %% ../../nbs/model/chat.ipynb #6243a5ba
 def _refusal(row: Asked, messages: Sequence[Mapping], said: Exception) -> UserError:
     why = " ".join(str(said).split()).rstrip(".")
@@ -111,10 +127,11 @@ def _written(
 
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("this model's tokenizer has no chat template; use template=alpaca")
+    _check_options(template.options or {}, tokenizer)
     options = {**(template.options or {}), "add_generation_prompt": ask}
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-    except TemplateError as e:
+    except (TemplateError, TypeError, ValueError) as e:  # the last two from a value or a message
         raise _refusal(row, messages, e) from e
 
 # %% ../../nbs/model/chat.ipynb #77973c6d
@@ -212,6 +229,15 @@ def _answers(messages: Sequence[Mapping], last_only: bool) -> list[int]:
     ]  # fmt: skip
     return turns[-1:] if last_only else turns
 
+# %% ../../nbs/model/chat.ipynb #48c4c011
+def _all_marked(value: Any, tokenizer: Any) -> Any:
+    "Every text in a message: its content, its thought, the arguments of its tool calls."
+    if isinstance(value, str):
+        return _marked(value, tokenizer)
+    if isinstance(value, Mapping):
+        return {k: _all_marked(v, tokenizer) for k, v in value.items()}
+    return [_all_marked(v, tokenizer) for v in value] if isinstance(value, list) else value
+
 # %% ../../nbs/model/chat.ipynb #1e038245
 @dataclass(frozen=True)
 class Tokenised:
@@ -224,7 +250,7 @@ class Tokenised:
 
 def _marked_messages(row: Asked, tokenizer: Any, template: ChatTemplate) -> list[dict]:
     messages = messages_of(row, template.merge_system)
-    return [{**m, "content": _marked(m["content"], tokenizer)} for m in messages]
+    return [_all_marked({"content": "", **m}, tokenizer) for m in messages]
 
 # %% ../../nbs/model/chat.ipynb #faa58e92
 def _spans(
@@ -236,7 +262,8 @@ def _spans(
     ids, spans, floor = _ids(text, tokenizer), list[tuple[int, int]](), 0
     ending = _ending(turns[-1].behind, tokenizer)
     for k, turn in zip(wanted, turns, strict=True):
-        opening = _opening(row, messages[:k], tokenizer, template) if template.thinking else ""
+        asked = template.thinking and k  # an answer that nothing comes before has no prompt
+        opening = _opening(row, messages[:k], tokenizer, template) if asked else ""
         spans.append(_span(turn, _start(turn, opening, floor), ending, ids, tokenizer))
         floor = len(text) - len(turn.behind)
     first, last = spans[-1]
@@ -253,7 +280,8 @@ def _conversation(row: Asked, tokenizer: Any, template: ChatTemplate) -> Tokenis
         raise UserError(f"row {row.get('id')}: the assistant says nothing in it; leave it out")
     messages = messages[: wanted[-1] + 1]
     ids, spans = _spans(row, messages, wanted, tokenizer, template)
-    return Tokenised(ids, spans, sum(m["content"].count(_MARK) for m in messages))
+    written = json.dumps(messages, ensure_ascii=False)
+    return Tokenised(ids, spans, written.count(_MARK))
 
 # %% ../../nbs/model/chat.ipynb #fd4ca08b
 def _first(tokenizer: Any) -> list[int]:

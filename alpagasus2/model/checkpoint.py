@@ -103,10 +103,10 @@ class Checkpoint:
         except (SafetensorError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"{self.path} is no checkpoint ({e}); remove it to start anew") from e
         for name, value in self.settings.items():
-            if name in kept and kept[name] != value:
+            if kept.get(name) != value and (name in kept or value):
                 raise UserError(
                     f"{name} is {value!r}, but the unfinished training was begun with "
-                    f"{kept[name]!r}; put it back to go on, or remove {self.path} to start anew"
+                    f"{kept.get(name)!r}; put it back to go on, or remove {self.path} to start anew"
                 )
         return about
 

@@ -61,6 +61,18 @@ class _Trainer(trl.SFTTrainer):
         torch.manual_seed(hash((self.seed, step, self.passes)) % 2**63)
         return super().training_step(*args, **kwargs)
 
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        "From the logits of the model's own forward pass; TRL's fused head has rules of its own."
+        labels = inputs["labels"][:, 1:]
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        nll = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="sum"
+        )
+        return nll / num_items_in_batch
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         "What was measured in a step."
         if "loss" in logs:
@@ -77,8 +89,9 @@ def _settings(model: Any, config: Any, folder: str, steps: int, passes: int) -> 
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False}, router_aux_loss_coef=0.0,
         use_cpu=model.device.type == "cpu", dataset_kwargs={"skip_prepare_dataset": True},
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False, remove_unused_columns=False, seed=config.seed,
+        logging_steps=1, logging_nan_inf_filter=False, save_strategy="no", report_to="none",
+        disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False,
+        seed=config.seed,
     )  # fmt: skip
 
 # %% ../../nbs/model/sft.ipynb #e6974dda
@@ -115,6 +128,7 @@ def trl_steps(
             optimizers=(optimizer, schedule),
         )  # fmt: skip
         trainer.remove_callback(transformers.PrinterCallback)
+        trainer.model_accepts_loss_kwargs = True  # so that it counts the targets of a whole step
         trainer.cut, trainer.after, trainer.seed, trainer.start = cut, after, config.seed, start
         for p, data in kept:  # of a quantised model TRL casts the adapter to bf16
             p.data = data

@@ -8,6 +8,7 @@ __all__ = ['rate', 'judge', 'generate', 'leaderboard']
 # %% ../../nbs/commands/ask.ipynb #684e7425
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +74,14 @@ def _rate_locally(
 
     _say_status(output, rate_by_signals(Models(model), rows, rater, output, template))
 
+# %% ../../nbs/commands/ask.ipynb #47588e3f
+def _with_options(plan: Any, backend: str, options: dict[str, Any] | None) -> Any:
+    "A plan whose file also records the options of a local model's chat template."
+    if options and backend != "local":
+        raise UserError("template_options are for a model of this machine; set backend=local")
+    told = {"template_options": options} if options else {}
+    return replace(plan, settings={**plan.settings, **told})
+
 # %% ../../nbs/commands/ask.ipynb #fe5dbbce
 def rate(
     data: str,  # the rows: a file, a catalogued name or a hub id
@@ -107,7 +116,7 @@ def rate(
         raise UserError("--model: name the model that rates (with --rater llm)")
     settings, limits = _sorted_out(config, JudgeConfig, EndpointConfig)
     own = load_prompt(prompt, low, high) if prompt else RatingPrompt()
-    plan = rating_plan(rows, settings, model, own)
+    plan = _with_options(rating_plan(rows, settings, model, own), backend, template_options)
     plans = {Path(output): plan}
     ask = _ask(
         backend, model, base_url, settings, limits, plans, retry, dry_run, template_options
@@ -154,7 +163,10 @@ def judge(
     asked = {Path(output): pairs}
     if canaries and pairs:
         asked[canaries_path(output)] = canary_pairs(lines, pairs[0]["model_a"])
-    plans = {path: comparison_plan(todo, settings, model) for path, todo in asked.items()}
+    plans = {
+        path: _with_options(comparison_plan(todo, settings, model), backend, template_options)
+        for path, todo in asked.items()
+    }
     ask = _ask(
         backend, model, base_url, settings, limits, plans, retry, dry_run, template_options
     )  # fmt: skip

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
@@ -172,7 +173,7 @@ def test_preview_needs_no_weights_and_colours_a_terminal(tmp_path, rows, capsys)
     assert main([*command, "--preset", "strong", "--output", str(page)]) == 0
     said = capsys.readouterr().out
     assert "[Blue][.][<|im_end|>] <- EOS" in said and "\033" not in said
-    assert "row 2" not in said and "rows that end in EOS       2" in said
+    assert "row 2" not in said and re.search(r"rows that end in EOS +2\n", said)
     assert "&lt;|im_end|&gt;" in page.read_text()
     assert "\033[30;42mBlue" in in_a_terminal(*command, cwd=tmp_path)
 

@@ -207,7 +207,8 @@ def preview(
     rows, _ = split_rows(_training_rows(data_path, data_type), settings)
     tokenizer = load_tokenizer(base_model)
     encoded, counts = encode_rows(rows, tokenizer, settings)
-    packed = may_pack(load_config(base_model).get_text_config().model_type)
+    alone = Path(base_model).is_dir() and not (Path(base_model) / "config.json").exists()
+    packed = alone or may_pack(load_config(base_model).get_text_config().model_type)
     shown = preview_rows(encoded, tokenizer, counts, settings, limit, packed)
     print(shown.text(color=_in_color()))
     if output:

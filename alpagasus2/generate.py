@@ -20,7 +20,7 @@ from pydantic import Field
 from .core.families import context_length
 from .core.files import UserError, adapter_sha256, settings, write_json
 from .core.run_folder import Journal, resumed
-from .data import AnyTemplate, Question, Template, prompt, question_of, template_of
+from .data import AnyTemplate, Question, Template, question_of, template_of
 from .endpoint.cache import Ask, Request
 from .model.chat import answer_text, end_of_turn, prompt_ids
 

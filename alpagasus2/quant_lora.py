@@ -292,7 +292,7 @@ def linear_layers(
 
 
 def _named(full: str, names: list[str]) -> bool:
-    "Is a layer meant by one of some names, as PEFT reads them?"
+    "Whether a layer is meant by one of some names, as PEFT reads them."
     return any(full == name or full.endswith(f".{name}") for name in names)
 
 # %% ../nbs/01_quant_lora.ipynb #cf0e3541

@@ -257,7 +257,7 @@ class Check:
 
     @property
     def is_right(self) -> bool:
-        "Is it the model's own loss?"
+        "Whether it is the model's own loss."
         exact = self.loss <= LOSS and (self.gradient or 0.0) <= GRADIENT
         return exact and self.whole <= max(LOSS, NOISE * self.noise)
 

@@ -27,7 +27,7 @@ import alpagasus2
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"accelerate", "bitsandbytes", "datasets", "gguf", "huggingface_hub", "peft", "psutil"}
-MODELS |= {"safetensors", "sentencepiece", "torch", "transformers"}
+MODELS |= {"safetensors", "sentencepiece", "torch", "transformers", "trl"}
 
 
 def settings() -> configparser.SectionProxy:

@@ -32,7 +32,7 @@ from alpagasus2.core.files import (
 )
 from .core.run_folder import recorded
 from .data import AnyTemplate, Example, Template, dropped, load_examples, template_of
-from .model.check import check_own, checked, own_nll
+from .model.check import check_own, checked, own_losses
 from .model.checkpoint import Checkpoint, StopRequest
 from alpagasus2.model.forward import (
     Encoded,
@@ -217,6 +217,12 @@ def _own_packs(
     cut = micro_batches(model, batch, budget, config.micro_batch_size)
     return list(enumerate(cut))[rank::processes]
 
+# %% ../nbs/02_train.ipynb #22f61052
+def _refuse_no_number(step: int, loss: float, norm: float, batch: Sequence[Encoded]) -> None:
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        ids = ", ".join(e.id for e in batch)
+        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; rows {ids}")
+
 # %% ../nbs/02_train.ipynb #472b07b9
 def training_step(
     model: Any,  # a PeftModel in training mode
@@ -237,9 +243,7 @@ def training_step(
     parameters = list(adapter_parameters(model).values())
     summed = _sum_over_processes(parameters, total).item()
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf).item()
-    if not math.isfinite(summed) or not math.isfinite(norm):
-        ids = ", ".join(e.id for e in batch)
-        raise FloatingPointError(f"step {step}: loss {summed}, gradient norm {norm}; rows {ids}")
+    _refuse_no_number(step, summed, norm, batch)
     return summed, norm
 
 # %% ../nbs/02_train.ipynb #0025f611
@@ -312,8 +316,7 @@ def own_loss(
 ) -> float:  # natural log, a target token
     "The same by the model's own forward pass, a row at a time; for a training by TRL."
     with evaluating(model):
-        sums = [own_nll(plain_lm(model), e)[[i - 1 for i in e.targets]].sum() for e in encoded]
-    return float(sum(sums)) / sum(e.n_targets for e in encoded)
+        return float(own_losses(plain_lm(model), encoded).mean())
 
 # %% ../nbs/02_train.ipynb #0ec36619
 def _any_process(flag: bool) -> bool:
@@ -329,9 +332,8 @@ def _bar(batches: Sequence[Sequence[Encoded]], done: int, shown: bool) -> tqdm:
     return tqdm(total=total, initial=before, unit="row", disable=not shown)
 
 # %% ../nbs/02_train.ipynb #f9ba665a
-After = Callable[
-    [int, dict[str, float]], None
-]  # called with the steps done, and the last's figures
+# called with the steps done, and the figures of the last
+After = Callable[[int, dict[str, float]], None]
 
 
 def own_steps(
@@ -375,9 +377,8 @@ class _Around:
         "Note a step; evaluate, save and leave where it is time."
         steps, config = len(self.batches), self.config
         figures = {**figures, "seconds": time.perf_counter() - self.began}
-        if not math.isfinite(figures["loss"]) or not math.isfinite(figures["grad_norm"]):
-            ids = ", ".join(e.id for e in self.batches[done - 1])
-            raise FloatingPointError(f"step {done - 1}: {figures}; rows {ids}")
+        batch = self.batches[done - 1]
+        _refuse_no_number(done - 1, figures["loss"], figures["grad_norm"], batch)
         due = done == steps or _is_due(done, config.eval_steps, steps, config)
         if self.evaluate and due:
             figures["eval_loss"] = self.evaluate()
@@ -385,7 +386,7 @@ class _Around:
             self.log.setdefault(name, []).append(value)
         if self.track:
             self.track(figures, done)
-        self.bar.update(len(self.batches[done - 1]))
+        self.bar.update(len(batch))
         self.bar.set_postfix(loss=f"{figures['loss']:.3f}")
         stopping = _any_process(bool(self.stop.signal))
         if stopping or _is_due(done, config.save_steps, steps, config):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TILE', 'Way', 'Encoded', 'encode', 'encode_response', 'shared_prefix', 'computed_tokens', 'packs', 'side_by_side',
            'output_head', 'plain_lm', 'run_as', 'way_of', 'micro_batches', 'packed_attention', 'hidden_at',
-           'own_logits', 'logits_at', 'target_nll', 'evaluating']
+           'own_logits', 'logits_at', 'target_nll', 'nll_by_row', 'evaluating']
 
 # %% ../../nbs/model/forward.ipynb #77de68da
 from collections.abc import Callable, Iterator, Sequence
@@ -336,6 +336,20 @@ def target_nll(
         logits = own_logits(model, pack, places).float()
         nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     return nll, torch.tensor(row_of, device=device).long()
+
+# %% ../../nbs/model/forward.ipynb #beeebe64
+def nll_by_row(
+    model: Any,  # a causal LM, with or without adapters
+    rows: Sequence[Encoded],  # any rows
+    token_budget: int = 2048,  # computed tokens in a micro-batch
+) -> list[torch.Tensor]:  # for each row, in its order, (targets,) fp32
+    "The same for any number of rows, in micro-batches; differentiable."
+    found = [torch.empty(0)] * len(rows)
+    for batch in micro_batches(model, rows, token_budget):
+        nll, row_of = target_nll(model, [rows[i] for i in batch])
+        for k, i in enumerate(batch):
+            found[i] = nll[row_of == k]
+    return found
 
 # %% ../../nbs/model/forward.ipynb #cd0d01f5
 @contextmanager

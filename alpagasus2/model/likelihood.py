@@ -28,15 +28,11 @@ def row_nll(
     token_budget: int = 2048,  # computed tokens a micro-batch
 ) -> list[np.ndarray]:  # for each row, in its order, the nll of its target tokens
     "Negative log-probabilities of all target tokens, row by row, without gradients."
-    result: list[np.ndarray] = [np.empty(0)] * len(encoded)
     if encoded:
         checked(model)
     with forward.evaluating(model):
-        for batch in forward.micro_batches(model, encoded, token_budget):
-            nll, row_of = forward.target_nll(model, [encoded[i] for i in batch])
-            for k, i in enumerate(batch):
-                result[i] = nll[row_of == k].double().cpu().numpy()
-    return result
+        losses = forward.nll_by_row(model, encoded, token_budget)
+    return [x.double().cpu().numpy() for x in losses]
 
 # %% ../../nbs/model/likelihood.ipynb #71817fee
 @dataclass(frozen=True)

@@ -186,14 +186,9 @@ def _named_path(text: str) -> tuple[str, str]:
 def _server(
     model: str, base_url: str, output: str, settings: Any, limits: Any, questions: Sequence
 ) -> Any:
-    from alpagasus2.endpoint.batch_api import announced
-    from alpagasus2.generate import endpoint_answers, endpoint_requests
+    from alpagasus2.generate import endpoint_answers, server_ask
 
-    ask = announced(
-        model, base_url, [Path(output)], limits, endpoint_requests(questions),
-        temperature=settings.temperature, max_tokens=settings.max_new_tokens,
-        top_p=settings.top_p, seed=settings.seed,
-    )  # fmt: skip
+    ask = server_ask(model, base_url, output, settings, limits, questions)
     return lambda questions: endpoint_answers(ask, questions)
 
 # %% ../../nbs/commands/ask.ipynb #43161119

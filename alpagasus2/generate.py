@@ -51,7 +51,7 @@ class GenerateConfig:
         return template_of(vars(self))
 
 # %% ../nbs/03_generate.ipynb #92b8b2dd
-Answer = dict[str, Any]  # response, finish_reason, prompt_tokens, response_tokens, decoding
+Answer = dict[str, Any]  # a response, its tokens, how it was made: decoding, weights
 Answers = Iterator[tuple[int, Answer]]  # (position of the question, its answer), as they are done
 Backend = Callable[[Sequence[Question]], Answers]  # answers some questions with one model
 
@@ -109,6 +109,7 @@ def local_answers(
     "Answer questions with a model in this process."
     from alpagasus2.model.decode import cache_budget, chooser, decode, way_of
     from alpagasus2.model.forward import evaluating
+    from alpagasus2.quant_lora import weights_held
 
     context = context_length(model.config.get_text_config()) or sys.maxsize
     prompts = encode_prompts(questions, tokenizer, context - config.max_new_tokens, config)
@@ -117,7 +118,7 @@ def local_answers(
     choose = chooser(config.temperature, config.top_p, seeds)
     budget = config.token_budget or cache_budget(model)
     with evaluating(model):
-        way = way_of(model, prompts, config.max_new_tokens)
+        way, held = way_of(model, prompts, config.max_new_tokens), weights_held(model)
         for i, new, stopped in decode(model, prompts, config.max_new_tokens, stop, choose, budget):
             text = tokenizer.decode(new, skip_special_tokens=True)
             answer = {
@@ -126,6 +127,7 @@ def local_answers(
                 "prompt_tokens": len(prompts[i]),
                 "response_tokens": len(new),
                 "decoding": way,
+                "weights": held,
             }
             yield i, answer
 
@@ -223,8 +225,8 @@ def generate(
             step.bar.set_description(name)
             mine = [line for line in todo if line["model"] == name]
             for i, answer in answers(mine) if mine else ():
-                if "decoding" in answer:  # a fact of the run, not of the line
-                    step.entry["decoding"] = answer.pop("decoding")
+                for fact in answer.keys() & {"decoding", "weights"}:  # of the run, not of the line
+                    step.entry[fact] = answer.pop(fact)
                 step.append({**mine[i], **answer})
         return step.journal.rows()
 

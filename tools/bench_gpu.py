@@ -45,7 +45,7 @@ SHAPES = {
         "num_attention_heads": 40, "num_key_value_heads": 40,
     },
 }  # fmt: skip
-PART_SECONDS = 180  # after which a part that hangs is ended
+PART_SECONDS = 240  # after which a part that hangs is ended
 LOST = 75  # status of a process whose device no longer answers
 MODULES = {"liger": "liger_kernel", "unsloth": "unsloth"}  # what a group of parts needs
 
@@ -309,6 +309,7 @@ def tokens_of_steps(bench: Bench, shape: str, n_rows: int, config: Any) -> list[
 def ours(bench: Bench, shape: str, preset: str) -> dict[str, Any]:
     "A preset: the token budget it takes, then speed and peak with this budget."
     from alpagasus2.extras.estimate import Device, estimate
+    from alpagasus2.quant_lora import compute_dtype
 
     config, quant_lora = configs(bench, preset)
     chosen = trained(bench, shape, 8 if bench.dry else 256, config, quant_lora)["token_budget"]
@@ -319,7 +320,7 @@ def ours(bench: Bench, shape: str, preset: str) -> dict[str, Any]:
     expected = estimate(
         bench.model(shape), batch_size=config.batch_size, token_budget=chosen, num_epochs=1,
         cutoff_len=config.cutoff_len, rows=n, mean_tokens=sum(tokens) / n, quant_lora=quant_lora,
-        device=Device(80e9, bench.matrix_rate),
+        device=Device(80e9, bench.matrix_rate, compute_dtype().itemsize),
     )  # fmt: skip
     return {
         **speed(bench, shape, sum(tokens[1:]), sum(result["step_seconds"][1:])),
@@ -427,11 +428,11 @@ def unsloth(bench: Bench, shape: str) -> dict[str, Any]:
         return timed_trl(bench, shape, trainer)
 
 
-def answering(bench: Bench, shape: str, load_in_4bit: bool, own: bool) -> dict[str, Any]:
+def answering(bench: Bench, shape: str, unpacked: bool, own: bool) -> dict[str, Any]:
     "80 instructions of the rows, 64 new tokens each: by us, or by `generate` on all at once."
-    from alpagasus2.quant_lora import QuantLoraConfig, load_base, load_tokenizer
+    from alpagasus2.quant_lora import QuantLoraConfig, load_base, load_tokenizer, weights_held
 
-    model = load_base(bench.model(shape), QuantLoraConfig(load_in_4bit=load_in_4bit)).eval()
+    model = load_base(bench.model(shape), QuantLoraConfig(unpacked=unpacked)).eval()
     tokenizer = load_tokenizer(bench.model(shape))
     n, new = (6, 4) if bench.dry else (80, 64)
     asked = [{**row, "id": str(i)} for i, row in enumerate(bench.rows[:n])]
@@ -445,9 +446,24 @@ def answering(bench: Bench, shape: str, load_in_4bit: bool, own: bool) -> dict[s
     figures = {
         "tokens_per_second": tokens / seconds,
         "tokens": tokens,
-        "seconds_answering": seconds,
+        "weights": weights_held(model),
     }
-    return {**figures, **memory()}
+    return figures | ({"decoding": way(model)} if own else {}) | memory()
+
+
+def way(model: Any) -> str:
+    "How our decoding answers with a model that it knows."
+    from alpagasus2.model.decode import way_of
+
+    return way_of(model, [[1]], 1)
+
+
+def unrecorded(bench: Bench, shape: str) -> dict[str, Any]:
+    "Our answers without CUDA graphs, for what these are worth."
+    from unittest.mock import patch
+
+    with patch("alpagasus2.model.decode._may_record", lambda lm: False):
+        return answering(bench, shape, unpacked=True, own=True)
 
 
 def our_answers(model: Any, tokenizer: Any, asked: list[dict], new: int) -> int:
@@ -492,7 +508,7 @@ def same_answers(bench: Bench, shape: str) -> dict[str, Any]:
         ids = torch.tensor([p], device=model.device)
         out = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
         same += out[0, len(p) :].tolist() == found[i]
-    return {"same": same, "of": n}
+    return {"same": same, "of": n, "decoding": way(model)}
 
 
 # The profile
@@ -603,10 +619,11 @@ PARTS = [
     Part("trl, padded", partial(trl, packed=False)),
     Part("trl, packed, liger", partial(trl, packed=True, liger=True), group="liger"),
     Part("unsloth, packed", unsloth, group="unsloth"),
-    Part("answers, ours, 16 bits", partial(answering, load_in_4bit=False, own=True)),
-    Part("answers, ours, NF4", partial(answering, load_in_4bit=True, own=True)),
-    Part("answers, generate, 16 bits", partial(answering, load_in_4bit=False, own=False)),
-    Part("answers, generate, NF4", partial(answering, load_in_4bit=True, own=False)),
+    Part("answers, ours, 16 bits", partial(answering, unpacked=True, own=True)),
+    Part("answers, ours, 16 bits, steps not recorded", unrecorded),
+    Part("answers, ours, NF4", partial(answering, unpacked=False, own=True)),
+    Part("answers, generate, 16 bits", partial(answering, unpacked=True, own=False)),
+    Part("answers, generate, NF4", partial(answering, unpacked=False, own=False)),
     Part("profile, seed-7b", partial(profile, preset="seed-7b")),
     Part("profile, strong", partial(profile, preset="strong")),
     Part("ours, seed-7b", partial(ours, preset="seed-7b"), "13b"),
@@ -658,7 +675,10 @@ def started(bench: Bench, parts: Sequence[Part]) -> int:
     words += ["--dry"] if options.dry else []
     left = max(1.0, options.deadline - time.time())
     try:
-        return subprocess.run([str(w) for w in words], timeout=left + 30).returncode
+        offline = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+        return subprocess.run(
+            [str(w) for w in words], timeout=left + 30, env=os.environ | offline
+        ).returncode
     except subprocess.TimeoutExpired:
         return LOST
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -135,12 +135,18 @@ Recording = tuple[Callable[[], Any], torch.Tensor]  # replay, and the result it 
 Record = Callable[[Step, dict[str, torch.Tensor]], Recording]  # of a step on tensors that stay
 
 
+@cache
+def _recording_stream() -> Any:
+    "One for all recordings, since libraries keep a work space for each stream."
+    return torch.cuda.Stream()
+
+
 def cuda_graph(
     step: Step,  # must not wait for the device, nor decide by what is on it
     inputs: dict[str, torch.Tensor],  # later steps write theirs here
 ) -> Recording:
     "Record a step as a CUDA graph; `RuntimeError` where it cannot be recorded."
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream, graph = _recording_stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step(**inputs)  # libraries set themselves up outside the recording
@@ -154,8 +160,8 @@ def repeated_size(
     n: int,  # live rows
     most: int,  # places
 ) -> int:  # at least n
-    "The next of 1, 2, 4, 8, 16, 24 and so on, at most all places."
-    return min(next((s for s in (1, 2, 4) if n <= s), -(-n // 8) * 8), most)
+    "The next of 1, 2, 4, 8, 16, 32, 48 and so on, at most all places."
+    return min(next((s for s in (1, 2, 4, 8) if n <= s), -(-n // 16) * 16), most)
 
 # %% ../../nbs/model/decode.ipynb #e03a00aa
 _UNRECORDED: WeakSet[Any] = WeakSet()  # models with which it failed
@@ -237,8 +243,9 @@ class _Rows:
         wanted = len(self.live) + len(self.waiting)
         self.places = min(wanted, max(self.token_budget // most, len(self.live), 1))
         old_end, self.end = self.end, max([live, *following])
-        room = RECORDED_COLUMNS if self.record else COLUMNS
-        self.columns = self.end + min(room, self.max_new)
+        self.columns = self.end + min(RECORDED_COLUMNS if self.record else COLUMNS, self.max_new)
+        if self.record:  # masks whose width is a multiple of 16 need no copy
+            self.columns = -(-self.columns // 16) * 16
         self.run = _Replayed(self.model, self.one_token, self.record) if self.record else None
         for layer in self.cache.layers:
             layer.keys = layer.moved(layer.keys[:, :, :old_end], live)
@@ -331,6 +338,7 @@ def _refilled(
                 rows.leave(place)
                 yield row.index, row.new[: len(row.new) - stopped], stopped
     rows.cache.layers.clear()  # they and the rows refer to each other, so memory would wait
+    rows.run = None
 
 # %% ../../nbs/model/decode.ipynb #d15bfca9
 def _one_by_one(

@@ -19,6 +19,9 @@ import time
 from collections import Counter
 from typing import Any
 
+from row_faults import MARK, refusal
+from row_faults import serve as serve_fault
+
 FAULTS = ("p429", "p500", "phang", "preset", "phalf", "pmalformed", "pduplicate")
 PERMANENT = {
     "401": (401, "invalid_api_key", "Incorrect API key provided: {key}."),
@@ -141,6 +144,8 @@ class Server:
             status, code, text = PERMANENT[args.permanent]
             text = text.format(key=bearer, model=request.get("model"))
             http.send(status, text if status == 200 else refusal(code, text))
+        elif fault := MARK.search(json.dumps(request["messages"])):
+            serve_fault(http, fault[1], completion(key, request, bearer, args.reply))
         elif LENGTH[0] in json.dumps(request["messages"]):
             http.send(LENGTH[1], refusal(LENGTH[2], LENGTH[3]))
         elif refused:
@@ -275,10 +280,6 @@ class Server:
             batch[field] = self.store(text.encode(), "batch_output")["id"] if lines else None
 
 
-def refusal(code: str, message: str) -> dict:
-    return {"error": {"message": message, "type": "error", "param": None, "code": code}}
-
-
 def prompt_tokens(request: dict) -> int:
     return sum(math.ceil(len(m["content"].encode()) / 4) for m in request["messages"])
 
@@ -327,11 +328,13 @@ class Http(asyncio.Protocol):
             method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ")
             self.server.route(self, method, path, head, body)
 
-    def send(self, status: int, value: Any, headers: dict | None = None, fault: str = "") -> None:
+    def send(
+        self, status: int, value: Any, headers: dict | None = None, fault: str = "", kind: str = ""
+    ) -> None:
         self.server.statuses[f"{status} {fault}".strip()] += 1
         if self.transport.is_closing():
             return
-        kind = "text/html" if isinstance(value, str) else "application/json"
+        kind = kind or ("text/html" if isinstance(value, str) else "application/json")
         body = (value if isinstance(value, str) else json.dumps(value)).encode()
         if fault == "malformed":
             body = body[: len(body) // 2] + b"\x00}"

@@ -202,7 +202,7 @@ def test_a_limit_of_the_users_own(tmp_path):
     ("refusal", "says"),
     [
         ("401", "refuses the key in OPENAI_API_KEY"),
-        ("403", "does not allow this"),
+        ("403", "Country not supported"),
         ("404", "The model `judge` does not exist"),
         ("quota", "has no money left"),
         ("html", "does the address lack its /v1?"),
@@ -215,7 +215,8 @@ def test_what_meets_every_call_stops_the_run_at_once(tmp_path, refusal, says):
         asked = read(address)["requests"]
     assert status == 2 and says in said.splitlines()[-1], said
     assert said.count("alpagasus2: ") == 1 and "Traceback" not in said
-    assert asked == 1 and KEY not in said
+    assert asked == (3 if refusal in ("403", "html") else 1)  # one of these may be of one row
+    assert KEY not in said
 
 
 def test_one_long_row_does_not_stop_the_others(tmp_path):
@@ -226,7 +227,7 @@ def test_one_long_row_does_not_stop_the_others(tmp_path):
     with serving() as address:
         for _ in range(2):  # also when it is all that is left
             status, said = run(*rate(address, tmp_path), cwd=tmp_path)
-            assert status == 0, said
+            assert status == 2 and "1 of 20 got no answer" in said.splitlines()[-1], said
         asked = read(address)["requests"]
     status = {x["id"]: (x["status"], x["review"]) for x in lines(tmp_path / "ratings.jsonl")}
     assert status["r3"][0] == "error" and "context length" in status["r3"][1]

@@ -265,8 +265,9 @@ class Step:
         lines: Iterable[Mapping],  # what the file is to hold
         again: Callable[[Mapping], bool] = has_failed,  # as in `open_lines`
     ) -> list[Any]:
-        "The lines that are still to be made; the bar counts them."
+        "The lines that are still to be made, those that failed before last; the bar counts them."
         found = open_lines(lines, self.journal.get, again)
+        found.sort(key=lambda line: self.journal.get(line) is not None)
         if found:  # where nothing is open, nothing is shown
             self.bar = self._bar(total=len(found))
         return found

@@ -27,9 +27,17 @@ from pydantic import Field
 
 from ..core.files import UserError, json_sha256, say, settings
 from ..core.run_folder import dollars
-from .cache import Reply, ReplyCache, Request, read_completion
+from .cache import Reply, ReplyCache, Request
+from .completion import read_completion, read_refusal, writable
 from .prices import FREE, Estimate, Price, find_price, load_prices, prompt_tokens
-from .rate_limits import Limits, Refused, Transient, backoff, retry_after
+from alpagasus2.endpoint.rate_limits import (
+    Garbled,
+    Limits,
+    Refused,
+    Transient,
+    backoff,
+    retry_after,
+)
 
 # %% ../../nbs/endpoint/client.ipynb #07572263
 def is_loopback(
@@ -76,6 +84,7 @@ class EndpointConfig:
     workers: int = Field(16, gt=0)  # calls in flight at once
     timeout: float = Field(120.0, gt=0)  # seconds a call may take
     max_retries: int = Field(8, ge=0)  # of a call that the server or the network failed
+    max_wait: float = Field(3600.0, gt=0)  # seconds that one request may wait for the server in all
     requests_per_minute: float | None = Field(None, gt=0)  # beside the limit the server names
     tokens_per_minute: float | None = Field(None, gt=0)  # the same, of prompt and reserved tokens
     max_cost: float | None = Field(None, gt=0)  # US dollars an output may cost; no call goes beyond
@@ -305,12 +314,12 @@ class Endpoint:
         seconds: float | None = None,  # how long it took
         share: float = 1.0,  # of the list price
     ) -> Reply:  # its usage says what it cost
-        "Read an answer, count its price and store it; raises `Transient` where it is cut short."
-        raw = self.without_key(raw)
+        "Read an answer, count its price and store it; raises `Garbled` where it is cut short."
+        raw = self.without_key(writable(raw))
         try:
             reply = read_completion(raw, self.model)
         except ValueError as e:
-            raise Transient(self.masked(str(e)), billed=True) from None
+            raise Garbled(self.masked(str(e)), billed=True) from None
         usage: dict[str, Any] = {**(reply.usage or {}), "usd": None}
         if self.price:
             usage["usd"] = (
@@ -318,38 +327,49 @@ class Endpoint:
             )
         self.budget.settle(0.0, usage["usd"] or 0.0)
         reply = replace(reply, usage=usage)
-        if not reply.error:
-            self.cache.put(key, self.base_url, reply, raw, seconds, self.model)
+        self.cache.put(key, self.base_url, reply, raw, seconds, self.model)
         return reply
 
 # %% ../../nbs/endpoint/client.ipynb #5d720fc3
 _EVERY = {401: "refuses the key in OPENAI_API_KEY", 402: "wants to be paid",
-          403: "does not allow this", 404: "knows no such model or address",
-          405: "is no such address"}  # fmt: skip
+          404: "knows no such model or address", 405: "is no such address",
+          407: "is behind a proxy that wants a password"}  # fmt: skip
 _PASSING = (408, 409, 425, 429)
+_NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "insufficient_balance")
+_NO_MODEL = re.compile(
+    r"(?:unknown|no such|invalid) model\b|\bmodel\b.{0,90}?\b(?:not (?:exist|found)|unknown)", re.I
+)
 
 # %% ../../nbs/endpoint/client.ipynb #e3eff71d
+_OF_ONE = re.compile(  # what is wrong with one request and says nothing of the others
+    r"context.(?:length|size|window)|too (?:long|large|many tokens)|maximum.*tokens|moderat|"
+    r"content.(?:filter|policy|management)|flagged|safety|harm", re.I,
+)  # fmt: skip
+
+
 def failure(
     endpoint: Endpoint,  # who refused
     status: int,  # the HTTP status
     body: Any,  # what came with it: {"error": {"code", "param", "message"}}, or a text
     headers: Mapping[str, str],  # of the refusal
+    answered: bool = False,  # whether another request was answered before
 ) -> Refused | Transient | UserError:
     "What a refusal means for this request and for the others."
-    error = body.get("error", body) if isinstance(body, dict) else body
-    told = error if isinstance(error, dict) else {"message": error}
-    code, param = told.get("code"), told.get("param")
-    reason = endpoint.masked(f"HTTP {status}: {told.get('message') or 'no reason given'}")
+    told = read_refusal(body)
+    reason = endpoint.masked(f"HTTP {status}: {told.message.strip() or 'no reason given'}")
     who = f"{endpoint.base_url}, asked for model {endpoint.model},"
-    if code == "insufficient_quota":
+    if told.code in _NO_MONEY:
         return UserError(f"{who} has no money left: {reason}")
-    if status in _EVERY or code == "model_not_found":
+    unknown = status in (400, 404, 422) and _NO_MODEL.search(told.message)
+    if status in (401, 402, 407) or told.code == "model_not_found" or unknown:
         return UserError(f"{who} {_EVERY.get(status, _EVERY[404])}: {reason}")
     if status in _PASSING or status >= 500:
         return Transient(reason, retry_after(headers), limited=status == 429)
-    if param in ("model", *endpoint.sampling):
-        return UserError(f"{who} does not take {param}: {reason}")
-    return Refused(reason)
+    if not answered and status in _EVERY:
+        return UserError(f"{who} {_EVERY[status]}: {reason}")
+    if not answered and told.param in ("model", *endpoint.sampling):
+        return UserError(f"{who} does not take {told.param}: {reason}")
+    return Refused(reason, bool(_OF_ONE.search(reason)) or (answered and status != 403))
 
 # %% ../../nbs/endpoint/client.ipynb #88e5a596
 def _seconds(config: EndpointConfig, calls: int, tokens: float, each: float) -> float:
@@ -390,7 +410,9 @@ class _Connection:
         import openai  # takes half a second, and a run that is all cache never needs it
 
         self.endpoint, self.sleep, config = endpoint, pool.sleep, endpoint.config
-        self.limits = Limits(config.requests_per_minute, config.tokens_per_minute)
+        self.answered = endpoint.cache.means(endpoint.base_url, endpoint.model)[0] > 0
+        rates = config.requests_per_minute, config.tokens_per_minute
+        self.limits = Limits(*rates, config.max_wait)
         self.client = openai.AsyncOpenAI(**endpoint.connection(), timeout=config.timeout)
         pool.exits.push_async_callback(self.client.close)
 
@@ -401,8 +423,9 @@ class _Connection:
             began = time.monotonic()
             text = await self.post(self.endpoint.body(request), headers)
         if "html" in headers.get("content-type", ""):
-            raise UserError(f"{self.endpoint.base_url}: a web page answers there, no model; "
-                            "does the address lack its /v1?")  # fmt: skip
+            page = self.endpoint.masked(read_refusal(text).message)
+            raise Refused(f"a web page answers there, no model ({page[:80]}); does the address "
+                          "lack its /v1?", self.answered)  # fmt: skip
         return text, time.monotonic() - began
 
     async def post(self, body: dict[str, Any], headers: dict[str, str]) -> str:
@@ -421,17 +444,13 @@ class _Connection:
             raise Transient(reason, billed=True) from None
         except openai.APIStatusError as e:
             headers |= e.response.headers
-            raise failure(endpoint, e.status_code, e.body, headers) from None
+            raise failure(endpoint, e.status_code, e.body, headers, self.answered) from None
         headers |= answer.headers
         return answer.text
 
 # %% ../../nbs/endpoint/client.ipynb #273d4ad5
-_LONGEST_WAIT = 3600.0  # seconds; a server that wants to be left alone for longer ends the run
-_LOST = 10  # requests given up one after another, with no success between, that end the run
-_OF_ONE = re.compile(  # what is wrong with one request and says nothing of the others
-    r"context.(?:length|size|window)|too (?:long|many tokens)|maximum.*tokens|content.(?:filter|"
-    r"policy|management)", re.I,
-)  # fmt: skip
+_LOST, _LOST_FIRST = 10, 3  # requests given up in a row that end a run; of its first ones
+_GARBLED = 3  # calls that may bring half an answer: each of them may be on the bill
 
 
 class _Asking:
@@ -440,8 +459,8 @@ class _Asking:
     def __init__(self, endpoint: Endpoint, pool: _Pool):
         self.endpoint, self.pool = endpoint, pool
         self.connection: _Connection | None = None  # a run that is all cache needs none
-        self.reached = False  # whether the first call has come back
-        self.lost = self.answered = 0  # requests given up since the last success; successes
+        self.reached, self.first = False, 0  # whether a call was answered; calls out until then
+        self.lost = 0  # requests given up since the last success
         self.told_until = 0.0  # a long wait is announced once
 
     async def reply(self, request: Request) -> Reply:
@@ -452,53 +471,58 @@ class _Asking:
         if found:
             return found
         try:  # it may have come between the look and the claim
-            return cache.get(key, request.since) or await self.ask(key, request)
+            return cache.get(key, request.since) or await self.in_turn(key, request)
         finally:
             cache.release(key)
 
-    async def ask(self, key: str, request: Request) -> Reply:
+    async def in_turn(self, key: str, request: Request) -> Reply:
+        "Until a call is answered they go one at a time, unless one hangs."
+        if self.connection is None:
+            self.connection = _Connection(self.endpoint, self.pool)
+        until = time.monotonic() + 5
+        while self.first and not self.reached and time.monotonic() < until:
+            await self.pool.sleep(0.02)
+        self.first += 1
+        try:
+            return await self.ask(self.connection, key, request)
+        finally:
+            self.first -= 1
+
+    async def ask(self, connection: _Connection, key: str, request: Request) -> Reply:
         "Ask until it is answered, refused or given up."
-        connection, failed, tries = await self.connected(), 0, 0
-        until = time.monotonic() + _LONGEST_WAIT
+        failed, tries, garbled = 0, 0, 0
+        until = time.monotonic() + self.endpoint.config.max_wait
         while True:
             try:
                 return await self.attempt(connection, key, request)
             except Refused as e:
-                return self.given_up(str(e), bool(_OF_ONE.search(str(e)) or self.answered))
+                return self.given_up(str(e), e.alone)
             except Transient as e:
+                failed, tries = failed + 1, tries + (not e.limited)  # to wait for a limit is no try
+                garbled += isinstance(e, Garbled)
+                wait = backoff(failed, e.wait)
+                if tries > self.endpoint.config.max_retries or garbled >= _GARBLED:
+                    return self.given_up(f"given up after {failed} tries: {e}")
+                if time.monotonic() + wait > until:
+                    most = self.endpoint.config.max_wait
+                    return self.given_up(f"given up, for it wants {wait:.0f} s of rest, and "
+                                         f"max_wait is {most:g}: {e}")  # fmt: skip
                 if e.limited and e.wait:
                     connection.limits.pause(e.wait)
-                failed, tries = failed + 1, tries + (not e.limited)  # to wait for a limit is no try
-                if tries > self.endpoint.config.max_retries:
-                    return self.given_up(f"given up after {tries} tries: {e}")
-                await self.rest(backoff(failed, e.wait), e, until)
+                await self.rest(wait, e)
 
-    async def connected(self) -> _Connection:
-        "The connection; whoever needs it while the first call is out waits, unless that hangs."
-        if self.connection is None:
-            self.connection = _Connection(self.endpoint, self.pool)
-            return self.connection
-        until = time.monotonic() + 5
-        while not self.reached and time.monotonic() < until:
-            await self.pool.sleep(0.02)
-        return self.connection
-
-    async def rest(self, wait: float, after: Transient, until: float) -> None:
-        "Wait before the next call; raise `UserError` when the server wants too long a pause."
-        end = time.monotonic() + wait
-        if after.limited and end > until:
-            raise UserError(f"{self.endpoint.base_url} wants {wait / 60:.0f} more minutes of "
-                            f"rest: {after}; run again then to go on") from None  # fmt: skip
+    async def rest(self, wait: float, after: Transient) -> None:
+        "Wait before the next call, and say so when it is long."
         if wait >= 30 and time.monotonic() > self.told_until:
-            self.told_until = end
+            self.told_until = time.monotonic() + wait
             say(f"{self.endpoint.base_url}: waiting {wait:.0f} s: {after}")
         await self.pool.sleep(wait)
 
     def given_up(self, reason: str, alone: bool = False) -> Reply:
         "A request without an answer; when none at all gets one any more, the run ends."
-        self.reached = True
         self.lost += not alone
-        if self.lost >= _LOST:
+        known = self.connection and self.connection.answered
+        if self.lost >= (_LOST if known else _LOST_FIRST):
             raise UserError(f"{self.endpoint.base_url}, model {self.endpoint.model}: {self.lost} "
                             f"requests in a row failed, the last: {reason}")  # fmt: skip
         return Reply("", "error", self.endpoint.model, error=reason)
@@ -516,5 +540,6 @@ class _Asking:
             raise
         finally:
             budget.settle(usd, lost)
-        self.reached, self.lost, self.answered = True, 0, self.answered + 1
+        self.reached = connection.answered = True
+        self.lost = 0
         return reply

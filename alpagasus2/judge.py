@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
@@ -27,22 +27,22 @@ from .data import Asked, Example, Question, question_of, response_of
 from .endpoint.batch_api import announced
 from .endpoint.cache import Ask, Reply, Request, moment
 from .endpoint.client import EndpointConfig
+from .endpoint.parameters import PLAIN, Parameters
 from .endpoint.replies import parse_pair, parse_rating, parse_verdict
 from .generate import Response
 
 # %% ../nbs/04_judge.ipynb #b750c6e8
 @settings
-class JudgeConfig:
+class JudgeConfig(Parameters):
     "How a rater or judge is asked. The prompts have versions, recorded with every line."
 
     dimension: str = "accuracy"  # what is rated: accuracy (the paper's) or helpfulness
     protocol: Literal["pair", "verdict"] = "pair"  # two scores from 1 to 10, or 1, 2 or 3 (tie)
     votes: int = Field(1, gt=0)  # how often the same question is asked; above 1 needs a temperature
-    temperature: float = Field(0.0, ge=0)  # 0: the same reply each time, as far as the server can
-    max_tokens: int = Field(256, gt=0)  # of a reply
 
     def __post_init__(self) -> None:
-        if self.votes > 1 and self.temperature == 0:
+        super().__post_init__()
+        if self.votes > 1 and self.temperature in ("auto", 0):
             raise UserError(f"votes={self.votes} at temperature 0 would be one vote repeated")
 
 # %% ../nbs/04_judge.ipynb #89c8da48
@@ -268,7 +268,7 @@ def carry_out(
 def endpoint_ask(
     model: str,  # the name that the endpoint knows
     base_url: str | None,  # the endpoint; default: OPENAI_BASE_URL, else OpenAI's
-    config: JudgeConfig,  # temperature, max_tokens
+    config: JudgeConfig,  # what is sent beside the messages
     limits: EndpointConfig,  # how hard it may be asked, and what that may cost
     plans: Mapping[Path, Plan],  # file -> what it is to hold; the cache lies beside the first
     retry: bool = False,  # ask again where the reply was unreadable or a refusal
@@ -276,13 +276,13 @@ def endpoint_ask(
 ) -> Ask:
     "What asks a rater or judge behind an endpoint."
     requests = (r for path, plan in plans.items() for r in plan.requests(path, retry))
-    sampling = {"temperature": config.temperature, "max_tokens": config.max_tokens}
-    return announced(model, base_url, [*plans], limits, requests, tell, **sampling)
+    return announced(model, base_url, [*plans], limits, requests, tell, **config.asked)
 
 # %% ../nbs/04_judge.ipynb #8fabe188
 def _asked_with(config: JudgeConfig, *names: str) -> dict[str, Any]:
     "The settings that can change a reply, so that a resumed file never mixes two of them."
-    return {n: v for n, v in asdict(config).items() if n in (*names, "temperature", "max_tokens")}
+    asked = {k: PLAIN[k] if v == "auto" else v for k, v in config.asked.items()}
+    return {n: getattr(config, n) for n in names} | asked
 
 # %% ../nbs/04_judge.ipynb #62815302
 class Rating(TypedDict, total=False):

@@ -105,7 +105,8 @@ def command_parser(
     done = _add_lists(parser, function, first)
     parser.add_function_arguments(function, as_group=False, skip={*done, *fields})
     for cls in configs:
-        notes |= docments(cls)
+        for base in reversed(cls.__mro__[:-1]):  # the comments of inherited fields, too
+            notes |= {k: v for k, v in docments(base).items() if v}
         parser.add_class_arguments(cls, as_group=False)
     _finish_options(parser, types, notes, alone or {})
     return parser

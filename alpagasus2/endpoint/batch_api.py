@@ -22,7 +22,7 @@ from ..core.run_folder import cost_of
 from .cache import Ask, Reply, Request
 from .client import Endpoint, EndpointConfig, estimate, failure
 from .prices import BATCH_DISCOUNT
-from .rate_limits import Refused, Transient, backoff
+from .rate_limits import Refused, Transient, Unsupported, backoff
 
 # %% ../../nbs/endpoint/batch_api.ipynb #be118482
 def parts(
@@ -260,6 +260,9 @@ def _reply(endpoint: Endpoint, line: Mapping[str, Any]) -> Reply:
         return endpoint.commit(line["custom_id"], dumps(body), share=BATCH_DISCOUNT)
     except Refused as e:
         return Reply("", "error", endpoint.model, error=str(e))
+    except Unsupported as e:
+        endpoint.obey(e)
+        raise UserError(f"{endpoint.base_url}: {e}; run again, and it is sent without") from None
 
 # %% ../../nbs/endpoint/batch_api.ipynb #e62294f6
 def announced(
@@ -269,7 +272,7 @@ def announced(
     limits: EndpointConfig,  # workers, rates, prices
     requests: Iterable[Request],  # what it will be asked, for the estimate
     tell: Callable[[str], None] = say,  # gets the estimate
-    **sampling: Any,  # temperature, max_tokens, top_p, seed
+    **sampling: Any,  # `Parameters.asked`, or any fields
 ) -> Ask:
     "What asks an endpoint, whose host and price were named."
     cache, spent = outputs[0].parent / "cache.sqlite", cost_of(*outputs)["usd"] or 0.0

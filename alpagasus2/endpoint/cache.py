@@ -70,7 +70,7 @@ def _use_wal(db: sqlite3.Connection) -> None:
 _COLUMNS = {
     "key": "TEXT PRIMARY KEY", "base_url": "TEXT", "model": "TEXT", "text": "TEXT",
     "finish_reason": "TEXT", "usage": "TEXT", "time": "TEXT",
-    "raw": "TEXT", "seconds": "REAL", "asked": "TEXT",
+    "raw": "TEXT", "seconds": "REAL", "asked": "TEXT", "sent": "TEXT",
 }  # fmt: skip
 
 
@@ -84,6 +84,8 @@ def _make_tables(db: sqlite3.Connection) -> None:
         db.execute(f"ALTER TABLE replies ADD COLUMN {name} {_COLUMNS[name]}")
     db.execute("CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, owner TEXT, since REAL)")
     db.execute("CREATE TABLE IF NOT EXISTS collected (id TEXT PRIMARY KEY)")
+    facts = "base_url TEXT, model TEXT, name TEXT, value TEXT, PRIMARY KEY (base_url, model, name)"
+    db.execute(f"CREATE TABLE IF NOT EXISTS learned ({facts})")
     db.execute("COMMIT")
 
 # %% ../../nbs/endpoint/cache.ipynb #6e3c1a53
@@ -193,12 +195,13 @@ class ReplyCache:
         raw: str | None = None,  # the server's answer as it came
         seconds: float | None = None,  # how long it took
         asked: str | None = None,  # the model that was asked for
+        sent: Mapping[str, Any] | None = None,  # the fields that were sent beside the messages
     ) -> None:
         "Commit one reply; after this call a kill cannot lose it."
         usage = {k: v for k, v in (reply.usage or {}).items() if k != "usd"}
         values = (key, base_url, reply.model, reply.text, reply.finish_reason, dumps(usage))
         sql = f"INSERT OR REPLACE INTO replies VALUES ({', '.join('?' * len(_COLUMNS))})"
-        self._run(sql, (*values, moment(), raw, seconds, asked))
+        self._run(sql, (*values, moment(), raw, seconds, asked, dumps(dict(sent or {}))))
 
     def claim(
         self,
@@ -233,6 +236,26 @@ class ReplyCache:
         )
         n, tokens, seconds = self._run(sql, (base_url, asked))[0]
         return n, tokens or 0.0, seconds or 0.0
+
+    def learned(
+        self,
+        base_url: str,  # the endpoint
+        model: str,  # the model that is asked for
+    ) -> dict[str, str]:  # name -> value
+        "What refusals have taught of a model at an address."
+        sql = "SELECT name, value FROM learned WHERE base_url = ? AND model = ?"
+        return dict(self._run(sql, (base_url, model)))
+
+    def learn(
+        self,
+        base_url: str,  # the endpoint
+        model: str,  # the model that is asked for
+        facts: Mapping[str, str],  # name -> value
+    ) -> None:
+        "Remember something of a model at an address, for this run and later ones."
+        for name, value in facts.items():
+            sql = "INSERT OR REPLACE INTO learned VALUES (?, ?, ?, ?)"
+            self._run(sql, (base_url, model, name, value))
 
     def collected(self) -> set[str]:  # ids of batches
         "The batches whose replies are all here."

@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 from urllib.request import getproxies
 
 # %% ../../nbs/endpoint/client.ipynb #339542d1
@@ -29,12 +29,14 @@ from ..core.files import UserError, json_sha256, say, settings
 from ..core.run_folder import dollars
 from .cache import Reply, ReplyCache, Request
 from .completion import read_completion, read_refusal, writable
+from .parameters import Sending, blamed, without_system
 from .prices import FREE, Estimate, Price, find_price, load_prices, prompt_tokens
 from alpagasus2.endpoint.rate_limits import (
     Garbled,
     Limits,
     Refused,
     Transient,
+    Unsupported,
     backoff,
     retry_after,
 )
@@ -56,8 +58,10 @@ def check_address(
 ) -> str:  # without a slash at its end
     "Raise `UserError` unless it can be asked and recorded."
     parts = urlsplit(base_url)
-    if parts.username or parts.password or parts.query:
-        raise UserError("base_url: no password or query in it; the key goes into OPENAI_API_KEY")
+    asks = parts.query and not re.fullmatch(r"api-version=[\w.-]+", parts.query)
+    if parts.username or parts.password or asks:
+        raise UserError("base_url: no password or query in it (but for Azure's `?api-version=`); "
+                        "the key goes into OPENAI_API_KEY")  # fmt: skip
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"base_url {base_url!r}: an address such as http://localhost:8000/v1")
     return base_url.rstrip("/")
@@ -91,6 +95,7 @@ class EndpointConfig:
     prices: str | None = None  # a JSON file: {"MODEL": {"price_in": 2.5, "price_out": 10}}
     price_in: float | None = Field(None, ge=0)  # US dollars per million prompt tokens
     price_out: float | None = Field(None, ge=0)  # US dollars per million completion tokens
+    headers: dict[str, str] | None = None  # more of them: {"api-key": "VARIABLE with its value"}
     batch: bool = False  # ask through OpenAI's Batch API: half the price, within a day
 
     def __post_init__(self) -> None:
@@ -107,6 +112,15 @@ class EndpointConfig:
             return Price(self.price_in, self.price_out)
         own = load_prices(self.prices) if self.prices else {}
         return find_price(model, own) if model in own or not is_loopback(base_url) else FREE
+
+# %% ../../nbs/endpoint/client.ipynb #cb0986ab
+def _values(headers: Mapping[str, str] | None) -> dict[str, str]:
+    "The headers with their values, which stand in the environment."
+    for name, variable in (headers or {}).items():
+        if variable not in os.environ:
+            raise UserError(f"headers: {name}: write the name of an environment variable that "
+                            "holds its value, and set that")  # fmt: skip
+    return {name: os.environ[variable] for name, variable in (headers or {}).items()}
 
 # %% ../../nbs/endpoint/client.ipynb #02f1bf43
 @dataclass
@@ -233,16 +247,17 @@ class Endpoint:
         cache: str | Path = "cache.sqlite",  # the reply cache
         config: EndpointConfig | None = None,  # workers, limits, prices; default: EndpointConfig()
         spent: float = 0.0,  # US dollars spent on the same output before; counts to max_cost
-        **sampling: Any,  # temperature, max_tokens, top_p, seed: sent as they are, part of the key
+        **sampling: Any,  # `Parameters.asked`, or any fields: sent as asked for, part of the key
     ):
         default = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         self.model, self.base_url = model, check_address(base_url or default)
         self._api_key = os.environ.get("OPENAI_API_KEY") or ""
-        if not self._api_key and not is_loopback(self.base_url):
+        named = (config or EndpointConfig()).headers
+        if not self._api_key and not named and not is_loopback(self.base_url):
             host = urlsplit(self.base_url).hostname
             raise UserError(f"OPENAI_API_KEY is not set, and {host} needs a key")
-        self.sampling, self.config = sampling, config or EndpointConfig()
-        self.longest: int = sampling.get("max_tokens") or 0  # tokens of a reply; 0: any number
+        self.sending, self.config = Sending(model, sampling), config or EndpointConfig()
+        self.sampling, self.headers = self.sending.asked, _values(self.config.headers)
         if misplaced := sampling.keys() & EndpointConfig.__dataclass_fields__.keys():
             names = ", ".join(sorted(misplaced))
             raise TypeError(f"{names}: fields of EndpointConfig, not sampling")
@@ -254,11 +269,21 @@ class Endpoint:
         if self.config.max_cost and not self.longest:
             raise UserError("max_cost: a reply without max_tokens can cost any amount; set it")
         self.cache = ReplyCache(cache)
+        self.sending.learned |= self.cache.learned(self.base_url, model)
 
-    def connection(self) -> dict[str, Any]:  # base_url, api_key, max_retries
+    @property
+    def longest(self) -> int:  # 0: any number
+        "The most tokens that a reply may have."
+        return self.sending.limit
+
+    def connection(self) -> dict[str, Any]:  # base_url, api_key, headers, query, max_retries
         "What openai's clients are made with: the retries are ours. Raises as `check_reachable`."
         check_reachable(self.base_url)
-        return {"base_url": self.base_url, "api_key": self._api_key or "none", "max_retries": 0}
+        address, _, query = self.base_url.partition("?")
+        return {
+            "base_url": address, "api_key": self._api_key or "none", "max_retries": 0,
+            "default_headers": self.headers, "default_query": dict(parse_qsl(query)),
+        }  # fmt: skip
 
     def masked(
         self,
@@ -289,7 +314,33 @@ class Endpoint:
         request: Request,  # a question
     ) -> dict[str, Any]:  # what is sent
         "The JSON of one call."
-        return {"model": self.model, "messages": request.messages, **self.sampling}
+        merged = "system" in self.sending.learned
+        messages = without_system(request.messages) if merged else request.messages
+        return {"model": self.model, "messages": messages, **self.sending.fields}
+
+    def obey(
+        self,
+        refused: Unsupported,  # the server's words
+    ) -> bool:  # False: it is not sent
+        "Do without what a server does not take, say so in one line, and remember it."
+        sending = self.sending
+        if refused.field == "system":
+            done = None if "system" in sending.learned else "takes no system turn, so its text is "
+            done = done and f"{done}put into the first turn of the user"
+            sending.learned["system"] = "merged"
+        else:
+            done = sending.obey(refused.field)
+        if done:
+            say(f"{self.base_url}, model {self.model}: {done} ({refused})")
+            self.remember()
+        return bool(done)
+
+    def remember(self) -> None:
+        "Keep what was learned of the model, for later runs; raises `UserError` if it breaks a cap."
+        self.cache.learn(self.base_url, self.model, self.sending.learned)
+        if self.config.max_cost and not self.longest:
+            raise UserError(f"max_cost: {self.model} takes no limit of tokens, so that a reply can "
+                            "cost any amount; leave max_cost out")  # fmt: skip
 
     def complete(
         self,
@@ -327,7 +378,8 @@ class Endpoint:
             )
         self.budget.settle(0.0, usage["usd"] or 0.0)
         reply = replace(reply, usage=usage)
-        self.cache.put(key, self.base_url, reply, raw, seconds, self.model)
+        sent = self.sending.fields
+        self.cache.put(key, self.base_url, reply, raw, seconds, self.model, sent)
         return reply
 
 # %% ../../nbs/endpoint/client.ipynb #5d720fc3
@@ -353,7 +405,7 @@ def failure(
     body: Any,  # what came with it: {"error": {"code", "param", "message"}}, or a text
     headers: Mapping[str, str],  # of the refusal
     answered: bool = False,  # whether another request was answered before
-) -> Refused | Transient | UserError:
+) -> Refused | Unsupported | Transient | UserError:
     "What a refusal means for this request and for the others."
     told = read_refusal(body)
     reason = endpoint.masked(f"HTTP {status}: {told.message.strip() or 'no reason given'}")
@@ -363,13 +415,17 @@ def failure(
     unknown = status in (400, 404, 422) and _NO_MODEL.search(told.message)
     if status in (401, 402, 407) or told.code == "model_not_found" or unknown:
         return UserError(f"{who} {_EVERY.get(status, _EVERY[404])}: {reason}")
+    of_one = bool(_OF_ONE.search(reason))
+    field = None if of_one else blamed(told, list(endpoint.sending.fields))
+    if field and (status in (400, 422) or (field == "system" and status == 500)):
+        return Unsupported(reason, field)
     if status in _PASSING or status >= 500:
         return Transient(reason, retry_after(headers), limited=status == 429)
     if not answered and status in _EVERY:
         return UserError(f"{who} {_EVERY[status]}: {reason}")
     if not answered and told.param in ("model", *endpoint.sampling):
         return UserError(f"{who} does not take {told.param}: {reason}")
-    return Refused(reason, bool(_OF_ONE.search(reason)) or (answered and status != 403))
+    return Refused(reason, of_one or (answered and status != 403))
 
 # %% ../../nbs/endpoint/client.ipynb #88e5a596
 def _seconds(config: EndpointConfig, calls: int, tokens: float, each: float) -> float:
@@ -493,10 +549,14 @@ class _Asking:
         failed, tries, garbled = 0, 0, 0
         until = time.monotonic() + self.endpoint.config.max_wait
         while True:
+            body = self.endpoint.body(request)
             try:
                 return await self.attempt(connection, key, request)
             except Refused as e:
                 return self.given_up(str(e), e.alone)
+            except Unsupported as e:
+                if self.endpoint.body(request) == body and not self.endpoint.obey(e):
+                    return self.given_up(str(e))
             except Transient as e:
                 failed, tries = failed + 1, tries + (not e.limited)  # to wait for a limit is no try
                 garbled += isinstance(e, Garbled)

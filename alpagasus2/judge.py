@@ -177,13 +177,15 @@ def _status(reply: Reply, value: object) -> str:
         return "error"
     if value is not None:
         return "ok"
+    if reply.finish_reason == "length":
+        return "length"
     refused = reply.finish_reason == "content_filter" or _REFUSAL.search(reply.text[:200])
     return "refused" if refused else "unparsed"
 
 
 def _to_ask_again(retry: bool) -> Callable[[Mapping], bool]:
     "Whether a line of the file is asked for again."
-    again = ("error", "unparsed", "refused") if retry else ("error",)
+    again = ("error", "unparsed", "refused", "length") if retry else ("error",)
     return lambda line: line["status"] in again
 
 # %% ../nbs/04_judge.ipynb #08561e5a

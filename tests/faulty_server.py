@@ -51,6 +51,7 @@ def options() -> argparse.ArgumentParser:
     add("--burst_length", type=int, default=0, help="... so many are answered 429")
     add("--permanent", choices=PERMANENT, help="answer everything with this refusal")
     add("--reply", help="the text of every reply; default: one that fits the question")
+    add("--thinks", type=int, default=0, help="tokens that the model thinks for: a new one")
     add("--echo_key", type=int, default=0, help="1: the key that came stands in every answer")
     add("--batch_seconds", type=float, default=0, help="how long a batch takes")
     add("--batch_max", type=int, default=50_000, help="requests that a batch may have")
@@ -144,6 +145,8 @@ class Server:
             status, code, text = PERMANENT[args.permanent]
             text = text.format(key=bearer, model=request.get("model"))
             http.send(status, text if status == 200 else refusal(code, text))
+        elif self.args.thinks and request.keys() & {"temperature", "max_tokens"}:
+            http.send(400, unsupported(request))
         elif fault := MARK.search(json.dumps(request["messages"])):
             serve_fault(http, fault[1], completion(key, request, bearer, args.reply))
         elif LENGTH[0] in json.dumps(request["messages"]):
@@ -192,6 +195,8 @@ class Server:
             http.send(500, refusal("server_error", f"The server had an error for {bearer}."))
         else:
             body = completion(key, request, bearer, args.reply)
+            if args.thinks:
+                body = after_thinking(body, args.thinks, request.get("max_completion_tokens"))
             http.after(delay, fault, body, headers, lambda: self.answered.update([key]))
 
     # --- files and batches -----------------------------------------------------------------
@@ -304,6 +309,28 @@ def completion(key: str, request: dict, bearer: str, text: str | None) -> dict:
         "model": f"{request['model']}-served", "usage": used,
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
     }  # fmt: skip
+
+
+def unsupported(request: dict) -> dict:
+    """What a reasoning model says to the fields of older ones."""
+    if "temperature" in request:
+        text = "Unsupported value: 'temperature' does not support 0 with this model."
+        return {"error": refusal("unsupported_value", text)["error"] | {"param": "temperature"}}
+    text = "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+    text += "'max_completion_tokens' instead."
+    return {"error": refusal("unsupported_parameter", text)["error"] | {"param": "max_tokens"}}
+
+
+def after_thinking(good: dict, thinks: int, limit: int | None) -> dict:
+    """A completion whose thoughts are counted; without an answer where the limit is too small."""
+    used, choice = dict(good["usage"]), dict(good["choices"][0])
+    used["completion_tokens"] += thinks
+    if limit and limit < used["completion_tokens"]:
+        used["completion_tokens"] = thinks = limit
+        choice |= {"finish_reason": "length", "message": {"role": "assistant", "content": ""}}
+    used["completion_tokens_details"] = {"reasoning_tokens": thinks}
+    used["total_tokens"] = used["prompt_tokens"] + used["completion_tokens"]
+    return good | {"usage": used, "choices": [choice]}
 
 
 class Http(asyncio.Protocol):

@@ -309,18 +309,26 @@ def test_ratings_are_rebuilt_without_a_call(tmp_path):
     assert scores(again) == scores(first)
 
 
-def test_several_arms_and_the_canaries_in_one_command(tmp_path):
+def write_answers(folder: Path, n: int) -> None:
     answers = [
         {"id": f"q{i}", "test_set": "t", "category": None, "instruction": f"Why {i}?", "input": "",
          "model": m, "replicate": 0, "response": f"{m} says so {i}."}
-        for i in range(6) for m in ("best", "base", "random")
+        for i in range(n) for m in ("best", "base", "random")
     ]  # fmt: skip
-    (tmp_path / "responses.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    (folder / "responses.jsonl").write_text("\n".join(map(json.dumps, answers)))
+
+
+def judge(address: str, folder: Path) -> list:
+    return [
+        "judge", "--responses", folder / "responses.jsonl", "--output",
+        folder / "judgments.jsonl", "--model", "judge", "--base_url", f"{address}/v1",
+    ]  # fmt: skip
+
+
+def test_several_arms_and_the_canaries_in_one_command(tmp_path):
+    write_answers(tmp_path, 6)
     with serving() as address:
-        words = [
-            "judge", "--responses", tmp_path / "responses.jsonl", "--output",
-            tmp_path / "judgments.jsonl", "--model", "judge", "--base_url", f"{address}/v1",
-        ]  # fmt: skip
+        words = judge(address, tmp_path)
         status, said = run(*words, "--model_a", "best", "--model_b", "base", cwd=tmp_path)
         assert status == 0, said
         assert len(lines(tmp_path / "judgments.jsonl")) == 12
@@ -381,3 +389,30 @@ def test_answers_of_a_server(tmp_path):
     assert len(answers) == 10 and all(x["response"] for x in answers)
     entry = json.loads((tmp_path / "manifest.json").read_text())["outputs"]["responses.jsonl"]
     assert entry["cost"]["usd"] == pytest.approx(sum(x["usage"]["usd"] for x in answers), abs=1e-6)
+
+
+def test_a_model_that_thinks_needs_no_more_than_its_name(tmp_path):
+    write_rows(tmp_path, 12)
+    prices = ("--price_in", 1, "--price_out", 100)
+    with serving(thinks=300) as address:
+        status, said = run(*rate(address, tmp_path, *prices), cwd=tmp_path)
+        assert status == 0, said
+        for field in ("temperature", "max_tokens"):
+            assert said.count(f"takes no {field}, so") == 1, said
+        asked = read(address)["requests"]
+        assert asked == 12 + 2  # the two refusals
+        rated = lines(tmp_path / "ratings.jsonl")
+        assert {x["status"] for x in rated} == {"ok"}
+        assert {x["usage"]["reasoning_tokens"] for x in rated} == {300}
+        assert all(x["usage"]["usd"] > 0.03 for x in rated)  # thoughts are paid for
+        (tmp_path / "ratings.jsonl").unlink()
+        status, said = run(*rate(address, tmp_path, *prices), cwd=tmp_path)
+        assert status == 0 and "takes no" not in said and read(address)["requests"] == asked, said
+        small = rate(address, tmp_path, "--max_tokens", 100, "--output", tmp_path / "small.jsonl")
+        status, said = run(*small, cwd=tmp_path)
+        assert "12 replies were cut off before their answer: give a larger --max_tokens" in said
+        assert {x["status"] for x in lines(tmp_path / "small.jsonl")} == {"length"}
+        write_answers(tmp_path, 3)
+        status, said = run(*judge(address, tmp_path), cwd=tmp_path)
+        assert status == 0, said
+        assert {x["status"] for x in lines(tmp_path / "judgments.jsonl")} == {"ok"}

@@ -47,6 +47,10 @@ def _say_status(output: str, lines: Sequence[Mapping]) -> None:
     counts, usd = status_counts(lines), cost_of(output)["usd"]
     cost = f"; {dollars(usd)} spent" if usd else ""
     print(f"{output}: " + ", ".join(f"{n:,} {status}" for status, n in counts.items()) + cost)
+    if n := sum(x.get("status") == "length" for x in lines):
+        from alpagasus2.endpoint.parameters import MORE_ROOM
+
+        print(f"{n:,} replies were cut off before their answer: {MORE_ROOM}", file=sys.stderr)
 
 
 def _check_all_answered(output: str, lines: Sequence[Mapping]) -> None:

@@ -182,7 +182,7 @@ class Batches:
                     key = endpoint.key(request)
                     if key in wanted:
                         wanted[key].append(position)
-                    elif found := endpoint.cache.get(key, request.since):
+                    elif found := endpoint.stored(request):
                         yield position, found
                     else:
                         wanted[key] = [position]

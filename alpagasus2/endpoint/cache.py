@@ -156,6 +156,12 @@ def _is_alive(owner: str) -> bool:
     return True
 
 # %% ../../nbs/endpoint/cache.ipynb #8532126d
+def _limit(sent: str | None) -> int:
+    "The limit of tokens among the fields that were sent."
+    fields = json.loads(sent or "{}")
+    return fields.get("max_completion_tokens") or fields.get("max_tokens") or 0
+
+
 class ReplyCache:
     "Replies in SQLite, keyed by endpoint, model, messages, sampling parameters and vote."
 
@@ -180,10 +186,15 @@ class ReplyCache:
         self,
         key: str,  # from `Endpoint.key`
         since: str = "",  # only a reply that came after this
+        limit: int = 0,  # the most tokens that a reply may have now
     ) -> Reply | None:  # marked as cached
-        "The stored reply, or None."
-        sql = "SELECT text, finish_reason, model, usage FROM replies WHERE key = ? AND time > ?"
-        for text, reason, model, usage in self._run(sql, (key, since)):
+        "The stored reply, or None; one that was cut off before its answer needs the same limit."
+        sql = (
+            "SELECT text, finish_reason, model, usage, sent FROM replies WHERE key = ? AND time > ?"
+        )
+        for text, reason, model, usage, sent in self._run(sql, (key, since)):
+            if reason == "length" and not text.strip() and _limit(sent) < limit:
+                continue
             return Reply(text, reason, model, {**json.loads(usage), "usd": 0.0}, cached=True)
         return None
 

@@ -28,8 +28,13 @@ from pydantic import Field
 from ..core.files import UserError, json_sha256, say, settings
 from ..core.run_folder import dollars
 from .cache import Reply, ReplyCache, Request
-from .completion import read_completion, read_refusal, writable
-from .parameters import Sending, blamed, without_system
+from alpagasus2.endpoint.completion import (
+    read_completion,
+    read_refusal,
+    without_thoughts,
+    writable,
+)
+from .parameters import MORE_ROOM, Sending, blamed, without_system
 from .prices import FREE, Estimate, Price, find_price, load_prices, prompt_tokens
 from alpagasus2.endpoint.rate_limits import (
     Garbled,
@@ -342,6 +347,28 @@ class Endpoint:
             raise UserError(f"max_cost: {self.model} takes no limit of tokens, so that a reply can "
                             "cost any amount; leave max_cost out")  # fmt: skip
 
+    def stored(
+        self,
+        request: Request,  # a question
+    ) -> Reply | None:
+        "The reply that the cache holds, if it counts."
+        found = self.cache.get(self.key(request), request.since, self.longest)
+        return found and replace(found, text=without_thoughts(found.text))
+
+    def needs_room(
+        self,
+        reply: Reply,  # just come
+        limit: int,  # the most tokens that it could have
+    ) -> bool:  # True: the same question, asked again, has more room
+        "Whether a reply ended inside its thoughts, and nobody has said that it has to be so short."
+        if reply.text.strip() or reply.finish_reason != "length":
+            return False
+        if self.sending.room():
+            say(f"{self.base_url}, model {self.model}: thinks for longer than {limit} tokens, so "
+                f"{self.longest} are allowed")  # fmt: skip
+            self.remember()
+        return self.longest > limit
+
     def complete(
         self,
         requests: Iterable[Request],  # questions, in any number: they are taken as they are needed
@@ -364,6 +391,7 @@ class Endpoint:
         raw: str,  # the body of its answer
         seconds: float | None = None,  # how long it took
         share: float = 1.0,  # of the list price
+        most: float = 0.0,  # US dollars: counted where the server does not say what it took
     ) -> Reply:  # its usage says what it cost
         "Read an answer, count its price and store it; raises `Garbled` where it is cut short."
         raw = self.without_key(writable(raw))
@@ -372,10 +400,11 @@ class Endpoint:
         except ValueError as e:
             raise Garbled(self.masked(str(e)), billed=True) from None
         usage: dict[str, Any] = {**(reply.usage or {}), "usd": None}
+        took = usage["prompt_tokens"], usage["completion_tokens"]
         if self.price:
-            usage["usd"] = (
-                self.price.usd(usage["prompt_tokens"], usage["completion_tokens"]) * share
-            )
+            usage["usd"] = self.price.usd(*took) * share if any(took) else most
+        if not reply.text.strip() and took[1] >= self.longest > 0:
+            reply = replace(reply, finish_reason="length")  # some servers say stop
         self.budget.settle(0.0, usage["usd"] or 0.0)
         reply = replace(reply, usage=usage)
         sent = self.sending.fields
@@ -443,7 +472,7 @@ def estimate(
     prompts: dict[str, int] = {}  # the tokens of each that has no reply yet
     for request in requests:
         key = endpoint.key(request)
-        if key in prompts or endpoint.cache.get(key, request.since):
+        if key in prompts or endpoint.stored(request):
             cached += 1
         else:
             prompts[key] = prompt_tokens(request.messages)
@@ -506,7 +535,14 @@ class _Connection:
 
 # %% ../../nbs/endpoint/client.ipynb #273d4ad5
 _LOST, _LOST_FIRST = 10, 3  # requests given up in a row that end a run; of its first ones
+_SILENT = 20  # replies without text in a row that end a run: they are paid for
 _GARBLED = 3  # calls that may bring half an answer: each of them may be on the bill
+
+
+def _with_cost(reply: Reply, usd: float) -> Reply:
+    "A reply with what was paid before it came: it had to be asked for with more room."
+    usage = dict(reply.usage or {})
+    return replace(reply, usage={**usage, "usd": usage["usd"] + usd}) if usd else reply
 
 
 class _Asking:
@@ -516,18 +552,18 @@ class _Asking:
         self.endpoint, self.pool = endpoint, pool
         self.connection: _Connection | None = None  # a run that is all cache needs none
         self.reached, self.first = False, 0  # whether a call was answered; calls out until then
-        self.lost = 0  # requests given up since the last success
+        self.lost = self.silent = 0  # requests given up, and replies without text, in a row
         self.told_until = 0.0  # a long wait is announced once
 
     async def reply(self, request: Request) -> Reply:
         "From the cache, from whoever is asking it already, or from the endpoint."
         cache, key = self.endpoint.cache, self.endpoint.key(request)
-        while not (found := cache.get(key, request.since)) and not cache.claim(key):
+        while not (found := self.endpoint.stored(request)) and not cache.claim(key):
             await self.pool.sleep(0.1)
         if found:
             return found
         try:  # it may have come between the look and the claim
-            return cache.get(key, request.since) or await self.in_turn(key, request)
+            return self.endpoint.stored(request) or await self.in_turn(key, request)
         finally:
             cache.release(key)
 
@@ -546,12 +582,15 @@ class _Asking:
 
     async def ask(self, connection: _Connection, key: str, request: Request) -> Reply:
         "Ask until it is answered, refused or given up."
-        failed, tries, garbled = 0, 0, 0
+        failed, tries, garbled, spent = 0, 0, 0, 0.0
         until = time.monotonic() + self.endpoint.config.max_wait
         while True:
-            body = self.endpoint.body(request)
+            body, limit = self.endpoint.body(request), self.endpoint.longest
             try:
-                return await self.attempt(connection, key, request)
+                reply = await self.attempt(connection, key, request)
+                if not self.endpoint.needs_room(reply, limit):
+                    return _with_cost(reply, spent)
+                spent += (reply.usage or {}).get("usd") or 0.0
             except Refused as e:
                 return self.given_up(str(e), e.alone)
             except Unsupported as e:
@@ -587,6 +626,16 @@ class _Asking:
                             f"requests in a row failed, the last: {reason}")  # fmt: skip
         return Reply("", "error", self.endpoint.model, error=reason)
 
+    def stop_silent(self, reason: str) -> None:
+        "Nothing is paid for blindly."
+        endpoint = self.endpoint
+        help_ = MORE_ROOM if reason == "length" else "ask another model, or in other words"
+        raise UserError(
+            f"{endpoint.base_url}, model {endpoint.model}: {self.silent} replies in a row without "
+            f"text (finish_reason {reason}), {dollars(endpoint.budget.spent)} spent; {help_}; what "
+            "came is kept, and --retry asks it again"
+        )
+
     async def attempt(self, connection: _Connection, key: str, request: Request) -> Reply:
         "One call within the budget; a success is committed before it is returned."
         budget, lost = self.endpoint.budget, 0.0
@@ -594,12 +643,15 @@ class _Asking:
         while not budget.reserve(usd):
             await self.pool.sleep(0.05)
         try:
-            reply = self.endpoint.commit(key, *await connection.send(request))
+            raw, seconds = await connection.send(request)
+            reply = self.endpoint.commit(key, raw, seconds, most=usd)
         except Transient as e:
             lost = usd if e.billed else 0.0
             raise
         finally:
             budget.settle(usd, lost)
         self.reached = connection.answered = True
-        self.lost = 0
+        self.lost, self.silent = 0, 0 if reply.text.strip() else self.silent + 1
+        if self.silent >= _SILENT:
+            self.stop_silent(reply.finish_reason)
         return reply

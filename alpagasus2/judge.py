@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
@@ -78,7 +79,7 @@ class RatingPrompt:
     high: float = 5.0  # highest score
 
     def __post_init__(self) -> None:
-        if self.low >= self.high:
+        if not -inf < self.low < self.high < inf:
             raise UserError(f"a scale from {self.low:g} to {self.high:g}: low must be below high")
 
 # %% ../nbs/04_judge.ipynb #0b97c02a

@@ -416,3 +416,97 @@ def test_a_model_that_thinks_needs_no_more_than_its_name(tmp_path):
         status, said = run(*judge(address, tmp_path), cwd=tmp_path)
         assert status == 0, said
         assert {x["status"] for x in lines(tmp_path / "judgments.jsonl")} == {"ok"}
+
+
+WORKER = """
+import sys
+from alpagasus2.endpoint import cache
+from alpagasus2.endpoint.cache import Request
+from alpagasus2.endpoint.client import Endpoint, EndpointConfig
+from alpagasus2.core.files import UserError
+from alpagasus2.core.run_folder import Journal
+cache.LEASE = 3.0  # seconds: what a kill leaves behind is free sooner
+address, folder, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+endpoint = Endpoint("m", address, f"{folder}/cache.sqlite", EndpointConfig(workers=4))
+asked = [Request([{"role": "user", "content": f"row {i}"}]) for i in range(n)]
+for i, reply in endpoint.complete(asked):
+    while True:
+        try:
+            with Journal(f"{folder}/lines.jsonl") as journal:
+                if not journal.get({"id": str(i)}):
+                    journal.append({"id": str(i), "text": reply.text})
+                break
+        except UserError:
+            pass
+"""
+
+
+@pytest.mark.parametrize(("n", "kills"), [(60, 3), pytest.param(600, 30, marks=pytest.mark.slow)])
+def test_six_processes_with_kills_on_one_cache_and_one_journal(tmp_path, n, kills):
+    dice = random.Random(n)
+
+    def begin() -> subprocess.Popen:
+        words = [sys.executable, "-c", WORKER, f"{address}/v1", str(tmp_path), str(n)]
+        return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+    with serving(latency=0.05) as address:
+        six = [begin() for _ in range(6)]
+        while not read(address)["requests"]:
+            time.sleep(0.02)
+        for _ in range(kills):
+            time.sleep(dice.uniform(0.1, 0.4))
+            k = dice.randrange(6)
+            six[k].kill()
+            six[k].communicate()
+            six[k] = begin()
+        said = [p.communicate(timeout=300)[1] for p in six]
+        counts, hashes = read(address), read(address, "hashes")
+    assert [p.returncode for p in six] == [0] * 6, said
+    kept = lines(tmp_path / "lines.jsonl")
+    assert sorted(int(x["id"]) for x in kept) == list(range(n)), "a line is lost, or there twice"
+    twice = sum(answered - 1 for _, answered in hashes.values())
+    assert twice <= kills * 4, "more than what was in flight at the kills was asked again"
+    assert counts["contents"] == n
+
+
+@pytest.mark.parametrize(("n", "kills"), [(300, 2), pytest.param(3000, 8, marks=pytest.mark.slow)])
+def test_kills_do_not_break_the_cap(tmp_path, n, kills):
+    workers, cap = 8, 3.0
+    write_rows(tmp_path, n)
+    dice = random.Random(n)
+    with serving(latency=0.05, p429=0.03, p500=0.03, reply="4.5\nIt is right.") as address:
+        prices = ("--price_in", 100, "--price_out", 100, "--max_tokens", 200)
+        words = rate(address, tmp_path, "--workers", workers, "--max_cost", cap, *prices)
+        for _ in range(kills):
+            before = read(address)["requests"]
+            process = command(*words, cwd=tmp_path)
+            while read(address)["requests"] == before and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(dice.uniform(0, 0.5))
+            process.kill()
+            process.communicate()
+        status, said = run(*words, cwd=tmp_path)
+        hashes = read(address, "hashes")
+    assert status == 2 and f"max_cost of ${cap:.2f} reached" in said, said
+    usd = [x["usage"]["usd"] for x in lines(tmp_path / "ratings.jsonl") if x["usage"]["usd"]]
+    each = sum(usd) / len(usd)
+    paid = sum(answered for _, answered in hashes.values()) * each
+    assert 0.7 * cap < paid <= cap + kills * workers * each, (paid, each)
+
+
+TRANSIENT = {"p429": 0.05, "p500": 0.05, "phang": 0.003, "preset": 0.01, "phalf": 0.01,
+             "pmalformed": 0.004, "pduplicate": 0.01}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_three_thousand_calls_with_all_transient_faults(tmp_path):
+    n = 3000
+    write_rows(tmp_path, n)
+    with serving(latency=0.02, burst_every=500, burst_length=20, **TRANSIENT) as address:
+        words = rate(address, tmp_path, "--workers", 32, "--timeout", 3)
+        status, said = run(*words, cwd=tmp_path)
+        hashes = read(address, "hashes")
+    assert status == 0, said
+    assert {x["status"] for x in lines(tmp_path / "ratings.jsonl")} == {"ok"}
+    assert len(hashes) == n
+    assert sum(answered > 1 for _, answered in hashes.values()) <= n // 100

@@ -12,6 +12,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def _empty_parser(command: str, about: str | None) -> Any:
 
         def error(self, message: str, ex: Exception | None = None) -> Any:
             raise UserError(complaint(command, message, [a.dest for a in self._actions]))
+
+        def parse_args(self, *args: Any, **named: Any) -> Any:
+            found = super().parse_args(*args, **named)
+            for name, value in vars(found).items():
+                if isinstance(value, float) and not isfinite(value):
+                    raise UserError(f"{command}: --{name} {value}: a finite number is wanted")
+            return found
 
     parser = Parser(prog=f"alpagasus2 {command}", description=about, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="read options from a YAML file")

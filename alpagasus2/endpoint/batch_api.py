@@ -276,6 +276,7 @@ def announced(
 ) -> Ask:
     "What asks an endpoint, whose host and price were named."
     cache, spent = outputs[0].parent / "cache.sqlite", cost_of(*outputs)["usd"] or 0.0
-    endpoint = Endpoint(model, base_url, cache, limits, spent, **sampling)
+    purpose = outputs[0].name
+    endpoint = Endpoint(model, base_url, cache, limits, spent, purpose, **sampling)
     tell(str(estimate(endpoint, requests)))
     return Batches(endpoint).complete if limits.batch else endpoint.complete

@@ -14,9 +14,11 @@ import re
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -174,11 +176,14 @@ class _Pool:
     ):
         self.workers, self.exits = workers, AsyncExitStack()  # exits: what is closed in the end
         self._ready: queue.SimpleQueue = queue.SimpleQueue()  # results, then None or the error
-        self._stop = threading.Event()
+        self._stop, self._later = threading.Event(), deque[tuple[int, Request]]()
+        self._again: set[int] = set()  # what was put off once is waited for
+        self.tick: Callable[[], None] = lambda: None  # called now and then, while there is work
 
     def map(
         self,
-        work: Callable[[Request], Awaitable[Reply]],  # done for every item, in the pool's loop
+        work: Callable[[Request, bool], Awaitable[Reply | None]],  # done for every item, in the
+        # pool's loop; None puts it off, unless the second argument says that it has to be done
         items: Iterable[Request],  # in any number: they are taken as they are needed
     ) -> Iterator[tuple[int, Reply]]:  # (position in `items`, result), in order of completion
         "Work on all items; what the first failing worker raised is raised here."
@@ -206,9 +211,12 @@ class _Pool:
         pending = set(tasks)
         async with self.exits:
             while pending and not self._stop.is_set():
+                self.tick()
                 _, pending = await asyncio.wait(pending, timeout=0.5)
-            if pending:
-                _, pending = await asyncio.wait(pending, timeout=_GRACE)
+            until = time.monotonic() + _GRACE
+            while pending and time.monotonic() < until:
+                self.tick()
+                _, pending = await asyncio.wait(pending, timeout=0.5)
             for task in pending:
                 task.cancel()
             ended = await asyncio.gather(*tasks, return_exceptions=True)
@@ -220,14 +228,27 @@ class _Pool:
         "Take items until there are none."
         try:
             await self.sleep(0.0)  # another worker may have failed before this one began
-            for position, item in waiting:
-                self._ready.put((position, await work(item)))
+            for position, item in chain(waiting, iter(self._put_off, None)):
+                must = position in self._again or len(self._later) >= 4 * self.workers
+                done = await work(item, must)
+                if done is None:
+                    self._later.append((position, item))
+                else:
+                    self._ready.put((position, done))
                 await self.sleep(0.0)
                 while self._ready.qsize() >= 4 * self.workers:  # nobody takes the results
                     await self.sleep(0.01)
         except BaseException:
             self._stop.set()
             raise
+
+    def _put_off(self) -> tuple[int, Request] | None:
+        "An item that could not be done at first, when there are no others."
+        if not self._later:
+            return None
+        position, item = self._later.popleft()
+        self._again.add(position)
+        return position, item
 
     async def sleep(
         self,
@@ -252,6 +273,7 @@ class Endpoint:
         cache: str | Path = "cache.sqlite",  # the reply cache
         config: EndpointConfig | None = None,  # workers, limits, prices; default: EndpointConfig()
         spent: float = 0.0,  # US dollars spent on the same output before; counts to max_cost
+        purpose: str = "",  # what the money is for: the cache keeps count of it, through kills
         **sampling: Any,  # `Parameters.asked`, or any fields: sent as asked for, part of the key
     ):
         default = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
@@ -275,6 +297,8 @@ class Endpoint:
             raise UserError("max_cost: a reply without max_tokens can cost any amount; set it")
         self.cache = ReplyCache(cache)
         self.sending.learned |= self.cache.learned(self.base_url, model)
+        self.purpose = purpose
+        self.budget.spent = max(spent, self.cache.spent(purpose))
 
     @property
     def longest(self) -> int:  # 0: any number
@@ -385,6 +409,16 @@ class Endpoint:
         "The most that calls can cost."
         return self.price.usd(prompt_tokens, calls * self.longest) if self.price else 0.0
 
+    def settle(
+        self,
+        reserved: float,  # US dollars that were set aside
+        spent: float,  # what it cost
+    ) -> None:
+        "Count what was spent, where a kill cannot lose it."
+        self.budget.settle(reserved, spent)
+        if spent and self.purpose:
+            self.cache.spend(self.purpose, spent)
+
     def commit(
         self,
         key: str,  # of the request
@@ -405,7 +439,7 @@ class Endpoint:
             usage["usd"] = self.price.usd(*took) * share if any(took) else most
         if not reply.text.strip() and took[1] >= self.longest > 0:
             reply = replace(reply, finish_reason="length")  # some servers say stop
-        self.budget.settle(0.0, usage["usd"] or 0.0)
+        self.settle(0.0, usage["usd"] or 0.0)
         reply = replace(reply, usage=usage)
         sent = self.sending.fields
         self.cache.put(key, self.base_url, reply, raw, seconds, self.model, sent)
@@ -516,8 +550,9 @@ class _Connection:
     async def post(self, body: dict[str, Any], headers: dict[str, str]) -> str:
         "The answer as it came; none at all may come the next time, but may be on the bill."
         import openai
-        from httpx2 import Response  # openai's own HTTP client
+        from httpx2 import ConnectError, ConnectTimeout, PoolTimeout, ProxyError, Response
 
+        unsent = (ConnectError, ConnectTimeout, PoolTimeout, ProxyError)  # so nothing was paid for
         endpoint, seconds = self.endpoint, self.endpoint.config.timeout
         try:
             async with asyncio.timeout(seconds):
@@ -526,7 +561,7 @@ class _Connection:
             raise Transient(f"no answer in {seconds:g} s", billed=True) from None
         except openai.APIConnectionError as e:
             reason = endpoint.masked(f"connection lost ({e.__cause__ or e})")
-            raise Transient(reason, billed=True) from None
+            raise Transient(reason, billed=not isinstance(e.__cause__, unsent)) from None
         except openai.APIStatusError as e:
             headers |= e.response.headers
             raise failure(endpoint, e.status_code, e.body, headers, self.answered) from None
@@ -550,15 +585,18 @@ class _Asking:
 
     def __init__(self, endpoint: Endpoint, pool: _Pool):
         self.endpoint, self.pool = endpoint, pool
+        pool.tick = endpoint.cache.renew
         self.connection: _Connection | None = None  # a run that is all cache needs none
         self.reached, self.first = False, 0  # whether a call was answered; calls out until then
         self.lost = self.silent = 0  # requests given up, and replies without text, in a row
         self.told_until = 0.0  # a long wait is announced once
 
-    async def reply(self, request: Request) -> Reply:
-        "From the cache, from whoever is asking it already, or from the endpoint."
+    async def reply(self, request: Request, must: bool) -> Reply | None:
+        "From the cache, or from the endpoint; None where another is asking it, unless it must be."
         cache, key = self.endpoint.cache, self.endpoint.key(request)
         while not (found := self.endpoint.stored(request)) and not cache.claim(key):
+            if not must:
+                return None
             await self.pool.sleep(0.1)
         if found:
             return found
@@ -649,7 +687,7 @@ class _Asking:
             lost = usd if e.billed else 0.0
             raise
         finally:
-            budget.settle(usd, lost)
+            self.endpoint.settle(usd, lost)
         self.reached = connection.answered = True
         self.lost, self.silent = 0, 0 if reply.text.strip() else self.silent + 1
         if self.silent >= _SILENT:

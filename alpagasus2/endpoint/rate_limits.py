@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager, suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from ..core.files import say
+
 # %% ../../nbs/endpoint/rate_limits.ipynb #ddaba46b
 _GAIN = 0.2  # share of the difference between our level and the server's that is taken over
 
@@ -104,7 +106,7 @@ class Limits:
         tokens_per_minute: float | None = None,  # prompt and reserved completion tokens
         max_wait: float = 3600.0,  # seconds; a call that would wait for longer is refused
     ):
-        self._max_wait = max_wait
+        self._max_wait, self._told_until = max_wait, 0.0
         own = {"requests": requests_per_minute, "tokens": tokens_per_minute}
         self._own = {kind: n for kind, n in own.items() if n}
         self._buckets = {kind: Bucket(n, n / 60) for kind, n in self._own.items()}
@@ -126,6 +128,9 @@ class Limits:
                 bucket.level += need[kind]
             raise Refused(f"the limits let it out in {wait:.0f} s, and max_wait is "
                           f"{self._max_wait:g}", alone=False)  # fmt: skip
+        if wait >= 30 and time.monotonic() > self._told_until:
+            self._told_until = time.monotonic() + wait
+            say(f"the limits of requests or tokens a minute: waiting {wait:.0f} s")
         await sleep(wait)
         while (wait := self._resume_at - time.monotonic()) > 0:
             await sleep(wait)  # the pause may have grown by then

@@ -52,6 +52,7 @@ def options() -> argparse.ArgumentParser:
     add("--permanent", choices=PERMANENT, help="answer everything with this refusal")
     add("--reply", help="the text of every reply; default: one that fits the question")
     add("--thinks", type=int, default=0, help="tokens that the model thinks for: a new one")
+    add("--redirect", help="an address that every chat is sent on to")
     add("--echo_key", type=int, default=0, help="1: the key that came stands in every answer")
     add("--batch_seconds", type=float, default=0, help="how long a batch takes")
     add("--batch_max", type=int, default=50_000, help="requests that a batch may have")
@@ -77,6 +78,7 @@ class Server:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.count, self.statuses = args, 0, Counter()
+        self.all = 0  # whatever came, by any route
         self.asked, self.answered = Counter(), Counter()
         self.buckets = {
             name: Bucket(per_minute, args.window)
@@ -92,6 +94,7 @@ class Server:
     def stats(self) -> dict:
         return {
             "requests": self.count,
+            "all": self.all,
             "statuses": dict(self.statuses),
             "contents": len(self.asked),
             "answered": len(self.answered),
@@ -109,6 +112,7 @@ class Server:
     # --- the routes ------------------------------------------------------------------------
     def route(self, http: "Http", method: str, path: str, head: bytes, body: bytes) -> None:
         path, _, query = path.partition("?")
+        self.all += 1
         if path == "/v1/chat/completions":
             self.chat(http, head, body)
         elif path == "/stats":
@@ -141,7 +145,9 @@ class Server:
         bearer = secret[1].decode() if secret and args.echo_key else "***"
         tokens = prompt_tokens(request) + (request.get("max_tokens") or 16)
         refused, headers = self.limit(tokens)
-        if args.permanent:
+        if args.redirect:
+            http.send(307, {}, {"Location": f"{args.redirect}/v1/chat/completions"})
+        elif args.permanent:
             status, code, text = PERMANENT[args.permanent]
             text = text.format(key=bearer, model=request.get("model"))
             http.send(status, text if status == 200 else refusal(code, text))

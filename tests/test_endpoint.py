@@ -20,6 +20,11 @@ from urllib.request import urlopen
 
 import pytest
 
+from alpagasus2.core.files import UserError
+from alpagasus2.endpoint.batch_api import Batches
+from alpagasus2.endpoint.cache import Reply, Request
+from alpagasus2.endpoint.client import Endpoint, EndpointConfig
+
 SERVER = Path(__file__).with_name("faulty_server.py")
 KEY = "sk-test-1234567890abcdef"
 
@@ -510,3 +515,42 @@ def test_three_thousand_calls_with_all_transient_faults(tmp_path):
     assert {x["status"] for x in lines(tmp_path / "ratings.jsonl")} == {"ok"}
     assert len(hashes) == n
     assert sum(answered > 1 for _, answered in hashes.values()) <= n // 100
+
+
+def ask_here(address: str, folder: Path, **config: Any) -> list[Reply]:
+    """Two questions, from this process."""
+    endpoint = Endpoint("m", address, folder / "cache.sqlite", EndpointConfig(**config))
+    asked = [Request([{"role": "user", "content": f"row {i}"}]) for i in range(2)]
+    return [reply for _, reply in endpoint.complete(asked)]
+
+
+def test_no_proxy_stands_before_this_machine(tmp_path, monkeypatch):
+    with serving() as proxy, serving() as address:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy)
+        monkeypatch.delenv("no_proxy", raising=False)
+        assert not any(r.error for r in ask_here(f"{address}/v1", tmp_path))
+        monkeypatch.undo()
+        assert read(proxy)["all"] == 1, "rows went to the proxy"  # this look at its count
+
+
+def test_rows_are_not_sent_on(tmp_path):
+    with serving() as other, serving(redirect=other) as address:
+        with pytest.raises(
+            UserError, match="sends us to 127[.]0[.]0[.]1, and rows go to base_url alone"
+        ):
+            ask_here(f"{address}/v1", tmp_path)
+        assert read(other)["requests"] == 0
+        with pytest.raises(UserError, match="batches"):
+            endpoint = Endpoint("m", f"{address}/v2", tmp_path / "b.sqlite", EndpointConfig())
+            list(Batches(endpoint).complete([Request([{"role": "user", "content": "row"}])]))
+
+
+def test_headers_and_query_reach_the_server_and_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with serving(echo_key=1) as address:
+        where = f"{address}/v1?api-version=2024-10-21"
+        (reply, _) = ask_here(where, tmp_path, headers={"Authorization": "JUDGE_KEY"})
+        assert not reply.error
+    kept = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert KEY.encode() not in kept and b"api-version" in kept

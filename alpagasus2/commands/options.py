@@ -29,6 +29,8 @@ def complaint(
 ) -> str:  # one line
     "The parser's complaint on one line, with the nearest option for an unknown one."
     text = " ".join(message.split())
+    if '"headers"' in text:  # what was given may be a key
+        return f'{command}: --headers: write {{"HEADER": "VARIABLE of the environment"}}'
     for word in text.replace("=", " ").replace('"', " ").replace("'", " ").split():
         word = word.rstrip(":,.")
         if word.startswith("--") and word[2:] not in known:

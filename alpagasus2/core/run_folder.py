@@ -45,6 +45,11 @@ def latest(
     return list({row_key(line): line for line in lines}.values())
 
 # %% ../../nbs/core/run_folder.ipynb #1b25abb0
+def _private(path: str, flags: int) -> int:
+    "Open a file of rows; a new one may be read by its owner alone."
+    return os.open(path, flags, 0o600)
+
+
 class Journal(AbstractContextManager["Journal"]):
     "An append-only JSON Lines file: repairs a torn end, knows what is done, flushes every line."
 
@@ -63,7 +68,7 @@ class Journal(AbstractContextManager["Journal"]):
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             # the next line would be appended to the torn one, which `read_jsonl` leaves out
             files.write_jsonl(self.path, files.read_jsonl(self.path))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8", opener=_private)
 
     def get(
         self,
@@ -93,12 +98,11 @@ class Journal(AbstractContextManager["Journal"]):
         self._rows = {row_key(row): dict(row) for row in rows}
         self._file.close()
         files.write_jsonl(self.path, self._rows.values())
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8", opener=_private)
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
-        self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()  # its file stays: a lock on a file that is gone would lock nobody out
 
 # %% ../../nbs/core/run_folder.ipynb #1a7ed68c
 LIBRARIES = (

@@ -38,6 +38,8 @@ class Request:
     messages: Sequence[Mapping[str, str]]  # [{"role": ..., "content": ...}, ...]
     vote: int = 0  # which of several samples of the same messages
     since: str = ""  # a stored reply counts only if it came after this, from `moment`
+    formerly: Sequence[Mapping[str, str]] | None = None  # as an earlier version wrote the messages:
+    # a reply to these counts, too
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def _is_damage(error: sqlite3.DatabaseError) -> bool:
 
 def _connect(path: Path) -> sqlite3.Connection:
     "Open the file, check it, and bring an older version's table up to date."
+    with suppress(OSError):  # it holds what was asked: nobody else reads a new one
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
     try:
         _use_wal(db)

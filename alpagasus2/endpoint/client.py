@@ -52,12 +52,13 @@ from alpagasus2.endpoint.rate_limits import (
 def is_loopback(
     base_url: str,  # for example http://localhost:8000/v1
 ) -> bool:  # True: the rows stay on this machine
-    "Whether an address is this machine."
+    "Whether an address is this machine; 0.0.0.0, as servers name themselves, is."
     host = urlsplit(base_url).hostname or ""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified
     except ValueError:
-        return host == "localhost"
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def check_address(
@@ -66,11 +67,11 @@ def check_address(
     "Raise `UserError` unless it can be asked and recorded."
     parts = urlsplit(base_url)
     asks = parts.query and not re.fullmatch(r"api-version=[\w.-]+", parts.query)
-    if parts.username or parts.password or asks:
-        raise UserError("base_url: no password or query in it (but for Azure's `?api-version=`); "
-                        "the key goes into OPENAI_API_KEY")  # fmt: skip
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"base_url {base_url!r}: an address such as http://localhost:8000/v1")
+    if parts.username or parts.password or asks or "#" in base_url:
+        raise UserError("base_url: no password, query or # in it (but for Azure's "
+                        "`?api-version=`); the key goes into OPENAI_API_KEY")  # fmt: skip
+    if parts.scheme not in ("http", "https") or not parts.hostname:  # it may be a key: not shown
+        raise UserError("base_url: an address such as http://localhost:8000/v1 is wanted")
     return base_url.rstrip("/")
 
 # %% ../../nbs/endpoint/client.ipynb #49137e87
@@ -278,7 +279,9 @@ class Endpoint:
     ):
         default = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         self.model, self.base_url = model, check_address(base_url or default)
-        self._api_key = os.environ.get("OPENAI_API_KEY") or ""
+        self._api_key = (os.environ.get("OPENAI_API_KEY") or "").strip()
+        if not (self._api_key.isascii() and self._api_key.isprintable()):
+            raise UserError("OPENAI_API_KEY: it holds characters that no key has")
         named = (config or EndpointConfig()).headers
         if not self._api_key and not named and not is_loopback(self.base_url):
             host = urlsplit(self.base_url).hostname
@@ -305,6 +308,11 @@ class Endpoint:
         "The most tokens that a reply may have."
         return self.sending.limit
 
+    @property
+    def transport(self) -> dict[str, Any]:  # for httpx
+        "Rows go to the address alone: no redirect is followed, and to this machine leads no proxy."
+        return {"follow_redirects": False, "trust_env": not is_loopback(self.base_url)}
+
     def connection(self) -> dict[str, Any]:  # base_url, api_key, headers, query, max_retries
         "What openai's clients are made with: the retries are ours. Raises as `check_reachable`."
         check_reachable(self.base_url)
@@ -320,15 +328,19 @@ class Endpoint:
     ) -> str:  # on one line of at most 300 characters and without the key
         "A server's own words, fit to be shown and stored."
         text = " ".join(text.split())
-        return (text.replace(self._api_key, "***") if self._api_key else text)[:300]
+        for secret in filter(None, (self._api_key, *self.headers.values())):
+            text = text.replace(secret, "***")
+        return text[:300]
 
     def without_key(
         self,
         text: str,  # of a reply
     ) -> str:
         "Some servers repeat the key that they were given: it is stored nowhere."
-        secret = len(self._api_key) >= 16  # EMPTY, none: what one writes where no key is needed
-        return text.replace(self._api_key, "***") if secret else text
+        for secret in (self._api_key, *self.headers.values()):
+            if len(secret) >= 16:  # EMPTY, none: what one writes where no key is needed
+                text = text.replace(secret, "***")
+        return text
 
     def key(
         self,
@@ -376,8 +388,11 @@ class Endpoint:
         request: Request,  # a question
     ) -> Reply | None:
         "The reply that the cache holds, if it counts."
-        found = self.cache.get(self.key(request), request.since, self.longest)
-        return found and replace(found, text=without_thoughts(found.text))
+        for messages in filter(None, (request.messages, request.formerly)):
+            key = self.key(replace(request, messages=messages))
+            if found := self.cache.get(key, request.since, self.longest):
+                return replace(found, text=without_thoughts(found.text))
+        return None
 
     def needs_room(
         self,
@@ -473,6 +488,10 @@ def failure(
     told = read_refusal(body)
     reason = endpoint.masked(f"HTTP {status}: {told.message.strip() or 'no reason given'}")
     who = f"{endpoint.base_url}, asked for model {endpoint.model},"
+    if 300 <= status < 400:
+        place = urlsplit(headers.get("location") or "").hostname or "another address"
+        reason = f"HTTP {status}: it sends us to {place}, and rows go to base_url alone"
+        return Refused(reason) if answered else UserError(f"{who} does not answer: {reason}")
     if told.code in _NO_MONEY:
         return UserError(f"{who} has no money left: {reason}")
     unknown = status in (400, 404, 422) and _NO_MODEL.search(told.message)
@@ -532,7 +551,9 @@ class _Connection:
         self.answered = endpoint.cache.means(endpoint.base_url, endpoint.model)[0] > 0
         rates = config.requests_per_minute, config.tokens_per_minute
         self.limits = Limits(*rates, config.max_wait)
-        self.client = openai.AsyncOpenAI(**endpoint.connection(), timeout=config.timeout)
+        http = openai.DefaultAsyncHttpxClient(**endpoint.transport)
+        own = {**endpoint.connection(), "timeout": config.timeout, "http_client": http}
+        self.client = openai.AsyncOpenAI(**own)
         pool.exits.push_async_callback(self.client.close)
 
     async def send(self, request: Request) -> tuple[str, float]:

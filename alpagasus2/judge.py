@@ -275,6 +275,7 @@ def carry_out(
         todo = step.todo(plan.lines, _to_ask_again(retry))
         for i, reply in ask(plan.request(x, step.journal.get(x), since) for x in todo):
             said = {"review": reply.error or reply.text, "usage": dict(reply.usage or {})}
+            said |= {"served": reply.model} if reply.model and not reply.error else {}
             step.append({**todo[i], **plan.read(todo[i], reply), **said, **plan.who})
         step.entry |= {"retry": None} if since else {}  # the next one begins anew
         return step.journal.rows()
@@ -311,6 +312,7 @@ class Rating(TypedDict, total=False):
     status: Literal["ok", "unparsed", "refused", "length", "error"]
     rater: dict[str, Any]  # kind, model, prompt_version
     usage: dict[str, Any]  # tokens, usd
+    served: str  # the model that an endpoint says it used
     signals: dict[str, float | None]  # of a local rater
 
 # %% ../nbs/04_judge.ipynb #0fa04901
@@ -390,6 +392,7 @@ class Judgment(Pair, total=False):
     status: Literal["ok", "unparsed", "refused", "length", "error"]
     judge: dict[str, Any]  # model, prompt_version
     usage: dict[str, Any]  # tokens, usd
+    served: str  # the model that an endpoint says it used
     copied: bool  # stands in for the other order, which was not asked
 
 # %% ../nbs/04_judge.ipynb #e79b60ce

@@ -215,12 +215,14 @@ def dollars(
 
 def cost_of(
     *outputs: str | Path,  # files of a run, some of which may not be there yet
-) -> dict[str, Any]:  # calls, prompt_tokens, completion_tokens, usd (None: no price was known)
+) -> dict[str, Any]:  # calls, prompt_, completion_, perhaps reasoning_tokens; usd or None
     "What the replies behind all lines took: none from the cache, but those that were replaced."
     lines = [line for p in outputs if Path(p).exists() for line in files.read_jsonl(p)]
     paid = [u for line in lines if "prompt_tokens" in (u := line.get("usage") or {})]
     usd = [u["usd"] for u in paid if u.get("usd") is not None]
     tokens = {k: sum(u.get(k) or 0 for u in paid) for k in ("prompt_tokens", "completion_tokens")}
+    if thoughts := sum(u.get("reasoning_tokens") or 0 for u in paid):  # of the completion tokens
+        tokens["reasoning_tokens"] = thoughts
     return {"calls": len(paid), **tokens, "usd": round(sum(usd), 6) if usd else None}
 
 # %% ../../nbs/core/run_folder.ipynb #76dda07c

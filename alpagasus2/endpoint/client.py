@@ -300,7 +300,7 @@ class Endpoint:
             raise UserError("max_cost: a reply without max_tokens can cost any amount; set it")
         self.cache = ReplyCache(cache)
         self.sending.learned |= self.cache.learned(self.base_url, model)
-        self.purpose = purpose
+        self.purpose, self._served = purpose, {self.sending.learned.get("served", "")} - {""}
         self.budget.spent = max(spent, self.cache.spent(purpose))
 
     @property
@@ -424,6 +424,16 @@ class Endpoint:
         "The most that calls can cost."
         return self.price.usd(prompt_tokens, calls * self.longest) if self.price else 0.0
 
+    def _note(self, served: str) -> None:
+        "Say it when another model answers than before, in this run or an earlier one."
+        if served in self._served:
+            return
+        if self._served:
+            say(f"{self.base_url}, model {self.model}: answers as {served} now, and answered as "
+                f"{', '.join(sorted(self._served))} before; each reply keeps its name")  # fmt: skip
+        self._served.add(served)
+        self.cache.learn(self.base_url, self.model, {"served": served})
+
     def settle(
         self,
         reserved: float,  # US dollars that were set aside
@@ -456,6 +466,7 @@ class Endpoint:
             reply = replace(reply, finish_reason="length")  # some servers say stop
         self.settle(0.0, usage["usd"] or 0.0)
         reply = replace(reply, usage=usage)
+        self._note(reply.model)
         sent = self.sending.fields
         self.cache.put(key, self.base_url, reply, raw, seconds, self.model, sent)
         return reply

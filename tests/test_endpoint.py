@@ -476,7 +476,7 @@ def test_six_processes_with_kills_on_one_cache_and_one_journal(tmp_path, n, kill
 
 @pytest.mark.parametrize(("n", "kills"), [(300, 2), pytest.param(3000, 8, marks=pytest.mark.slow)])
 def test_kills_do_not_break_the_cap(tmp_path, n, kills):
-    workers, cap = 8, 3.0
+    workers, cap = 8, n / 100
     write_rows(tmp_path, n)
     dice = random.Random(n)
     with serving(latency=0.05, p429=0.03, p500=0.03, reply="4.5\nIt is right.") as address:
@@ -487,7 +487,7 @@ def test_kills_do_not_break_the_cap(tmp_path, n, kills):
             process = command(*words, cwd=tmp_path)
             while read(address)["requests"] == before and process.poll() is None:
                 time.sleep(0.02)
-            time.sleep(dice.uniform(0, 0.5))
+            time.sleep(dice.uniform(0, 0.8))
             process.kill()
             process.communicate()
         status, said = run(*words, cwd=tmp_path)

@@ -140,7 +140,7 @@ def _opened(path: Path) -> sqlite3.Connection:
         return _connect(path)
 
 # %% ../../nbs/endpoint/cache.ipynb #a6eee9ec
-LEASE = 15.0  # seconds that a claim holds without being renewed
+LEASE = 10.0  # seconds that a claim holds without being renewed
 
 # %% ../../nbs/endpoint/cache.ipynb #8532126d
 def _limit(sent: str | None) -> int:

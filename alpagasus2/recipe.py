@@ -260,20 +260,20 @@ def check_sizes(
 def _claimed(recipe: dict) -> dict:
     "A recipe without the settings that change no result: workers, limits, prices."
     costs = EndpointConfig.__dataclass_fields__
+    unsaid = {"temperature": "auto", "reasoning_effort": None, "response_format": None,
+              "extra_body": None}  # fmt: skip
     of_raters = {"prompt": None, "low": 0.0, "high": 5.0}  # claims without these are as valid
+    of_raters |= {"max_tokens": PLAIN["max_tokens"]}
     of_arms = {"seed": 0, "drop_near_duplicates": None, "quota": None}  # so are those
 
     def kept(part: dict, later: dict) -> dict:
-        return {
-            k: v for k, v in part.items() if k not in costs and (k not in later or v != later[k])
-        }
+        later = {**unsaid, **later}
+        if part.get("max_tokens") == "auto":  # an older claim has the figure
+            part = {**part, "max_tokens": PLAIN["max_tokens"]}
+        return {k: v for k, v in part.items() if k not in costs and (k, v) not in later.items()}
 
     fixed = {k: v for k, v in recipe.items() if k != "price_hour" and (k, v) != ("sizes", [])}
-    rater, judge = recipe["rater"], dict(recipe["judge"])
-    if judge.get("max_tokens") == "auto":  # an older claim has the figure
-        judge["max_tokens"] = PLAIN["max_tokens"]
-    unsaid = Parameters().parameters
-    asked = {"rater": kept(rater, of_raters | unsaid), "judge": kept(judge, unsaid)}
+    asked = {"rater": kept(recipe["rater"], of_raters), "judge": kept(recipe["judge"], {})}
     return fixed | asked | {"arms": {n: kept(arm, of_arms) for n, arm in recipe["arms"].items()}}
 
 # %% ../nbs/06_recipe.ipynb #e0cabe5a

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -552,6 +552,32 @@ def estimate(
     )  # fmt: skip
 
 # %% ../../nbs/endpoint/client.ipynb #b4d61ee6
+_MOST_BYTES = 64_000_000  # of an answer; no completion is as long
+
+
+async def _bound(response: Any) -> None:
+    "A hook of httpx: an answer without an end is broken off before it fills the memory."
+    from httpx2 import AsyncByteStream, ReadError
+
+    inner = response.stream
+
+    class Bounded(AsyncByteStream):
+        "At most so many bytes of it."
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            size = 0
+            async for part in inner:
+                size += len(part)
+                if size > _MOST_BYTES:
+                    raise ReadError("an answer without an end")
+                yield part
+
+        async def aclose(self) -> None:
+            await inner.aclose()
+
+    response.stream = Bounded()
+
+
 class _Connection:
     "Sends single calls at the pace of the limits, and says what a failure means."
 
@@ -562,7 +588,8 @@ class _Connection:
         self.answered = endpoint.cache.means(endpoint.base_url, endpoint.model)[0] > 0
         rates = config.requests_per_minute, config.tokens_per_minute
         self.limits = Limits(*rates, config.max_wait)
-        http = openai.DefaultAsyncHttpxClient(**endpoint.transport)
+        hooks = {"response": [_bound]}
+        http = openai.DefaultAsyncHttpxClient(**endpoint.transport, event_hooks=hooks)
         own = {**endpoint.connection(), "timeout": config.timeout, "http_client": http}
         self.client = openai.AsyncOpenAI(**own)
         pool.exits.push_async_callback(self.client.close)

@@ -141,7 +141,8 @@ def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
 # %% ../nbs/06a_experiment.ipynb #7b4737fa
 def _ask_rater(run: Run, model: str, output: Path) -> None:
     "Rate by asking, and say where the scores have drifted."
-    rater, config = run.recipe.rater, judge.JudgeConfig(dimension=run.recipe.rater.dimension)
+    rater = run.recipe.rater
+    config = judge.JudgeConfig(dimension=rater.dimension, **rater.parameters)
     own = judge.load_prompt(rater.prompt, rater.low, rater.high) if rater.prompt else None
     plan = judge.rating_plan(run.rows, config, model, own or judge.RatingPrompt())
     ask = run.ask(rater, config, {output: plan})
@@ -325,7 +326,7 @@ def judge_arms(run: Run) -> None:
     if run.recipe.aa and model_a not in run.recipe.aa:
         again, control = run.recipe.aa
         pairs += judge.pair_arms(responses, again, [control])
-    config = judge.JudgeConfig(protocol=who.protocol, max_tokens=who.max_tokens)
+    config = judge.JudgeConfig(protocol=who.protocol, **who.parameters)
     name = who.model or run.recipe.base_model
     asked = {"judgments.jsonl": pairs, "canaries.jsonl": judge.canary_pairs(responses, model_a)}
     plans = {run.dir / f: judge.comparison_plan(todo, config, name) for f, todo in asked.items()}

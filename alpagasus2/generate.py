@@ -150,9 +150,10 @@ def endpoint_answers(
     "Answer questions through an endpoint; one that the server refuses has finish_reason error."
     for i, reply in ask(endpoint_requests(questions, since)):
         usage = dict(reply.usage or {})
+        filtered = reply.finish_reason == "content_filter" and not reply.text.strip()
         answer = {
             "response": reply.text,
-            "finish_reason": reply.finish_reason,
+            "finish_reason": "error" if filtered else reply.finish_reason,
             "prompt_tokens": usage.get("prompt_tokens"),
             "response_tokens": usage.get("completion_tokens"),
             "usage": usage,

@@ -37,6 +37,7 @@ from alpagasus2.data import (
     template_settings,
 )
 from .endpoint.client import EndpointConfig
+from .endpoint.parameters import PLAIN, Parameters
 from .evidence.claim import check_margin, read_claim
 from .generate import GenerateConfig
 from .quant_lora import QuantLoraConfig
@@ -44,7 +45,7 @@ from .train import TrainConfig, preset_configs
 
 # %% ../nbs/06_recipe.ipynb #902ba3cd
 @settings
-class Rater(EndpointConfig):
+class Rater(EndpointConfig, Parameters):
     "Who scores the rows of the pool; for an endpoint also its limits and what it may cost."
 
     kind: Literal["llm", "flaws", "superfiltering"] = "llm"  # a judge, or a local model's signals
@@ -58,7 +59,8 @@ class Rater(EndpointConfig):
     high: float = 5.0  # highest score that the prompt asks for
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        EndpointConfig.__post_init__(self)
+        Parameters.__post_init__(self)
         if self.kind == "llm" and self.backend == "endpoint" and not self.model:
             raise UserError("rater: kind llm needs a `model`")
 
@@ -97,18 +99,18 @@ class Arm:
 
 # %% ../nbs/06_recipe.ipynb #e830454e
 @settings
-class Judge(EndpointConfig):
+class Judge(EndpointConfig, Parameters):
     "Who compares the answers; for an endpoint also its limits and what it may cost."
 
     backend: Literal["endpoint", "local"] = "endpoint"  # local: the base model's probabilities
     model: str = ""  # the endpoint's model; default of local: the recipe's base model
     base_url: str | None = None  # the endpoint; default: OPENAI_BASE_URL, else OpenAI's
     protocol: Literal["pair", "verdict"] = "pair"  # local judges give verdicts
-    max_tokens: int = Field(256, gt=0)  # of a reply
     questions: int | None = Field(None, gt=0)  # judge the first so many of a test set; None: all
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        EndpointConfig.__post_init__(self)
+        Parameters.__post_init__(self)
         if self.backend == "endpoint" and not self.model:
             raise UserError("judge: backend endpoint needs a `model`")
         if self.backend == "local":
@@ -309,10 +311,16 @@ def check_pool(
 def _claimed(recipe: dict) -> dict:
     "A recipe without the settings that change no result: workers, limits, prices."
     costs = EndpointConfig.__dataclass_fields__
+    unsaid = {"temperature": "auto", "reasoning_effort": None, "response_format": None,
+              "extra_body": None}  # fmt: skip
     of_raters = {"prompt": None, "low": 0.0, "high": 5.0}  # claims without these are as valid
+    of_raters |= {"max_tokens": PLAIN["max_tokens"]}
     of_arms = {"seed": 0, "drop_near_duplicates": None, "quota": None}  # so are those
 
     def kept(part: dict, later: dict) -> dict:
+        later = {**unsaid, **later}
+        if part.get("max_tokens") == "auto":  # an older claim has the figure
+            part = {**part, "max_tokens": PLAIN["max_tokens"]}
         return {k: v for k, v in part.items() if k not in costs and (k, v) not in later.items()}
 
     fixed = {k: v for k, v in recipe.items() if k != "price_hour" and (k, v) != ("sizes", [])}

@@ -1,5 +1,6 @@
-"""The code path of a GPU, on a device that computes nothing but shapes."""
+"""The code path of a GPU: its numbers on a CPU, and its operators on a device without numbers."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -8,7 +9,16 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from alpagasus2.model.forward import Encoded, packed_attention, target_nll
+from alpagasus2.model.forward import (
+    Encoded,
+    attend_by,
+    micro_batches,
+    packed_attention,
+    shared_prefix,
+    target_nll,
+)
+from alpagasus2.quant_lora import QuantLoraConfig, adapter_parameters, add_lora
+from alpagasus2.train import TrainConfig, training_step
 
 ROWS = [Encoded(str(n), [*range(5), *range(50, 50 + n)], 7) for n in (9, 5, 30)]
 SMALL = {
@@ -31,7 +41,7 @@ class OneDevice(TorchDispatchMode):
 
 
 def on_meta(family: str, **options: Any) -> Any:
-    config = transformers.AutoConfig.for_model(family, **SMALL, **options)
+    config = transformers.AutoConfig.for_model(family, **{**SMALL, **options})
     with torch.device("meta"):
         lm = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
     for block in lm.model.layers:
@@ -61,3 +71,138 @@ def test_a_training_step_stays_on_its_device(family: str, options: dict[str, Any
 def test_two_devices_are_noticed() -> None:
     with OneDevice(), pytest.raises(AssertionError, match="got tensors on"):
         torch.ones(3, device="meta").masked_fill_(torch.ones(3, dtype=torch.bool), 0)
+
+
+def on_cpu(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A model whose rows attend as on a GPU, with an adapter that changes something."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **{**SMALL, **options})
+    lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+    for p in lm.parameters():
+        p.mul_(4.0 if p.dim() > 1 else 1.0)
+    model = add_lora(lm, QuantLoraConfig(lora_dropout=0))
+    for name, p in adapter_parameters(model).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    attend_by(model, "padded")
+    return model
+
+
+def some(n: int, shared: int, longest: int) -> list[Encoded]:
+    """Rows that begin alike, of one target to `longest`."""
+    draw = torch.Generator().manual_seed(n)
+    rows = []
+    for i in range(n):
+        size = longest if i == 0 else int(torch.randint(1, longest + 1, (), generator=draw))
+        own = torch.randint(100, 1000, (size,), generator=draw).tolist()
+        rows.append(Encoded(str(i), [*range(shared), i + 1, *own], shared + 1))
+    return rows
+
+
+def alone(model: Any, rows: list[Encoded]) -> torch.Tensor:
+    """The summed loss of rows that Transformers runs one by one."""
+    total = torch.zeros(())
+    for e in rows:
+        logits = model(input_ids=torch.tensor([e.ids])).logits[0, e.n_prompt - 1 : -1]
+        wanted = torch.tensor(e.ids[e.n_prompt :])
+        total = total + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    return total
+
+
+@pytest.mark.parametrize(
+    "family, options, rows",
+    [
+        ("llama", {}, some(5, 0, 30)),
+        ("llama", {}, some(5, 90, 30)),
+        ("llama", {"num_key_value_heads": 4}, some(3, 7, 20)),
+        ("llama", {"num_key_value_heads": 1}, some(1, 7, 20)),
+        ("llama", {}, some(64, 20, 12)),
+        ("mistral", {"sliding_window": 8}, some(4, 20, 30)),
+        ("mistral", {"sliding_window": 8}, some(4, 0, 30)),
+        ("gemma3_text", {"sliding_window": 8}, some(4, 5, 30)),
+        ("qwen3", {}, some(4, 5, 30)),
+    ],
+    ids=lambda x: f"{len(x)} rows" if isinstance(x, list) else None,
+)
+def test_loss_and_gradient_are_those_of_rows_alone(
+    family: str, options: dict[str, Any], rows: list[Encoded]
+) -> None:
+    model = on_cpu(family, **options)
+    trained = list(adapter_parameters(model).values())
+    wanted, n = alone(model, rows), sum(e.n_targets for e in rows)
+    gradient = torch.autograd.grad(wanted, trained)
+    (pack,) = micro_batches(model, rows, 10**6)
+    assert shared_prefix(sorted(rows, key=lambda e: e.ids)) == (rows[0].n_prompt - 1) * (
+        len(rows) > 1
+    )
+    with packed_attention(model):
+        loss = target_nll(model, [rows[i] for i in pack])[0].sum()
+        found = torch.autograd.grad(loss, trained)
+    assert abs(loss - wanted) / n < 1e-5
+    scale = max(g.abs().max() for g in gradient)
+    for a, b in zip(found, gradient, strict=True):
+        assert b.abs().max() > 0 and (a - b).abs().max() / scale < 1e-5
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        self.seen[name] += 1
+        if name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1]):
+            self.seen["nonzero"] += 1  # what it does inside
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def copies(self) -> int:
+        return self.seen["_to_copy"] + self.seen["copy_"]
+
+
+SLOW = {"index_put", "_index_put_impl_", "index_put_", "nonzero", "masked_select", "index_add"}
+
+
+def step_of(rows: list[Encoded]) -> Operators:
+    """The operators of a whole training step, in 16 bits, through a window and a full layer."""
+    model = on_cpu("gemma3_text", torch.bfloat16, sliding_window=8, num_hidden_layers=6)
+    with Operators() as seen:
+        training_step(model, rows, TrainConfig())
+    return seen
+
+
+def equal_targets(n: int) -> list[Encoded]:
+    """64 targets in n rows."""
+    own = 64 // n
+    return [Encoded(str(i), [*range(9), *range(100 + i, 100 + i + own)], 9) for i in range(n)]
+
+
+def test_a_step_has_no_scatter_in_sorted_order() -> None:
+    seen = step_of(some(9, 20, 12)).seen
+    assert not SLOW & seen.keys()
+    assert seen["index_select"] and seen["index_copy_"]  # what moves positions in their place
+    with Operators() as usual:  # would they be seen?
+        x = torch.ones(9, requires_grad=True)
+        x[torch.tensor([0, 0, 1])][torch.tensor([True, False, True])].sum().backward()
+    assert SLOW & usual.seen.keys() == {"index_put", "nonzero"}
+
+
+def test_copies_do_not_grow_with_the_rows() -> None:
+    few, many = (step_of(equal_targets(n)) for n in (2, 64))
+    assert few.copies == many.copies > 0
+    assert abs(few.seen.total() - many.seen.total()) < 10
+
+
+def test_nothing_is_sent_to_the_device_inside_a_layer() -> None:
+    sent = []
+    for layers in (6, 12):  # the sixth sees all keys, the others a window
+        lm = on_meta("gemma3_text", sliding_window=8, num_hidden_layers=layers)
+        with Operators() as seen, packed_attention(lm):
+            target_nll(lm, ROWS)[0].sum().backward()
+        sent.append(seen.copies)
+    assert sent[0] == sent[1] > 2  # the layout

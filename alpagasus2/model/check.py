@@ -309,6 +309,7 @@ def _measure(
     def measured(way: Way) -> Check:
         for lm in (part, model):
             run_as(lm, way)
+        forward.attend_by(part, forward.kernel_of(model))
         loss, gradient = _apart(_with_gradient(part, rows, _our_losses, trained), own)
         with torch.no_grad():
             apart = _rms(_our_losses(model, rows) - whole)
@@ -373,7 +374,7 @@ def _key(
     cuda = lm.device.type == "cuda"
     device = torch.cuda.get_device_name(lm.device) if cuda else environment()["hardware"]
     code = [file_sha256(str(m.__file__)) for m in (attention, families, forward)]
-    made = [environment()["libraries"], device, code]
+    made = [environment()["libraries"], device, code, forward.kernel_of(lm)]
     return json_sha256([str(config), weights.hexdigest(), made, LOSS, GRADIENT, NOISE])[:32]
 
 # %% ../../nbs/model/check.ipynb #733c0a59

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TILE', 'Way', 'Encoded', 'encode', 'encode_response', 'shared_prefix', 'computed_tokens', 'packs', 'side_by_side',
-           'output_head', 'plain_lm', 'run_as', 'way_of', 'micro_batches', 'packed_attention', 'hidden_at',
-           'own_logits', 'logits_at', 'target_nll', 'nll_by_row', 'evaluating']
+           'output_head', 'plain_lm', 'run_as', 'way_of', 'micro_batches', 'packed_attention', 'attend_by', 'kernel_of',
+           'hidden_at', 'own_logits', 'logits_at', 'target_nll', 'nll_by_row', 'evaluating']
 
 # %% ../../nbs/model/forward.ipynb #77de68da
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ import torch
 from ..core import families
 from ..core.files import UserError
 from ..data import AnyTemplate, Example, response_of
-from .attention import ROWS, attending, layout_of
+from .attention import ROWS, Kernel, attending, layout_of, taken
 from .chat import text_ids, tokenised
 
 # %% ../../nbs/model/forward.ipynb #c1dfd96e
@@ -247,6 +247,26 @@ def packed_attention(
     ours = way_of(lm) == "packed" and not _own_attention(lm)
     return attending(lm, ROWS) if ours else nullcontext()
 
+# %% ../../nbs/model/forward.ipynb #a1722315
+_KERNELS = WeakKeyDictionary[torch.nn.Module, Kernel]()  # of models for which it was set
+
+
+def attend_by(
+    model: Any,  # a causal LM, with or without adapters
+    kernel: Kernel | None,  # None: the default of its device
+) -> None:
+    "Let packed rows of this model attend by a kernel from now on."
+    _KERNELS.pop(plain_lm(model), None)
+    if kernel is not None:
+        _KERNELS[plain_lm(model)] = kernel
+
+
+def kernel_of(
+    model: Any,  # a causal LM, with or without adapters
+) -> Kernel | None:
+    "The kernel that was set by `attend_by`."
+    return _KERNELS.get(plain_lm(model))
+
 # %% ../../nbs/model/forward.ipynb #ff4fc888
 def _check_recomputed(lm: Any) -> None:
     ready = lm.config.get_text_config()._attn_implementation == ROWS
@@ -268,7 +288,7 @@ def _laid_out(pack: Sequence[Encoded], prefix: int) -> tuple[list[int], list[int
 def hidden_at(
     model: Any,  # a causal LM, with or without adapters
     pack: Sequence[Encoded],  # rows, sorted by `ids`
-    places: Sequence[Sequence[int]],  # for each row, positions in it, none before n_prompt - 1
+    places: Sequence[Sequence[int]],  # of each row: distinct, none before n_prompt - 1
 ) -> tuple[Any, torch.Tensor]:  # the LM without wrapper; (all places, width) last hidden states
     "The hidden states that predict what follows the wanted places, row by row."
     lm = plain_lm(model)
@@ -285,31 +305,32 @@ def hidden_at(
         out = lm.base_model(**tokens, use_cache=False)
     else:
         _check_recomputed(lm)
-        layout = layout_of(prefix, lengths, lm.device)
+        layout = layout_of(prefix, lengths, lm.device, kernel_of(lm))
         with packed_attention(lm):
             out = lm.base_model(**tokens, use_cache=False, layout=layout)
-    return lm, out.last_hidden_state[0, torch.tensor(wanted, dtype=torch.long, device=lm.device)]
+    index = torch.tensor(wanted, dtype=torch.long, device=lm.device)
+    return lm, taken(out.last_hidden_state[0], index)
 
 # %% ../../nbs/model/forward.ipynb #dec524c8
 def own_logits(
     model: Any,  # a causal LM, with or without adapters
     batch: Sequence[Encoded],  # rows
-    places: Sequence[Sequence[int]],  # for each row, positions in it
+    places: Sequence[Sequence[int]],  # of each row: distinct positions in it
 ) -> torch.Tensor:  # (all places, vocabulary)
     "The logits of a padded batch by the model's own forward pass, row by row."
-    lm = plain_lm(model)
-    rows = [torch.tensor(e.ids, device=lm.device) for e in batch]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+    lm, width = plain_lm(model), max(len(e.ids) for e in batch)
+    ids = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in batch], device=lm.device)
+    ends = torch.tensor([len(e.ids) for e in batch], device=lm.device)
+    mask = (torch.arange(width, device=lm.device) < ends[:, None]).long()
     logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    row_of = [r for r, at in enumerate(places) for _ in at]
-    return logits[row_of, [i for at in places for i in at]]
+    flat = [r * width + i for r, at in enumerate(places) for i in at]
+    return taken(logits.flatten(0, 1), torch.tensor(flat, dtype=torch.long, device=lm.device))
 
 
 def logits_at(
     model: Any,  # a causal LM, with or without adapters
     batch: Sequence[Encoded],  # rows of one micro-batch; of a pack, sorted by `ids`
-    places: Sequence[Sequence[int]],  # for each row, positions in it, none before n_prompt - 1
+    places: Sequence[Sequence[int]],  # of each row: distinct, none before n_prompt - 1
 ) -> torch.Tensor:  # (all places, vocabulary)
     "The logits that predict what follows the wanted places, row by row."
     if way_of(model) != "packed":
@@ -346,9 +367,10 @@ def nll_by_row(
     "The same for any number of rows, in micro-batches; differentiable."
     found = [torch.empty(0)] * len(rows)
     for batch in micro_batches(model, rows, token_budget):
-        nll, row_of = target_nll(model, [rows[i] for i in batch])
-        for k, i in enumerate(batch):
-            found[i] = nll[row_of == k]
+        batch.sort(key=lambda i: (rows[i].ids, i))  # the order of their losses
+        nll, _ = target_nll(model, [rows[i] for i in batch])
+        for i, part in zip(batch, nll.split([rows[i].n_targets for i in batch]), strict=True):
+            found[i] = part
     return found
 
 # %% ../../nbs/model/forward.ipynb #cd0d01f5

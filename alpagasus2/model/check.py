@@ -30,7 +30,7 @@ from alpagasus2.core.files import (
     write_json,
 )
 from ..core.run_folder import environment
-from . import attention, forward
+from . import attention, forward, fused
 from .forward import Encoded, Way, evaluating, plain_lm, run_as
 
 # %% ../../nbs/model/check.ipynb #b71f59b0
@@ -373,8 +373,9 @@ def _key(
             weights.update(b"" if adapter else _sample(p))
     cuda = lm.device.type == "cuda"
     device = torch.cuda.get_device_name(lm.device) if cuda else environment()["hardware"]
-    code = [file_sha256(str(m.__file__)) for m in (attention, families, forward)]
-    made = [environment()["libraries"], device, code, forward.kernel_of(lm)]
+    code = [file_sha256(str(m.__file__)) for m in (attention, families, forward, fused)]
+    kernels = [forward.kernel_of(lm), fused.fused_by(lm)]
+    made = [environment()["libraries"], device, code, kernels]
     return json_sha256([str(config), weights.hexdigest(), made, LOSS, GRADIENT, NOISE])[:32]
 
 # %% ../../nbs/model/check.ipynb #733c0a59

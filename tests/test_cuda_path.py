@@ -1,14 +1,18 @@
 """The code path of a GPU: its numbers on a CPU, and its operators on a device without numbers."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import transformers
+from stand_ins import tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from alpagasus2.model.attention import Kernel, layout_of
 from alpagasus2.model.forward import (
     Encoded,
     attend_by,
@@ -18,7 +22,7 @@ from alpagasus2.model.forward import (
     target_nll,
 )
 from alpagasus2.quant_lora import QuantLoraConfig, adapter_parameters, add_lora
-from alpagasus2.train import TrainConfig, training_step
+from alpagasus2.train import TrainConfig, train, training_step
 
 ROWS = [Encoded(str(n), [*range(5), *range(50, 50 + n)], 7) for n in (9, 5, 30)]
 SMALL = {
@@ -40,15 +44,20 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def on_meta(family: str, **options: Any) -> Any:
+KERNELS: list[Kernel] = ["padded", "unpadded"]
+
+
+def on_meta(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     config = transformers.AutoConfig.for_model(family, **{**SMALL, **options})
     with torch.device("meta"):
-        lm = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
+        lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    lm.requires_grad_(False)
     for block in lm.model.layers:
         block.self_attn.v_proj.requires_grad_(True)
     return lm
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     "family, options",
     [
@@ -58,8 +67,11 @@ def on_meta(family: str, **options: Any) -> Any:
         ("granite", {"logits_scaling": 8.0}),
     ],
 )
-def test_a_training_step_stays_on_its_device(family: str, options: dict[str, Any]) -> None:
-    lm = on_meta(family, **options)
+def test_a_training_step_stays_on_its_device(
+    family: str, options: dict[str, Any], kernel: Kernel
+) -> None:
+    lm = on_meta(family, torch.bfloat16, **options)
+    attend_by(lm, kernel)
     with OneDevice(), packed_attention(lm):
         nll, row_of = target_nll(lm, ROWS)
         nll.sum().backward()
@@ -73,7 +85,7 @@ def test_two_devices_are_noticed() -> None:
         torch.ones(3, device="meta").masked_fill_(torch.ones(3, dtype=torch.bool), 0)
 
 
-def on_cpu(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def on_cpu(family: str, kernel: Kernel, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A model whose rows attend as on a GPU, with an adapter that changes something."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **{**SMALL, **options})
@@ -84,7 +96,7 @@ def on_cpu(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> A
     for name, p in adapter_parameters(model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
-    attend_by(model, "padded")
+    attend_by(model, kernel)
     return model
 
 
@@ -109,6 +121,7 @@ def alone(model: Any, rows: list[Encoded]) -> torch.Tensor:
     return total
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     "family, options, rows",
     [
@@ -125,9 +138,9 @@ def alone(model: Any, rows: list[Encoded]) -> torch.Tensor:
     ids=lambda x: f"{len(x)} rows" if isinstance(x, list) else None,
 )
 def test_loss_and_gradient_are_those_of_rows_alone(
-    family: str, options: dict[str, Any], rows: list[Encoded]
+    family: str, options: dict[str, Any], rows: list[Encoded], kernel: Kernel
 ) -> None:
-    model = on_cpu(family, **options)
+    model = on_cpu(family, kernel, **options)
     trained = list(adapter_parameters(model).values())
     wanted, n = alone(model, rows), sum(e.n_targets for e in rows)
     gradient = torch.autograd.grad(wanted, trained)
@@ -158,6 +171,8 @@ class Operators(TorchDispatchMode):
         self.seen[name] += 1
         if name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1]):
             self.seen["nonzero"] += 1  # what it does inside
+        if name == "_to_copy" and (kwargs or {}).get("device", args[0].device) != args[0].device:
+            self.seen["sent"] += 1
         return func(*args, **(kwargs or {}))
 
     @property
@@ -168,9 +183,9 @@ class Operators(TorchDispatchMode):
 SLOW = {"index_put", "_index_put_impl_", "index_put_", "nonzero", "masked_select", "index_add"}
 
 
-def step_of(rows: list[Encoded]) -> Operators:
+def step_of(rows: list[Encoded], kernel: Kernel) -> Operators:
     """The operators of a whole training step, in 16 bits, through a window and a full layer."""
-    model = on_cpu("gemma3_text", torch.bfloat16, sliding_window=8, num_hidden_layers=6)
+    model = on_cpu("gemma3_text", kernel, torch.bfloat16, sliding_window=8, num_hidden_layers=6)
     with Operators() as seen:
         training_step(model, rows, TrainConfig())
     return seen
@@ -182,8 +197,9 @@ def equal_targets(n: int) -> list[Encoded]:
     return [Encoded(str(i), [*range(9), *range(100 + i, 100 + i + own)], 9) for i in range(n)]
 
 
-def test_a_step_has_no_scatter_in_sorted_order() -> None:
-    seen = step_of(some(9, 20, 12)).seen
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_step_has_no_scatter_in_sorted_order(kernel: Kernel) -> None:
+    seen = step_of(some(9, 20, 12), kernel).seen
     assert not SLOW & seen.keys()
     assert seen["index_select"] and seen["index_copy_"]  # what moves positions in their place
     with Operators() as usual:  # would they be seen?
@@ -193,16 +209,40 @@ def test_a_step_has_no_scatter_in_sorted_order() -> None:
 
 
 def test_copies_do_not_grow_with_the_rows() -> None:
-    few, many = (step_of(equal_targets(n)) for n in (2, 64))
+    few, many = (step_of(equal_targets(n), "padded") for n in (2, 64))
     assert few.copies == many.copies > 0
     assert abs(few.seen.total() - many.seen.total()) < 10
 
 
-def test_nothing_is_sent_to_the_device_inside_a_layer() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nothing_is_sent_to_the_device_inside_a_layer(kernel: Kernel) -> None:
     sent = []
     for layers in (6, 12):  # the sixth sees all keys, the others a window
-        lm = on_meta("gemma3_text", sliding_window=8, num_hidden_layers=layers)
+        lm = on_meta("gemma3_text", torch.bfloat16, sliding_window=8, num_hidden_layers=layers)
+        attend_by(lm, kernel)
         with Operators() as seen, packed_attention(lm):
             target_nll(lm, ROWS)[0].sum().backward()
-        sent.append(seen.copies)
+        sent.append(seen.seen["sent"])
+        assert (seen.seen["_varlen_attn"] == layers) == (kernel == "unpadded")
     assert sent[0] == sent[1] > 2  # the layout
+
+
+def test_a_training_attends_as_it_is_told(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "base", num_key_value_heads=2, initializer_range=0.2)
+    rows: list[Any] = [
+        {"instruction": f"Say {word}", "input": "", "output": f"{word} {word}"}
+        for word in ("one", "two", "three", "four")
+    ]
+    losses, kernels = {}, [None, *KERNELS]
+    with patch("alpagasus2.quant_lora.compute_dtype", lambda device: torch.float32):
+        for kernel in kernels:
+            config = TrainConfig(attention=kernel, batch_size=2, learning_rate=1e-2)
+            with patch("alpagasus2.model.forward.layout_of", side_effect=layout_of) as asked:
+                result = train(
+                    str(tmp_path / "base"), rows, tmp_path / str(kernel), config, progress=False
+                )
+            assert {call.args[3] for call in asked.call_args_list} == {kernel}
+            losses[kernel] = result["loss"]
+    for kernel in KERNELS:
+        assert losses[kernel] == pytest.approx(losses[None], abs=1e-4)
+    assert losses[None][0] > losses[None][-1]

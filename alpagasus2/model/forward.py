@@ -332,7 +332,7 @@ def hidden_at(
         out = lm.base_model(**tokens, use_cache=False)
     else:
         _check_recomputed(lm)
-        layout = layout_of(prefix, lengths, lm.device, kernel_of(lm))
+        layout = layout_of(prefix, lengths, lm.device, kernel_of(lm), lm.dtype)
         with packed_attention(lm):
             out = lm.base_model(**tokens, use_cache=False, layout=layout)
     index = torch.tensor(wanted, dtype=torch.long, device=lm.device)

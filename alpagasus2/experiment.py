@@ -15,6 +15,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from tqdm import tqdm
 
 from . import judge, local
@@ -151,9 +152,19 @@ def select_arms(
         chosen[part] = read_json(path)
     return chosen
 
+# %% ../nbs/06a_experiment.ipynb #c582a7b7
+def _pool(run: Run, replicate: int, scores: Mapping[str, float]) -> list[Example]:
+    "The rows that every arm of a replicate draws from."
+    rows = [r for r in run.rows if not scores or r["id"] in scores]
+    share = run.claim["recipe"].get("pool_share", 1.0)  # a claim of an earlier version: all
+    if share == 1:
+        return rows
+    rng = np.random.default_rng([run.recipe.seed, replicate])
+    return [rows[i] for i in sorted(rng.choice(len(rows), round(share * len(rows)), replace=False))]
+
 # %% ../nbs/06a_experiment.ipynb #0d3ffcf2
 def _arm_rows(run: Run, arm: Arm, replicate: int, scores: Mapping[str, float]) -> list[Example]:
-    pool = load_examples(arm.data)[0] if arm.data else run.rows
+    pool = load_examples(arm.data)[0] if arm.data else _pool(run, replicate, scores)
     size: dict[str, Any] = {arm.select or "random_k": arm.rows}
     if arm.value is not None:  # a filter keeps as many as it does; arms need equal numbers
         limit: dict[str, Any] = {str(arm.select): arm.value}
@@ -314,6 +325,8 @@ def _doubts(run: Run, selected: Mapping[str, Sequence[Example]]) -> Iterator[str
     if judged_by == recipe.base_model:
         yield "The judge is the base model itself."
     rated = any(a.select in BY_SCORE for a in recipe.arms.values())
+    if rated and recipe.replicates > 1 and run.claim["recipe"].get("pool_share", 1.0) == 1:
+        yield "Every run chose from the whole pool, so this holds for these rows and ratings."
     if rated and judged_by == (recipe.rater.model or recipe.base_model) != recipe.base_model:
         yield "The judge also rated the rows."
 

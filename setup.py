@@ -13,7 +13,7 @@ extras = {
     key.removesuffix("_requirements"): value.split()
     for key, value in cfg.items()
     if key.endswith("_requirements")
-}  # train, serve, leaderboard, dev; `leaderboard` scores trained models, so it takes train along
+}  # `leaderboard` scores trained models, so it takes train along
 extras["leaderboard"] = [*extras["train"], *extras["leaderboard"]]
 setup(
     name=cfg["lib_name"],

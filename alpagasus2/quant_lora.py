@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL_MODEL', 'quiet_libraries', 'QuantLoraConfig', 'pick_device', 'compute_dtype', 'free_memory', 'small_model',
            'resolve_model', 'load_tokenizer', 'keep_trainable', 'load_config', 'expert_weights', 'load_base',
-           'weight_count', 'weights_held', 'adapter_parameters', 'Dropout', 'linear_layers', 'add_lora',
+           'weight_count', 'weights_held', 'adapter_parameters', 'Dropout', 'LoraProduct', 'linear_layers', 'add_lora',
            'load_adapters', 'as_arm']
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
@@ -294,14 +294,35 @@ class Dropout(torch.nn.Dropout):
         bits = draws.view(torch.int16)[: input.numel()].view(input.shape)
         return input * (bits >= round(self.p * 2**16) - 2**15) * (1 / (1 - self.p))
 
-# %% ../nbs/01_quant_lora.ipynb #e8ec0143
-def _quick_dropout(model: Any) -> None:
-    "Put `Dropout` in the place of PyTorch's in every adapter layer."
+# %% ../nbs/01_quant_lora.ipynb #a612a747
+class LoraProduct(torch.nn.Linear):
+    "A linear layer that computes in the type of its input, whatever the type of its weight."
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        "(..., in features) -> (..., out features), in the same type."
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return torch.nn.functional.linear(input, self.weight.to(input.dtype), bias)
+
+# %% ../nbs/01_quant_lora.ipynb #1b71ec91
+def _product(layer: torch.nn.Linear) -> LoraProduct:
+    "The same parameters in a layer that computes in the type of its input."
+    product = LoraProduct(layer.in_features, layer.out_features, device="meta")
+    product.weight, product.bias = layer.weight, layer.bias
+    return product.train(layer.training)
+
+
+def _quick(model: Any) -> Any:
+    "Put `Dropout` and `LoraProduct` in the place of PyTorch's in every plain adapter layer."
     for module in model.modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            for name, layer in module.lora_dropout.items():
-                if isinstance(layer, torch.nn.Dropout):
-                    module.lora_dropout[name] = Dropout(layer.p)
+        if not isinstance(module, peft.tuners.lora.LoraLayer) or module.lora_variant:
+            continue
+        module.cast_input_dtype_enabled = False
+        for name, layer in module.lora_dropout.items():
+            if isinstance(layer, torch.nn.Dropout):
+                module.lora_dropout[name] = Dropout(layer.p).train(layer.training)
+        for layers in (module.lora_A, module.lora_B):
+            layers.update({name: _product(layer) for name, layer in layers.items()})
+    return model
 
 # %% ../nbs/01_quant_lora.ipynb #2419c89c
 def _is_linear(module: torch.nn.Module) -> bool:
@@ -390,8 +411,7 @@ def add_lora(
             wrapped = peft.get_peft_model(model, lora, autocast_adapter_dtype=True)
         except ValueError as e:
             raise UserError(f"lora_target_modules: {str(e).split('. ')[0]}") from e
-    _quick_dropout(wrapped)
-    return wrapped.train()
+    return _quick(wrapped).train()
 
 # %% ../nbs/01_quant_lora.ipynb #1ffc26a8
 @_loading()
@@ -412,7 +432,7 @@ def load_adapters(
                 wrapped.load_adapter(str(path), adapter_name=name)
         except (OSError, ValueError) as e:
             raise UserError(f"adapter {name}: {path}: {str(e).splitlines()[0]}") from e
-    return wrapped
+    return _quick(wrapped)
 
 # %% ../nbs/01_quant_lora.ipynb #136294c6
 @contextmanager

@@ -32,10 +32,12 @@ from alpagasus2.core.files import (
 )
 from .core.run_folder import recorded
 from .data import AnyTemplate, Example, Template, dropped, load_examples, template_of
+from .model.attention import Kernel
 from .model.check import check_own, checked, own_losses
 from .model.checkpoint import Checkpoint, StopRequest
 from alpagasus2.model.forward import (
     Encoded,
+    attend_by,
     encode,
     evaluating,
     micro_batches,
@@ -75,6 +77,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm; 0: never
     optimizer: Literal["adamw", "paged_adamw"] = "adamw"  # paged: bitsandbytes', CUDA only
     gradient_checkpointing: bool = False  # less memory for a third more time
+    attention: Kernel | None = None  # by_row: a CPU's; padded: a GPU's; unpadded: not measured yet
     cutoff_len: int = Field(256, gt=0)  # tokens; a longer row loses its end, and its EOS
     train_on_prompt: bool = False  # also learn to write the instruction
     template: Template = "alpaca"  # the prompt: Alpaca's, or the tokenizer's chat template
@@ -449,8 +452,8 @@ def _check(output_dir: Path, config: TrainConfig) -> None:
 
 # %% ../nbs/02_train.ipynb #15f9d21f
 INDIFFERENT = (
-    "micro_batch_size", "token_budget", "gradient_checkpointing", "eval_steps", "save_steps",
-    "unpacked",
+    "micro_batch_size", "token_budget", "gradient_checkpointing", "attention", "eval_steps",
+    "save_steps", "unpacked",
 )  # fmt: skip # settings that change time and memory but, within rounding, not the adapter
 
 
@@ -496,6 +499,7 @@ def _prepared(
 ) -> tuple[Any, TrainConfig]:
     "The base with a fresh adapter, and the settings with its rate and token budget."
     model = add_lora(load_base(base_model, quant_lora), quant_lora, config.seed)
+    attend_by(model, config.attention)
     if config.trainer is None:
         checked(model, gradient=True)
     else:

@@ -106,8 +106,8 @@ class Journal(AbstractContextManager["Journal"]):
 
 # %% ../../nbs/core/run_folder.ipynb #1a7ed68c
 LIBRARIES = (
-    "alpagasus2", "accelerate", "bitsandbytes", "datasets", "numpy", "openai", "pandas", "peft",
-    "torch", "transformers",
+    "alpagasus2", "accelerate", "bitsandbytes", "datasets", "liger_kernel", "numpy", "openai",
+    "pandas", "peft", "torch", "transformers",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from alpagasus2.core.files import (
     write_json,
 )
 from ..core.run_folder import environment
-from . import attention, forward
+from . import attention, forward, fused
 from .forward import Encoded, Way, evaluating, plain_lm, run_as
 
 # %% ../../nbs/model/check.ipynb #b71f59b0
@@ -309,6 +309,7 @@ def _measure(
     def measured(way: Way) -> Check:
         for lm in (part, model):
             run_as(lm, way)
+        forward.attend_by(part, forward.kernel_of(model))
         loss, gradient = _apart(_with_gradient(part, rows, _our_losses, trained), own)
         with torch.no_grad():
             apart = _rms(_our_losses(model, rows) - whole)
@@ -372,8 +373,9 @@ def _key(
             weights.update(b"" if adapter else _sample(p))
     cuda = lm.device.type == "cuda"
     device = torch.cuda.get_device_name(lm.device) if cuda else environment()["hardware"]
-    code = [file_sha256(str(m.__file__)) for m in (attention, families, forward)]
-    made = [environment()["libraries"], device, code]
+    code = [file_sha256(str(m.__file__)) for m in (attention, families, forward, fused)]
+    kernels = [forward.kernel_of(lm), fused.fused_by(lm)]
+    made = [environment()["libraries"], device, code, kernels]
     return json_sha256([str(config), weights.hexdigest(), made, LOSS, GRADIENT, NOISE])[:32]
 
 # %% ../../nbs/model/check.ipynb #733c0a59

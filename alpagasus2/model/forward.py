@@ -23,6 +23,7 @@ from ..core.files import UserError
 from ..data import AnyTemplate, Example, response_of
 from .attention import ROWS, attending, layout_of
 from .chat import text_ids, tokenised
+from .dropout import drop_by_token, token_keys
 
 # %% ../../nbs/model/forward.ipynb #c1dfd96e
 @dataclass(frozen=True)
@@ -281,6 +282,7 @@ def hidden_at(
         "input_ids": torch.tensor([ids], device=lm.device),
         "position_ids": torch.tensor([at], device=lm.device),
     }
+    drop_by_token(lm, token_keys(ids, at))
     if own:
         out = lm.base_model(**tokens, use_cache=False)
     else:
@@ -301,6 +303,8 @@ def own_logits(
     rows = [torch.tensor(e.ids, device=lm.device) for e in batch]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+    keys = [token_keys(e.ids, range(len(e.ids))) for e in batch]
+    drop_by_token(lm, [k for row in keys for k in [*row, *[0] * (ids.shape[1] - len(row))]])
     logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
     row_of = [r for r, at in enumerate(places) for _ in at]
     return logits[row_of, [i for at in places for i in at]]

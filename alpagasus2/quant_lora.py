@@ -87,11 +87,11 @@ def pick_device() -> str:  # "cuda" or "cpu"
 
 def compute_dtype(
     device: str | None = None,  # default: this process's device
-) -> torch.dtype:  # bfloat16 or float32
+) -> torch.dtype:  # bfloat16; float16 on an older GPU, float32 on an older CPU
     "The fastest precision that training survives on a device."
     if (device or pick_device()).startswith("cuda"):
         native = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 only emulates it
-        return torch.bfloat16 if native else torch.float32
+        return torch.bfloat16 if native else torch.float16
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 # %% ../nbs/01_quant_lora.ipynb #2884ee75

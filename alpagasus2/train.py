@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'TOKEN_BUDGET', 'SMALLER', 'BUDGETS', 'After', 'INDIFFERENT', 'TrainConfig', 'preset_values',
-           'preset_configs', 'rate_at', 'batch_schedule', 'split_rows', 'encode_rows', 'training_step',
+           'preset_configs', 'rate_at', 'batch_schedule', 'split_rows', 'encode_rows', 'LossScaling', 'training_step',
            'measure_budget', 'mean_loss', 'own_loss', 'own_steps', 'fit', 'save_adapter', 'train']
 
 # %% ../nbs/02_train.ipynb #77de68da
@@ -50,6 +50,7 @@ from alpagasus2.quant_lora import (
     QuantLoraConfig,
     adapter_parameters,
     add_lora,
+    compute_dtype,
     load_base,
     load_tokenizer,
     pick_device,
@@ -229,6 +230,41 @@ def _own_packs(model: Any, batch: Sequence[Encoded], config: TrainConfig) -> lis
     state = accelerate.PartialState()
     return _cut(model, batch, config)[state.process_index :: state.num_processes]
 
+# %% ../nbs/02_train.ipynb #c73a0b22
+@dataclass
+class LossScaling:
+    "The optimiser, and what scales the loss for it; the scaler is disabled but in fp16."
+
+    scaler: torch.amp.GradScaler
+    optimizer: torch.optim.Optimizer | None = None  # over the adapter
+
+    @property
+    def may_skip(self) -> bool:
+        "Whether an overflow of the gradient may pass, since a smaller factor can mend it."
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+
+    def unscale(self) -> None:
+        "Divide the gradient of the adapter."
+        if self.optimizer:
+            self.scaler.unscale_(self.optimizer)
+
+    def step(self) -> None:
+        "Update the adapter, or skip that; then forget the gradient."
+        assert self.optimizer is not None
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+
+def _loss_scaling(
+    model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> LossScaling:
+    "As the state of an unfinished training has it."
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    if state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
+    return LossScaling(scaler, optimizer)
+
 # %% ../nbs/02_train.ipynb #22f61052
 SMALLER = "set gradient_checkpointing, lower cutoff_len, or choose a smaller base model"
 
@@ -240,8 +276,9 @@ def _refuse_no_number(step: int, loss: float, norm: float, batch: Sequence[Encod
 
 # %% ../nbs/02_train.ipynb #472b07b9
 def _add_gradients(
-    model: Any, batch: Sequence[Encoded], config: TrainConfig, step: int
-) -> tuple[torch.Tensor, list[Encoded]]:
+    model: Any, batch: Sequence[Encoded], config: TrainConfig, step: int,
+    scaler: torch.amp.GradScaler,
+) -> tuple[torch.Tensor, list[Encoded]]:  # fmt: skip
     "Of this process's micro-batches: their loss, and the rows of one that did not fit."
     targets = sum(e.n_targets for e in batch)
     total = torch.zeros((), device=model.device)
@@ -251,7 +288,7 @@ def _add_gradients(
         try:
             with packed_attention(model):  # in the backward pass, too, for checkpointed layers
                 loss = target_nll(model, rows)[0].sum() / targets
-                loss.backward()
+                scaler.scale(loss).backward()
         except torch.OutOfMemoryError:
             return total, rows
         total += loss.detach()
@@ -273,16 +310,20 @@ def training_step(
     batch: Sequence[Encoded],  # the rows of this optimiser step
     config: TrainConfig,  # token_budget, micro_batch_size, max_grad_norm, seed
     step: int = 0,  # counts from 0; seeds the dropout
+    scaling: LossScaling | None = None,  # for fp16
 ) -> tuple[float, float]:  # loss a target token, gradient norm before clipping
     "Accumulate the gradient of a batch; too large, `OutOfMemoryError`, for one row `UserError`."
-    total, too_large = _add_gradients(model, batch, config, step)
+    scaling = scaling or LossScaling(torch.amp.GradScaler(enabled=False))
+    total, too_large = _add_gradients(model, batch, config, step, scaling.scaler)
     if _any_process(bool(too_large)):
         _give_up(model, step, too_large)
     parameters = list(adapter_parameters(model).values())
     total = _sum_over_processes(parameters, total)
+    scaling.unscale()
     length = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
     loss, norm = torch.stack([total, length]).tolist()  # one wait for the device
-    _refuse_no_number(step, loss, norm, batch)
+    if not (scaling.may_skip and math.isfinite(loss)):
+        _refuse_no_number(step, loss, norm, batch)
     return loss, norm
 
 # %% ../nbs/02_train.ipynb #9d11fe85
@@ -297,12 +338,13 @@ def _smaller(model: Any, batch: Sequence[Encoded], config: TrainConfig) -> Train
 
 
 def _fitting_step(
-    model: Any, batch: Sequence[Encoded], config: TrainConfig, step: int
-) -> tuple[float, float, TrainConfig]:
+    model: Any, batch: Sequence[Encoded], config: TrainConfig, step: int,
+    scaling: LossScaling | None = None,
+) -> tuple[float, float, TrainConfig]:  # fmt: skip
     "`training_step`, again and smaller where memory runs out; and the settings that it took."
     while True:
         try:
-            return *training_step(model, batch, config, step), config
+            return *training_step(model, batch, config, step, scaling), config
         except torch.OutOfMemoryError as e:
             why = str(e)
         config = _smaller(model, batch, config)
@@ -390,9 +432,11 @@ def _measured_budget(model: Any, encoded: Sequence[Encoded], config: TrainConfig
 
 # %% ../nbs/02_train.ipynb #1d4bea3a
 def _optimizer(parameters: Mapping[str, torch.Tensor], config: TrainConfig) -> Any:
-    paged = config.optimizer == "paged_adamw"
-    adamw = bnb.optim.PagedAdamW32bit if paged else torch.optim.AdamW
-    return adamw(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    rate: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "paged_adamw":
+        return bnb.optim.PagedAdamW32bit(parameters.values(), **rate)
+    fused = all(p.is_cuda for p in parameters.values()) or None
+    return torch.optim.AdamW(parameters.values(), fused=fused, **rate)
 
 # %% ../nbs/02_train.ipynb #841f1212
 def _rate_share(step: int, steps: int, config: TrainConfig) -> float:
@@ -430,7 +474,7 @@ def _bar(batches: Sequence[Sequence[Encoded]], done: int, shown: bool) -> tqdm:
 
 # %% ../nbs/02_train.ipynb #f9ba665a
 # called with the steps done, and the figures of the last
-After = Callable[[int, dict[str, float]], None]
+After = Callable[[int, dict[str, Any]], None]
 
 
 def own_steps(
@@ -445,13 +489,15 @@ def own_steps(
 ) -> None:
     "Train on from a step by our own code."
     state = {} if state is None else state
+    scaling = _loss_scaling(model, optimizer, state)
     for step in range(start, len(batches)):
         optimizer.param_groups[0]["lr"] = rates[step]
-        loss, norm, config = _fitting_step(model, batches[step], config, step)
-        optimizer.step()
-        optimizer.zero_grad()
+        loss, norm, config = _fitting_step(model, batches[step], config, step, scaling)
+        scaling.step()
         state["token_budget"] = config.token_budget or TOKEN_BUDGET
-        after(step + 1, {"loss": loss, "learning_rate": rates[step], "grad_norm": norm})
+        state["scaler"] = scaling.scaler.state_dict()
+        known = norm if math.isfinite(norm) else None  # of a step that was skipped
+        after(step + 1, {"loss": loss, "learning_rate": rates[step], "grad_norm": known})
 
 # %% ../nbs/02_train.ipynb #43a5ded2
 def _is_due(done: int, every: int | None, steps: int, config: TrainConfig) -> bool:
@@ -473,19 +519,19 @@ class _Around:
     track: Callable[[dict, int], Any] | None
     began: float = field(default_factory=time.perf_counter)  # of the step that runs
 
-    def after(self, done: int, figures: dict[str, float]) -> None:
+    def after(self, done: int, figures: dict[str, Any]) -> None:
         "Note a step; evaluate, save and leave where it is time."
         steps, config = len(self.batches), self.config
         figures = {**figures, "seconds": time.perf_counter() - self.began}
         batch = self.batches[done - 1]
-        _refuse_no_number(done - 1, figures["loss"], figures["grad_norm"], batch)
+        _refuse_no_number(done - 1, figures["loss"], figures["grad_norm"] or 0.0, batch)
         due = done == steps or _is_due(done, config.eval_steps, steps, config)
         if self.evaluate and due:
             figures["eval_loss"] = self.evaluate()
         for name, value in figures.items():
             self.log.setdefault(name, []).append(value)
         if self.track:
-            self.track(figures, done)
+            self.track({k: v for k, v in figures.items() if v is not None}, done)
         self.bar.update(len(batch))
         self.bar.set_postfix(loss=f"{figures['loss']:.3f}")
         stopping = _any_process(bool(self.stop.signal))
@@ -538,7 +584,9 @@ def _read(data_path: str | Path | list[Example]) -> tuple[list[Example], list]:
 
 
 def _check(output_dir: Path, config: TrainConfig) -> None:
-    "Before any work, see that the device has the optimiser, and that the folder may be replaced."
+    "Before any work, see what the device lacks, and whether the folder may be replaced."
+    if config.trainer and compute_dtype() == torch.float16:
+        raise UserError("trainer=trl needs a GPU with bf16, from Ampere on; leave it away")
     if config.optimizer == "paged_adamw" and not torch.cuda.is_available():
         raise UserError("optimizer=paged_adamw needs CUDA; use adamw on a CPU")
     if not accelerate.PartialState().is_main_process:
@@ -636,6 +684,7 @@ def _summary(
     return {
         **log,
         "steps": len(log["loss"]),
+        "skipped_steps": log["grad_norm"].count(None),  # in fp16
         "examples": counts["rows"] * config.num_epochs,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(counts["tokens"] * config.num_epochs / seconds, 1),

@@ -134,6 +134,7 @@ class StepMemory:
     unpacked: bool = False  # weights are held dequantised, in 16 bits, unless the config says not
     inputs_kept: bool = False  # frozen linear layers keep their input (always so in 8 bits)
     row_attention: bool = False  # attention row by row in fp32; its weights are not kept
+    lora_in_fp32: bool = True  # adapters cast their input to fp32; else they keep it as it is
     logit_chunk: int | None = 256  # targets whose logits exist at once; None: all
     target_share: float = 0.5  # targets among the tokens; 52% of characters in Alpaca rows
     checkpoint_mapped: bool = False  # the checkpoint's linear weights stay mapped in memory
@@ -186,6 +187,20 @@ def _attention_bytes(shape: Shape, step: StepMemory, width: int) -> int:
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return 4 * (q + 2 * kv) if step.row_attention else 2 * width * (q + kv) + 4 * shape.heads
 
+# %% ../../nbs/extras/estimate.ipynb #de582cea
+_READ_ALIKE = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # the same input
+
+
+def _lora_bytes(shape: Shape, quant_lora: QuantLoraConfig, width: int) -> int:
+    "Kept by all adapters for one token, which multiply in a type of so many bytes."
+    targets = adapted(shape, quant_lora)
+    ranks = sum(n * width * quant_lora.lora_r for n in targets.values())
+    if quant_lora.lora_dropout or width == 4:
+        mask = 1 if quant_lora.lora_dropout else 0
+        return ranks + sum(n * i * (width + mask) for (_, i, _), n in targets.items())
+    inputs = {(_READ_ALIKE.get(name, name), i): n for (name, i, _), n in targets.items()}
+    return ranks + sum(n * i * width for (_, i), n in inputs.items())
+
 # %% ../../nbs/extras/estimate.ipynb #59577208
 def activation_bytes(
     shape: Shape,  # the architecture
@@ -197,9 +212,7 @@ def activation_bytes(
     "Kept for the backward pass by one decoder layer for one token."
     norms = 2 * (4 * shape.hidden + 4)
     mlp = 3 * width * shape.ffn
-    per_input = 4 + (1 if quant_lora.lora_dropout else 0)  # fp32, and a byte of the dropout mask
-    targets = adapted(shape, quant_lora)
-    lora = sum(n * (i * per_input + 4 * quant_lora.lora_r) for (_, i, _), n in targets.items())
+    lora = _lora_bytes(shape, quant_lora, 4 if step.lora_in_fp32 else width)
     in_8bit = quant_lora.load_in_8bit and quantised(quant_lora, step)
     inputs = width * (2 * shape.hidden + shape.ffn)  # of attention, of the MLP and inside it
     frozen = inputs if step.inputs_kept or in_8bit else 0

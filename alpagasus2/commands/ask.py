@@ -186,14 +186,9 @@ def _named_path(text: str) -> tuple[str, str]:
 def _server(
     model: str, base_url: str, output: str, settings: Any, limits: Any, questions: Sequence
 ) -> Any:
-    from alpagasus2.endpoint.batch_api import announced
-    from alpagasus2.generate import endpoint_answers, endpoint_requests
+    from alpagasus2.generate import endpoint_answers, server_ask
 
-    ask = announced(
-        model, base_url, [Path(output)], limits, endpoint_requests(questions),
-        temperature=settings.temperature, max_tokens=settings.max_new_tokens,
-        top_p=settings.top_p, seed=settings.seed,
-    )  # fmt: skip
+    ask = server_ask(model, base_url, output, settings, limits, questions)
     return lambda questions: endpoint_answers(ask, questions)
 
 # %% ../../nbs/commands/ask.ipynb #43161119
@@ -226,6 +221,7 @@ def generate(
     replicate: int = 0,  # index of the training seed
     base_url: str | None = None,  # ask this OpenAI-compatible server instead of a local model
     load_in_4bit: bool = True,  # quantise the base; false: 16 bits
+    unpacked: bool | None = None,  # hold the quantised weights in 16 bits; None: where they fit
     export: list[str] | None = None,  # other file formats to write beside: seed, alpaca_eval
     limit: int | None = None,  # only the first so many questions of each set
     dry_run: bool = False,  # say what would be done
@@ -250,7 +246,7 @@ def generate(
     if not base_url:
         from alpagasus2.local import local_arms
 
-        models = local_arms(base_model, paths, settings, load_in_4bit, name)
+        models = local_arms(base_model, paths, settings, load_in_4bit, name, unpacked)
     backend = {"base_url": base_url} if base_url else {"load_in_4bit": load_in_4bit}
     lines = answer(
         asked, models, output, settings, base_model, replicate, adapters=paths, backend=backend

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL_MODEL', 'quiet_libraries', 'QuantLoraConfig', 'pick_device', 'compute_dtype', 'free_memory', 'small_model',
            'resolve_model', 'load_tokenizer', 'keep_trainable', 'load_config', 'expert_weights', 'load_base',
-           'weight_count', 'weights_held', 'adapter_parameters', 'Dropout', 'LoraProduct', 'linear_layers', 'add_lora',
+           'weight_count', 'weights_held', 'adapter_parameters', 'LoraProduct', 'linear_layers', 'add_lora',
            'load_adapters', 'as_arm']
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
@@ -24,6 +24,7 @@ from pydantic import Field
 
 from .core import families
 from .core.files import UserError, cache_dir, say, settings
+from .model.dropout import Dropout
 
 # %% ../nbs/01_quant_lora.ipynb #31382d00
 @contextmanager
@@ -88,11 +89,11 @@ def pick_device() -> str:  # "cuda" or "cpu"
 
 def compute_dtype(
     device: str | None = None,  # default: this process's device
-) -> torch.dtype:  # bfloat16 or float32
+) -> torch.dtype:  # bfloat16; float16 on an older GPU, float32 on an older CPU
     "The fastest precision that training survives on a device."
     if (device or pick_device()).startswith("cuda"):
         native = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 only emulates it
-        return torch.bfloat16 if native else torch.float32
+        return torch.bfloat16 if native else torch.float16
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 # %% ../nbs/01_quant_lora.ipynb #ad431b2a
@@ -281,18 +282,6 @@ def adapter_parameters(
 ) -> dict[str, torch.nn.Parameter]:  # the trained parameters by name
     "What the optimiser sees, and nothing else."
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-# %% ../nbs/01_quant_lora.ipynb #ec906521
-class Dropout(torch.nn.Dropout):
-    "Dropout that on a CPU draws 16 bits an element; elsewhere, and in evaluation, PyTorch's."
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        "Zero elements with probability p, to a 65,536th, and scale the others by 1 / (1 - p)."
-        if not self.training or not self.p or input.device.type != "cpu":
-            return super().forward(input)
-        draws = torch.randint(-(2**63), 2**63 - 1, (-(-input.numel() // 4),))
-        bits = draws.view(torch.int16)[: input.numel()].view(input.shape)
-        return input * (bits >= round(self.p * 2**16) - 2**15) * (1 / (1 - self.p))
 
 # %% ../nbs/01_quant_lora.ipynb #a612a747
 class LoraProduct(torch.nn.Linear):

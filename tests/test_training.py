@@ -229,7 +229,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("begun", [0, 3])
 def test_two_processes_train_as_one(begun, bench, rows, tmp_path):
-    exact = {"batch_size": 8, "num_epochs": 2, "lora_dropout": 0, "token_budget": 256}
+    exact = {"batch_size": 8, "num_epochs": 2, "lora_dropout": 0.1, "token_budget": 256}
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(words(bench, one, **exact)) == 0
     if begun:  # one process takes the first steps
@@ -264,6 +264,54 @@ def test_two_processes_train_as_one(begun, bench, rows, tmp_path):
     assert sum(times.values()) == 48 - 8 * begun and set(times) == {r["id"] for r in rows}
     assert all(len(s["rows"]) > 8 for s in seen), "both processes have to work"
     assert [(s["saves"], s["adapters"]) for s in seen] == [(6 - begun, 1), (0, 0)]
+
+
+def holds(tokens: int):
+    """A device on which a pass over more tokens runs out of memory, if it is over several rows."""
+    nll = training.target_nll
+
+    def limited(model, rows):
+        if len(rows) > 1 and sum(len(e.ids) for e in rows) > tokens:
+            raise torch.OutOfMemoryError("simulated")
+        return nll(model, rows)
+
+    return patch("alpagasus2.train.target_nll", limited)
+
+
+def test_memory_that_runs_out_changes_the_micro_batches_and_not_the_adapter(
+    bench, tmp_path, capsys
+):
+    settings = {"batch_size": 8, "lora_dropout": 0.1, "learning_rate": 1e-3}
+    whole, small, cut = tmp_path / "whole", tmp_path / "small", tmp_path / "cut"
+    in_fp32 = patch("alpagasus2.quant_lora.compute_dtype", lambda device=None: torch.float32)
+    with in_fp32:
+        assert main(words(bench, whole, **settings)) == 0
+        capsys.readouterr()
+        with holds(300):
+            assert main(words(bench, small, **settings)) == 0
+        said = [line for line in capsys.readouterr().err.splitlines() if "fit into memory" in line]
+        assert said and all(line.startswith("step 1: ") for line in said), (
+            "the budget stays smaller"
+        )
+        one, other = (json.loads((p / "train_result.json").read_text()) for p in (whole, small))
+        assert other["token_budget"] < one["token_budget"] == training.TOKEN_BUDGET
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        theirs, ours = (load_file(p / "adapter_model.safetensors") for p in (whole, small))
+        for name, weight in theirs.items():
+            assert (ours[name] - weight).norm() < 1e-2 * weight.norm(), name
+
+        step, calls = training.training_step, iter(range(99))
+
+        def some(*arguments):
+            if next(calls) == 6:
+                raise Stop
+            return step(*arguments)
+
+        with holds(300), patch("alpagasus2.train.training_step", some), pytest.raises(Stop):
+            main(words(bench, cut, **settings))
+        assert step_of(cut) > 1
+        assert main(words(bench, cut, **settings)) == 0  # with all the memory
+        assert weights(cut) == weights(small)
 
 
 def test_tensorboard_shows_the_figures_of_train_result(bench, tmp_path):

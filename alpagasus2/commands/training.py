@@ -96,9 +96,9 @@ def train(
     _after_training(output_dir, data_path, len(rows), repo, hub_private)
 
 # %% ../../nbs/commands/training.ipynb #70c27ed3
-def _count_tokens(base_model: str, data_path: str, config: Any) -> tuple[int, float, str]:
-    "Rows, mean tokens, and how they were counted: a named shape brings no tokenizer."
-    from alpagasus2.extras.estimate import SHAPES
+def _count_tokens(base_model: str, data_path: str, config: Any) -> tuple[dict[str, Any], str]:
+    "What `estimate` takes of the rows, and how it was counted: a named shape has no tokenizer."
+    from alpagasus2.extras.estimate import SHAPES, heaviest
     from alpagasus2.quant_lora import SMALL_MODEL, load_tokenizer
     from alpagasus2.train import encode_rows
 
@@ -106,9 +106,12 @@ def _count_tokens(base_model: str, data_path: str, config: Any) -> tuple[int, fl
     if base_model in SHAPES and base_model != SMALL_MODEL:
         words = [len((prompt(r) + response_of(r)).split()) for r in rows]
         tokens = sum(min(1.35 * n, config.cutoff_len) for n in words)
-        return len(rows), tokens / len(rows), "guessed as 1.35 a word: the shape has no tokenizer"
-    counts = encode_rows(rows, load_tokenizer(base_model), config)[1]
-    return counts["rows"], counts["tokens"] / counts["rows"], "counted by its tokenizer"
+        how = "guessed as 1.35 a word: the shape has no tokenizer"
+        return {"rows": len(rows), "mean_tokens": tokens / len(rows)}, how
+    encoded, counts = encode_rows(rows, load_tokenizer(base_model), config)
+    mean, largest = counts["tokens"] / counts["rows"], heaviest(encoded, config)
+    found = {"rows": counts["rows"], "mean_tokens": mean, "micro_batch": largest}
+    return found, "counted by its tokenizer"
 
 # %% ../../nbs/commands/training.ipynb #9885329c
 def estimate(
@@ -116,32 +119,36 @@ def estimate(
     data_path: str | None = None,  # rows whose tokens are counted, in place of the next two
     rows: int = 9229,  # training rows
     mean_tokens: float = 132.0,  # tokens of a row, prompt and response
-    device: str = "A100-40GB",  # cpu, T4, L4, A10, RTX 3090, RTX 4090, L40S, A100-80GB, H100, H200
+    device: str
+    | None = None,  # T4, L4, A10, RTX 3090, L40S, A100-40GB, H100, cpu, ...; or this one
     preset: str = "seed-7b",  # seed-7b, seed-13b, strong or quickstart; options given replace its
     **config: Any,
 ) -> None:
     "Memory and time of a training, before anything loads."
-    from alpagasus2.extras.estimate import advice, report_lines, shape_of
+    from alpagasus2.extras.estimate import advice, find_device, fitting_line, report_lines, shape_of
     from alpagasus2.extras.estimate import estimate as estimate_training
     from alpagasus2.train import TOKEN_BUDGET, preset_configs
 
     train_config, quant_lora = preset_configs(preset, **config)
+    about: dict[str, Any] = {"rows": rows, "mean_tokens": mean_tokens}
     how = "as given"
     if data_path:
-        rows, mean_tokens, how = _count_tokens(base_model, data_path, train_config)
+        about, how = _count_tokens(base_model, data_path, train_config)
     names = (
         "token_budget", "cutoff_len", "num_epochs", "micro_batch_size", "batch_size",
         "gradient_checkpointing",
     )  # fmt: skip
     settings: dict[str, Any] = {name: getattr(train_config, name) for name in names}
     settings["token_budget"] = train_config.token_budget or TOKEN_BUDGET
-    settings |= {"rows": rows, "mean_tokens": mean_tokens, "quant_lora": quant_lora}
-    settings["device"] = device
+    settings |= {**about, "quant_lora": quant_lora, "device": find_device(device)}
     shape = shape_of(base_model)
     found = estimate_training(shape, **settings)
-    print(f"{base_model} on {device}; {rows:,} rows of {mean_tokens:.0f} tokens, {how}")
+    where, n, mean = device or "this machine", about["rows"], about["mean_tokens"]
+    print(f"{base_model} on {where}; {n:,} rows of {mean:.0f} tokens, {how}")
     print(*report_lines(found), sep="\n")
     print(advice(found, shape, **settings))
+    if line := fitting_line(shape, **settings):
+        print(line)
 
 # %% ../../nbs/commands/training.ipynb #c12b3055
 def _rows_to_compare(adapter: str, data_path: str, limit: int) -> list[Any]:

@@ -144,7 +144,7 @@ def check_device() -> list[Finding]:  # device and precision
         shown = f"{torch.cuda.get_device_name()}, {free:.0f} of {total:.0f} GB free"
     found = [Finding("device", "ok", f"{shown}, torch {torch.__version__}")]
     advice = "computes in fp32, several times slower: use a GPU from Ampere on, or a CPU with bf16"
-    fast = dtype == "bfloat16"
+    fast = dtype in ("bfloat16", "float16")
     return [*found, Finding("precision", "ok" if fast else "warn", dtype, "" if fast else advice)]
 
 # %% ../../nbs/extras/doctor.ipynb #d3e4e559

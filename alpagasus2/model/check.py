@@ -274,8 +274,13 @@ class Check:
 def _as_loaded(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
     "The whole model's own losses; Mamba, say, reads the weight of a layer that is quantised."
     found = _tried(own_losses, model, rows)
-    if not isinstance(found, Exception):
+    if isinstance(found, torch.Tensor) and found.isfinite().all():
         return found
+    if isinstance(found, torch.Tensor):
+        raise UserError(
+            f"{model.config.get_text_config().model_type}: its own loss is not a finite number in "
+            f"{str(model.dtype).removeprefix('torch.')}; choose another base, or a GPU with bf16"
+        )
     raise UserError(
         f"{model.config.get_text_config().model_type}: as it is loaded, its own forward pass fails "
         f"({_first_line(found)}); if it is quantised, set load_in_4bit to false"

@@ -56,13 +56,14 @@ class Checkpoint:
         parameters: Mapping[str, torch.Tensor],  # what is trained, by name
         optimizer: torch.optim.Optimizer,  # its state is kept
         log: Mapping[str, list],  # what was measured so far, as JSON
+        state: Mapping[str, Any] | None = None,  # what else the steps need, as JSON; see `check`
     ) -> None:
         "Replace the file as a whole; on a full disk the old one stays and `OSError` is raised."
-        state = optimizer.state_dict()
-        tensors, numbers = _flatten(state["state"])
+        moments = optimizer.state_dict()
+        tensors, numbers = _flatten(moments["state"])
         tensors |= {f"parameter {n}": p.detach() for n, p in parameters.items()}
         about = {"settings": self.settings, "step": step, "log": log, "numbers": numbers,
-                 "groups": state["param_groups"]}  # fmt: skip
+                 "groups": moments["param_groups"], "state": dict(state or {})}  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f"{self.path.name}.part")  # a killed run's is written over
         whole = {n: t.contiguous().cpu() for n, t in tensors.items()}

@@ -23,6 +23,7 @@ from ..core.files import UserError
 from ..data import AnyTemplate, Example, response_of
 from .attention import ROWS, Kernel, attending, layout_of, taken
 from .chat import text_ids, tokenised
+from .dropout import drop_by_token, token_keys
 from .fused import fused
 
 # %% ../../nbs/model/forward.ipynb #c1dfd96e
@@ -328,6 +329,7 @@ def hidden_at(
         "input_ids": torch.tensor([ids], device=lm.device),
         "position_ids": torch.tensor([at], device=lm.device),
     }
+    drop_by_token(lm, token_keys(ids, at))
     if own:
         out = lm.base_model(**tokens, use_cache=False)
     else:
@@ -349,6 +351,8 @@ def own_logits(
     ids = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in batch], device=lm.device)
     ends = torch.tensor([len(e.ids) for e in batch], device=lm.device)
     mask = (torch.arange(width, device=lm.device) < ends[:, None]).long()
+    keys = [token_keys(e.ids, range(len(e.ids))) for e in batch]
+    drop_by_token(lm, [k for row in keys for k in [*row, *[0] * (width - len(row))]])
     logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
     flat = [r * width + i for r, at in enumerate(places) for i in at]
     return taken(logits.flatten(0, 1), torch.tensor(flat, dtype=torch.long, device=lm.device))

@@ -316,7 +316,7 @@ def rating_plan(
         return Request(rating_messages(row, config.dimension, prompt), line["vote"])
 
     def read(line: Mapping, reply: Reply) -> dict:
-        score = parse_rating(reply.text, prompt.low, prompt.high)
+        score = parse_rating(reply.text, prompt.low, prompt.high, config.dimension)
         return {"score": score, "status": _status(reply, score)}
 
     keys = [

@@ -10,6 +10,7 @@ __all__ = ['RATING_VERSION', 'PAIR_VERSION', 'VERDICT_VERSION', 'DRIFT', 'NULL_A
 
 # %% ../nbs/04_judge.ipynb #fe396af0
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -98,16 +99,29 @@ def load_prompt(
     return RatingPrompt(text, f"own-{_tag(text)}", low, high)
 
 # %% ../nbs/04_judge.ipynb #b80b75b1
+def _spoken(turns: Iterable[Mapping[str, Any]]) -> str:
+    "Turns as text, each with its role; calls of tools are part of what was said."
+    said = []
+    for m in turns:
+        calls = [json.dumps(m["tool_calls"], ensure_ascii=False)] if m.get("tool_calls") else []
+        said.append(f"{m['role'].capitalize()}: " + "\n".join(filter(None, [m["content"], *calls])))
+    return "\n\n".join(said)
+
+
 def _rated_question(row: Example) -> tuple[str, str]:  # instruction, input
-    "What a row asks; a system turn opens the instruction, since the response had to follow it."
+    "What the last answer of a row replies to: the last turn of the user, after what went before."
     if "messages" not in row:
         return question_of(row)
-    system = [m["content"] for m in row["messages"] if m["role"] == "system"]
-    turns = [m for m in row["messages"] if m["role"] not in ("system", "assistant")]
-    if len(turns) != 1:
-        raise UserError(f"row {row.get('id')}: {len(turns)} turns of the user; the rating prompt "
-                        "holds one instruction, so leave such rows out")  # fmt: skip
-    return "\n\n".join([*system, turns[0]["content"]]), ""
+    before = row["messages"][:-1]
+    system = [m["content"] for m in before if m["role"] == "system"]
+    turns = [m for m in before if m["role"] != "system"]
+    if not before:
+        raise UserError(f"row {row.get('id')}: nothing stands before the answer; leave it out")
+    last = max((i for i, m in enumerate(turns) if m["role"] == "user"), default=0)
+    talk, asked = _spoken(turns[:last]), [m["content"] for m in turns[last : last + 1]]
+    tag = _tag(talk, *asked)
+    context = [f"[Conversation so far {tag}]\n{talk}\n[End of conversation {tag}]"] if talk else []
+    return "\n\n".join([*system, *context, *asked]), _spoken(turns[last + 1 :])
 
 # %% ../nbs/04_judge.ipynb #91fc1805
 def rating_messages(

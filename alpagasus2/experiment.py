@@ -277,7 +277,7 @@ def size_results(
     if not recipe.sizes:
         return {}
     steps = {arm.rows: recipe.steps(arm.rows) for arm in run.arms.values()}
-    points = size_points(held, recipe.curves, steps, _costs(run, spent), recipe.seed)
+    points = size_points(held, recipe.curves, steps, _costs(run, spent))
     return {"sizes": points, "sizes_summary": fewest_rows(points)}
 
 # %% ../nbs/06a_experiment.ipynb #df251299
@@ -302,7 +302,7 @@ def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, li
     canaries = canary_outcomes(run_folder.latest(run.dir / "canaries.jsonl"))
     fixed, recipe = run.claim, run.recipe
     model_a, control, aa = fixed["model_a"], fixed["control"], fixed.get("aa")
-    results = analyse(judgments, model_a, canaries, recipe.margin, control, recipe.seed, aa)
+    results = analyse(judgments, model_a, canaries, recipe.margin, control, aa)
     measured, spent = run_folder.latest(run.dir / "heldout.jsonl"), run_cost(run)
     _add_heldout(run, results, measured)
     added: dict[str, Any] = {
@@ -317,13 +317,13 @@ def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, li
 # %% ../nbs/06a_experiment.ipynb #6787863d
 def _add_heldout(run: Run, results: Results, measured: Sequence[Mapping]) -> None:
     "Add the losses of the arms and of the A/A pair, and what they say of the claim."
-    model_a, seed, aa = run.claim["model_a"], run.recipe.seed, results["aa"]
+    model_a, aa = run.claim["model_a"], results["aa"]
     held = [x for x in measured if x["model"] in ("base", *run.recipe.arms)]
     if held and aa:
-        again = heldout_summary(held, aa["model_b"], seed)[aa["model_a"]]
+        again = heldout_summary(held, aa["model_b"])[aa["model_a"]]
         aa["heldout_difference"] = again["difference"]
         aa["heldout_ci95"] = again["difference_ci95"]
-    results["heldout"] = heldout_summary(held, model_a, seed) if held else {}
+    results["heldout"] = heldout_summary(held, model_a) if held else {}
     found = heldout_finding(results["heldout"], model_a, run.claim["control"], aa)
     results["claim"]["heldout"] = found
 
@@ -430,7 +430,8 @@ def summary_lines(
         low, high = found["auc_ci95"]
         kinds = ", ".join(f"{k} {v['auc']:.2f}" for k, v in found["auc_by_kind"].items())
         overall = f"{found['auc']:.2f} [{low:.2f}, {high:.2f}]"
-        lines.append(f"AUC of {found['selector']}: {overall}; {kinds}")
+        few = "" if found.get("auc_decided", True) else " (too few rows of a kind to decide)"
+        lines.append(f"AUC of {found['selector']}: {overall}{few}; {kinds}")
     lines += [f"{'arm':12}{'flawed rows':>12}{'held-out loss':>22}{'right':>9}{'win/tie/lose':>15}"]
     judged = [pooled[0]["model_a"], *(p["model_b"] for p in pooled)]
     arms = dict.fromkeys([*results["heldout"], *results["checkable"], *judged])

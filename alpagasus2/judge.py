@@ -501,14 +501,14 @@ def canary_pairs(
     responses: Sequence[Response],
     model_a: str,  # whose answers the null answer is compared with
 ) -> list[Pair]:  # for `compare`
-    "Pairs whose outcome is known: gold ones, 12 null answers, 6 answers against themselves."
+    "Pairs whose outcome is known: gold ones, 30 null answers, 6 answers against themselves."
     shared = {"test_set": "canaries", "category": None, "replicate": 0}
     known = [
         (g, "gold", g["good"], "bad", g["bad"])
         for g in read_jsonl(dataset_path("gold_pairs.jsonl"))
     ]
     mine = [r for r in responses if r["model"] == model_a and not r.get("replicate")]
-    known += [(r, "null", NULL_ANSWER, model_a, r["response"]) for r in mine[:12]]
+    known += [(r, "null", NULL_ANSWER, model_a, r["response"]) for r in mine[:30]]
     known += [(r, "itself", r["response"], model_a, r["response"]) for r in mine[:6]]
     pairs = [
         {k: asked[k] for k in ("id", "instruction", "input")} | shared

@@ -63,15 +63,17 @@ def _empty_parser(command: str, about: str | None) -> Any:
 def _add_lists(parser: Any, function: Callable, first: str | None) -> set[str]:
     "The parameters that jsonargparse is not to add: those added here, by place or as lists."
     parameters = inspect.signature(function).parameters
-    lists = {n for n, p in parameters.items() if p.annotation in (list[str], list[str] | None)}
+    kinds: dict[Any, type] = {list[str]: str, list[str] | None: str, list[int] | None: int}
+    lists = {n: kinds[p.annotation] for n, p in parameters.items() if p.annotation in kinds}
     if first:
         parser.add_argument(first, type=str)
     for name in sorted(lists):
         default = parameters[name].default
         needed = default is inspect.Parameter.empty
         parser.add_argument(
-            f"--{name}", nargs="+", type=str, required=needed, default=None if needed else default
-        )
+            f"--{name}", nargs="+", type=lists[name], required=needed,
+            default=None if needed else default,
+        )  # fmt: skip
     return {*lists, first or ""}
 
 # %% ../../nbs/commands/options.ipynb #8c7a3f8c

@@ -5,96 +5,95 @@
 # %% auto #0
 __all__ = ['bradley_terry', 'ranking']
 
-# %% ../../nbs/evidence/ranking.ipynb #bbd90c5a
+# %% ../../nbs/evidence/ranking.ipynb #ab3f273e
 from collections.abc import Sequence
 from typing import Any
 
-from .intervals import replicate_resamples
-from .verdicts import majority
+from .intervals import half_width, variance_parts
 
-# %% ../../nbs/evidence/ranking.ipynb #f8a07950
+# %% ../../nbs/evidence/ranking.ipynb #9688688b
 import numpy as np
+from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
-# %% ../../nbs/evidence/ranking.ipynb #24876b17
+# %% ../../nbs/evidence/ranking.ipynb #3ec81277
+def _derivatives(wins: np.ndarray, strength: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Of the log-likelihood: the gradient, and the negative second derivatives."
+    games = wins + wins.T
+    p = expit(strength[:, None] - strength)
+    weight = games * p * (1 - p)
+    return (wins - games * p).sum(1), np.diag(weight.sum(1)) - weight
+
+
 def bradley_terry(
-    wins: np.ndarray,  # [..., models, models] wins of row against column, a tie half to each
-) -> np.ndarray:  # [..., models] log-odds against the mean of all models
-    "Strengths by maximum likelihood, one set for each table."
-    games, eye = wins + wins.swapaxes(-1, -2), np.eye(wins.shape[-1])
-    strength, ridge = np.zeros(wins.shape[:-1]), 1e-6
+    wins: np.ndarray,  # [models, models] wins of row against column, a tie half to each
+) -> np.ndarray:  # [models] log-odds against the mean of all models
+    "Strengths by maximum likelihood; finite where wins lead from every model to every other."
+    strength = np.zeros(len(wins))
     for _ in range(100):
-        p = expit(strength[..., :, None] - strength[..., None, :])
-        gradient = (wins - games * p).sum(-1) - ridge * strength
-        weight = games * p * (1 - p)
-        # the mean is free: a row of ones fixes it
-        hessian = (weight.sum(-1) + ridge)[..., None] * eye - weight + 1 / len(eye)
-        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
-        step /= np.maximum(1, abs(step).max(-1, keepdims=True))
-        strength = strength + step
+        gradient, second = _derivatives(wins, strength)
+        step = np.linalg.pinv(second) @ gradient
+        strength += step / max(1.0, abs(step).max())
         if abs(step).max() < 1e-10:
             break
-    return strength - strength.mean(-1, keepdims=True)
+    return strength - strength.mean()
 
-# %% ../../nbs/evidence/ranking.ipynb #3f0e3fd8
-def _points(outcomes: np.ndarray) -> np.ndarray:
-    "[prompts, pairs, 2] what model_a and model_b get; nothing for an unread pair."
-    won = (outcomes + 1) / 2
-    return np.nan_to_num(np.stack([won, 1 - won], axis=-1))
+# %% ../../nbs/evidence/ranking.ipynb #a8593547
+def _signs(pairs: Sequence[tuple[str, str]], models: Sequence[str]) -> np.ndarray:
+    "[pairs, models]: 1 for the first model of a pair, -1 for the second."
+    return np.array([[float(m == a) - float(m == b) for m in models] for a, b in pairs])
 
 
-def _win_table(points: np.ndarray, a: np.ndarray, b: np.ndarray, models: int) -> np.ndarray:
-    "[..., models, models] from [..., pairs, 2]."
-    wins = np.zeros((*points.shape[:-2], models, models))
-    for pair, (i, j) in enumerate(zip(a, b, strict=True)):
-        wins[..., i, j] += points[..., pair, 0]
-        wins[..., j, i] += points[..., pair, 1]
-    return wins
+def _win_table(points: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    "[models, models] wins from [prompts, pairs, runs] points."
+    first, second = (signs > 0).astype(float), (signs < 0).astype(float)
+    won = np.nansum(points, axis=(0, 2))
+    lost = np.nansum(1 - points, axis=(0, 2))
+    return first.T @ (won[:, None] * second) + second.T @ (lost[:, None] * first)
 
-# %% ../../nbs/evidence/ranking.ipynb #833fbd99
-def _resampled_points(
-    points: np.ndarray,  # [prompts, pairs, 2]
-    codes: np.ndarray,  # [prompts] number of the test set
-    times: int,  # resamples
-    rng: np.random.Generator,  # the source of chance
-) -> np.ndarray:  # [times, pairs, 2]
-    "Sums over prompts drawn with replacement; prompts with the same points are drawn as one."
-    kinds, count = np.unique(
-        np.column_stack([codes, points.reshape(len(points), -1)]), axis=0, return_counts=True
+
+def _influences(
+    points: np.ndarray, signs: np.ndarray, wins: np.ndarray, strength: np.ndarray
+) -> np.ndarray:
+    "[prompts, runs, models]: how far each prompt and run moves each strength."
+    beyond = np.nan_to_num(points - expit(signs @ strength)[:, None])
+    moved = np.einsum("qpr,pm->qrm", beyond, signs)
+    return (
+        points.shape[0] * points.shape[2] * moved @ np.linalg.pinv(_derivatives(wins, strength)[1])
     )
-    total = np.zeros((times, points[0].size))
-    chunk = max(1, 2_000_000 // len(kinds))  # 16 MB of counts at a time
-    for stratum in np.unique(codes):
-        of_it = kinds[:, 0] == stratum
-        values, n = kinds[of_it, 1:], count[of_it]
-        for start in range(0, times, chunk):
-            size = min(chunk, times - start)
-            total[start : start + size] += rng.multinomial(n.sum(), n / n.sum(), size) @ values
-    return total.reshape(times, *points.shape[1:])
 
-# %% ../../nbs/evidence/ranking.ipynb #eb57c4ee
+# %% ../../nbs/evidence/ranking.ipynb #574bb5d6
+def _ends(strength: float, half: float, won: float, lost: float) -> list[float | None]:
+    "The interval of a strength; open where the arm never lost or never won."
+    return [strength - half if won else None, strength + half if lost else None]
+
+
+def _defined(wins: np.ndarray) -> np.ndarray:
+    "The win table, with a win and a loss added to each pair where strengths would be infinite."
+    if connected_components(wins > 0, connection="strong")[0] == 1:
+        return wins
+    return wins + (wins + wins.T > 0)
+
+# %% ../../nbs/evidence/ranking.ipynb #1851a458
 def ranking(
     pairs: Sequence[tuple[str, str]],  # the models of each pair
-    first: np.ndarray,  # [prompts, pairs, replicates] sums of signs, model_a first; NaN: unread
-    second: np.ndarray,  # the same, shown second
-    strata: np.ndarray,  # [prompts] test set of each
-    seed: int = 0,  # of the resampling
-) -> list[dict[str, Any]]:  # model, strength, ci95, rank, n; the strongest first
-    "Bradley-Terry strengths with percentile intervals of 1,000 resamples."
+    points: np.ndarray,  # [prompts, pairs, runs] 1, 1/2 or 0 for its first model; NaN: unread
+    strata: np.ndarray | None = None,  # [prompts] test set of each; None: one
+) -> list[dict[str, Any]]:  # model, strength, ci95, rank, n; the strongest first, None: open
+    "Bradley-Terry strengths with intervals over prompts and runs; equal strengths share a rank."
     models = sorted({m for pair in pairs for m in pair})
-    a, b = (np.array([models.index(p[k]) for p in pairs]) for k in (0, 1))
-    codes = np.unique(strata, return_inverse=True)[1]
-    whole = majority(first, second, np.ones(first.shape[-1]))
-    strength = bradley_terry(_win_table(_points(whole).sum(0)[None], a, b, len(models)))[0]
-    rng, draws = np.random.default_rng(seed), []
-    for weights, times in replicate_resamples(first.shape[-1], 1000, rng):
-        points = _points(majority(first, second, weights))
-        drawn = _resampled_points(points, codes, times, rng)
-        draws.append(bradley_terry(_win_table(drawn, a, b, len(models))))
-    ends = np.quantile(np.concatenate(draws), [0.025, 0.975], axis=0)
-    played = [int((~np.isnan(whole[:, (a == k) | (b == k)])).sum()) for k in range(len(models))]
-    return [
-        {"model": models[k], "strength": float(strength[k]), "ci95": ends[:, k].tolist(),
-         "rank": 1 + int((strength > strength[k] + 1e-9).sum()), "n": played[k]}
-        for k in np.argsort(-strength, kind="stable")
-    ]  # fmt: skip
+    signs = _signs(pairs, models)
+    wins = _win_table(points, signs)
+    defined = _defined(wins)
+    strength = bradley_terry(defined)
+    influences = _influences(points, signs, defined, strength)
+    read = ~np.isnan(points).all(axis=2)
+    found = []
+    for k in np.argsort(-strength, kind="stable"):
+        half = half_width(variance_parts(influences[..., k], strata))
+        ends = _ends(float(strength[k]), half, wins[k].sum(), wins[:, k].sum())
+        rank = 1 + int((strength > strength[k] + 1e-6).sum())
+        played = int(read[:, signs[:, k] != 0].sum())
+        found.append({"model": models[k], "strength": float(strength[k]), "ci95": ends,
+                      "rank": rank, "n": played})  # fmt: skip
+    return found

@@ -68,16 +68,15 @@ def size_points(
     curves: Mapping[str, Mapping[int, str]],  # arm -> rows -> what it is called there in `lines`
     steps: Mapping[int, int],  # rows -> optimiser steps
     costs: Costs,  # of the models
-    seed: int = 0,  # of the resampling
 ) -> list[dict[str, Any]]:  # arm, rows, steps, losses with their intervals, and what they cost
     "The base, and every arm at every number of rows."
     models = {"base", *(m for curve in curves.values() for m in curve.values())}
     measured = [x for x in lines if x["model"] in models]
-    to_base = heldout_summary(measured, "base", seed)
+    to_base = heldout_summary(measured, "base")
     free = Costs({"base": 0.0}, price_hour=costs.price_hour).of("base", "base")
     points = [_point("base", 0, 0, to_base["base"], {}) | free]
     for arm, curve in curves.items():
-        to_largest = heldout_summary(measured, curve[max(curve)], seed)
+        to_largest = heldout_summary(measured, curve[max(curve)])
         points += [
             _point(arm, k, steps[k], to_base[m], to_largest[m]) | costs.of(arm, m)
             for k, m in sorted(curve.items())

@@ -153,14 +153,24 @@ def categories_chart(
     return None
 
 # %% ../../nbs/report/charts.ipynb #ed44de56
+def _strength(row: Mapping) -> Effect | None:
+    "A model's strength; of one that never lost or never won the interval is drawn on one side."
+    ends = row.get("ci95")
+    if not ends or None not in ends:
+        return effect(row["model"], row, "strength", "ci95")
+    low, high = (row["strength"] if end is None else end for end in ends)
+    said = "never lost" if ends[1] is None else "never won"
+    return Effect(f"{row['model'][:40]} ({said})", row["strength"], low, high)
+
+
 def ranking_chart(
     results: Results,  # results.json's content
 ) -> Figure | None:
     "Bradley-Terry strength of every model, the strongest on top."
     rows = sorted(results.get("ranking") or [], key=lambda m: m["rank"])[:_MOST]
-    effects = [e for e in (effect(m["model"], m, "strength", "ci95") for m in rows) if e]
+    effects = map(_strength, rows)
     label = "strength (log-odds against the mean of all models)"
-    return effect_chart(effects, label, 0.0)
+    return effect_chart(list(filter(None, effects)), label, 0.0)
 
 # %% ../../nbs/report/charts.ipynb #85d60c91
 def _amount_axis(axes: Axes, label: str, ticks: Sequence[float] | None) -> None:

@@ -6,7 +6,7 @@
 __all__ = ['RATING_VERSION', 'PAIR_VERSION', 'VERDICT_VERSION', 'DRIFT', 'NULL_ANSWER', 'JudgeConfig', 'RatingPrompt',
            'load_prompt', 'rating_messages', 'comparison_messages', 'Plan', 'carry_out', 'endpoint_ask', 'Rating',
            'rating_plan', 'score_counts', 'drift', 'Pair', 'Judgment', 'pair_arms', 'read_scores', 'comparison_plan',
-           'canary_pairs', 'canaries_path']
+           'canary_pairs', 'file_name', 'judge_files', 'canaries_path']
 
 # %% ../nbs/04_judge.ipynb #fe396af0
 import hashlib
@@ -516,6 +516,22 @@ def canary_pairs(
         for asked, a, said_a, b, said_b in known
     ]  # fmt: skip
     return cast(list[Pair], pairs)
+
+# %% ../nbs/04_judge.ipynb #5c2fbf64
+def file_name(
+    judge: str,  # its name
+) -> str:  # what stands for it in the names of files
+    "A judge's name with letters, digits, dots, - and _ only."
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", judge)
+
+
+def judge_files(
+    folder: str | Path,  # of a run
+    names: Sequence[str],  # the judges'; the first one decides
+) -> dict[str, Path]:  # name -> the file of its verdicts
+    "judgments.jsonl of the first, judgments-NAME.jsonl of each other judge."
+    others = {n: Path(folder) / f"judgments-{file_name(n)}.jsonl" for n in names[1:]}
+    return {names[0]: Path(folder) / "judgments.jsonl"} | others
 
 
 def canaries_path(

@@ -128,7 +128,7 @@ def orient(
 def _turned(line: Judgment) -> Judgment:
     turned: dict[str, Any] = {**line}
     for a, b in (("model_a", "model_b"), ("response_a", "response_b"), ("score_a", "score_b")):
-        turned[a], turned[b] = turned[b], turned[a]
+        turned[a], turned[b] = line.get(b), line.get(a)
     turned["first"] = _SWAP[line["first"]]
     turned["verdict"] = _SWAP.get(line["verdict"], line["verdict"])
     return cast(Judgment, turned)

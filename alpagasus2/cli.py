@@ -195,9 +195,16 @@ def _judges(judgments: str) -> dict[str, Path]:
     from alpagasus2.evidence.claim import read_claim
     from alpagasus2.judge import judge_files
 
-    claim = Path(judgments) / "claim.json"
-    names = read_claim(claim).get("judges") if claim.exists() else None
-    return judge_files(judgments, names) if names else {}
+    path = Path(judgments)
+    folder = path if path.is_dir() else path.parent
+    claim = folder / "claim.json"
+    names = (read_claim(claim).get("judges") or []) if judgments and claim.exists() else []
+    files = judge_files(folder, names) if names else {}
+    if path in [*files.values()][1:]:
+        raise UserError(
+            f"{path}: claim.json says that {names[0]} decides; give the folder {folder}"
+        )
+    return files if path.is_dir() else {}
 
 
 def _verdicts(judgments: str) -> tuple[list[Any], bool]:
@@ -216,18 +223,17 @@ def _verdicts(judgments: str) -> tuple[list[Any], bool]:
     return lines, False
 
 # %% ../nbs/07_cli.ipynb #1b2c039b
-def _terms(
-    judgments: str | None, models: set[str], model_a: str | None, margin: float | None
-) -> dict[str, Any]:
-    "What `analyse` goes by: the claim of a run's folder, unless other terms are given."
+def _terms(judgments: str | None) -> dict[str, Any] | None:
+    "What the claim of a run's folder fixed: model_a, control, aa and margin; None without one."
     from alpagasus2.evidence.claim import read_claim
 
-    claim = Path(judgments or "") / "claim.json"
-    if judgments and model_a is None and margin is None and claim.exists():
-        fixed = read_claim(claim)
-        kept = {k: fixed.get(k) for k in ("model_a", "control", "aa")}
-        return {**kept, "margin": fixed["recipe"].get("margin")}
-    return {"model_a": model_a, "control": _control(models, model_a), "margin": margin}
+    path = Path(judgments or "")
+    claim = (path if path.is_dir() else path.parent) / "claim.json"
+    if not judgments or not claim.exists():
+        return None
+    fixed = read_claim(claim)
+    kept = {k: fixed.get(k) for k in ("model_a", "control", "aa")}
+    return {**kept, "margin": fixed["recipe"].get("margin")}
 
 
 def _control(models: set[str], model_a: str | None) -> str | None:
@@ -236,6 +242,27 @@ def _control(models: set[str], model_a: str | None) -> str | None:
     if model_a and len(others) == 1:
         return others.pop()
     return "random" if "random" in models or not model_a else None
+
+# %% ../nbs/07_cli.ipynb #0ffab8de
+def _analysed(
+    lines: Sequence[Any], judgments: str, model_a: str | None, margin: float | None, **more: Any
+) -> tuple[Any, dict[str, Any]]:
+    "The results by the fixed terms, or else by the given ones; the terms."
+    from alpagasus2.analysis import analyse
+    from alpagasus2.evidence.claim import with_post_hoc
+
+    models = {x[m] for x in lines for m in ("model_a", "model_b")}
+    given = {"model_a": model_a, "control": _control(models, model_a), "margin": margin}
+    fixed = _terms(judgments)
+    results = analyse(lines, **(fixed or given), **more)
+    asked = {k: v for k, v in (("model_a", model_a), ("margin", margin)) if v is not None}
+    if fixed and any(fixed[k] != v for k, v in asked.items()):
+        terms = fixed | asked
+        terms |= {"control": given["control"]} if model_a not in (None, fixed["model_a"]) else {}
+        said = " and ".join(f"{k} {v}" for k, v in asked.items())
+        later = analyse(lines, **terms, canaries=more.get("canaries"))["claim"]
+        results["claim"] = with_post_hoc(results["claim"], later, said)
+    return results, fixed or given
 
 # %% ../nbs/07_cli.ipynb #fbb2f1dc
 def _canaries(judgments: str) -> dict[str, list[float]]:
@@ -257,7 +284,7 @@ def report(
     margin: float | None = None,  # non-inferiority margin in win rate, if one was fixed
 ) -> None:
     "Make the page and results.json from verdicts or answers."
-    from alpagasus2.analysis import add_judges, analyse, load_labels, named_verdicts, orient
+    from alpagasus2.analysis import add_judges, load_labels, named_verdicts, orient
     from alpagasus2.report.formats import without_orders
     from alpagasus2.report.page import write_report
     from alpagasus2.report.plots import plot_outcomes, plot_slots
@@ -270,10 +297,11 @@ def report(
     models = {x[m] for x in lines for m in ("model_a", "model_b")}
     if model_a and lines and model_a not in models:
         raise UserError(f"--model_a {model_a}: not judged; there are {', '.join(sorted(models))}")
-    terms = _terms(judgments, models, model_a, margin)
     canaries = _canaries(judgments) if judgments else {}
     said = [x for path in labels for x in load_labels(path)] if labels else None
-    results = analyse(lines, canaries=canaries, labels=said, **terms)
+    results, terms = _analysed(
+        lines, judgments or "", model_a, margin, canaries=canaries, labels=said
+    )
     results = without_orders(results) if copied else results
     shown, others = [orient(lines, terms["model_a"])], _judges(judgments or "")
     if len(others) > 1:

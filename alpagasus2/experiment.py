@@ -9,7 +9,7 @@ __all__ = ['Run', 'rate_pool', 'select_arms', 'train_arms', 'heldout_lines', 'me
 
 # %% ../nbs/06a_experiment.ipynb #77de68da
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby, product
 from pathlib import Path
@@ -32,8 +32,15 @@ from .core import run_folder
 from .core.files import UserError, file_sha256, read_json, write_json
 from .data import Example, dropped, load_examples, load_questions, template_settings
 from .endpoint.cache import Ask
-from .evidence.claim import heldout_finding
-from .evidence.filtering import filter_report, plot_categories, plot_lengths, plot_scores
+from .evidence.claim import heldout_finding, without_seen
+from alpagasus2.evidence.filtering import (
+    SEEN,
+    contamination,
+    filter_report,
+    plot_categories,
+    plot_lengths,
+    plot_scores,
+)
 from .evidence.intervals import heldout_summary
 from .evidence.scaling import Costs, fewest_rows, priced, size_points
 from .generate import answer_lines, generate
@@ -182,6 +189,7 @@ def train_arms(
             result = train(base, selected[part], output, *settings, run.progress)
             run.models.release()
             _check_steps(part, run.recipe.steps(run.arms[name].rows), result)
+    _check_runs_differ(run)
 
 # %% ../nbs/06a_experiment.ipynb #84a074be
 def _check_steps(part: str, fixed: int, result: Mapping) -> None:
@@ -311,16 +319,63 @@ def _costs(run: Run, spent: Mapping[str, Any]) -> Costs:
         usd = run_folder.cost_of(run.dir / "ratings.jsonl")["usd"]
     return Costs(training, rated, rating, usd, price)
 
+# %% ../nbs/06a_experiment.ipynb #139dd2e8
+def _doubts(run: Run, selected: Mapping[str, Sequence[Example]]) -> Iterator[str]:
+    "Sentences on what weakens a claim of this run."
+    recipe, (_, decides) = run.recipe, run.recipe.judges[0]
+    judged_by = decides.model or recipe.base_model
+    if aa := run.claim.get("aa"):
+        one, other = ({r["id"] for r in selected[recipe.part(arm, 0)]} for arm in aa)
+        if shared := len(one & other):
+            yield f"{aa[0]} and {aa[1]} share {shared} of {len(other)} rows and differ too little."
+    if judged_by == recipe.base_model:
+        yield "The judge is the base model itself."
+    rated = any(a.select in BY_SCORE for a in recipe.arms.values())
+    if rated and judged_by == (recipe.rater.model or recipe.base_model) != recipe.base_model:
+        yield "The judge also rated the rows."
+
+# %% ../nbs/06a_experiment.ipynb #f17c4bc3
+def _check_runs_differ(run: Run) -> None:
+    "Refuse replicates of an arm whose adapters are the same bytes: they are one run."
+    for arm in run.arms:
+        made: dict[str, str] = {}
+        for replicate in range(run.recipe.replicates):
+            weights = run.adapter(arm, replicate) / "adapter_model.safetensors"
+            earlier = made.setdefault(file_sha256(weights), weights.parent.name)
+            if earlier != weights.parent.name:
+                raise UserError(
+                    f"{weights.parent}: the same bytes as {earlier}, so they are one training run "
+                    "and not two; delete the copy and run again"
+                )
+
+# %% ../nbs/06a_experiment.ipynb #f4b4b1fd
+def _seen_prompts(run: Run, selected: Mapping[str, Sequence[Example]]) -> set[tuple[str, str]]:
+    "Test set and id of the questions that the rows of an arm give away."
+    parts = [run.recipe.part(a, r) for r in range(run.recipe.replicates) for a in run.recipe.arms]
+    return {
+        (x["test_set"], x["id"])
+        for part in parts
+        for x in contamination(selected[part], run.questions)
+        if x["seen"] >= SEEN
+    }
+
 # %% ../nbs/06a_experiment.ipynb #7719a1c7
 def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, list]) -> Results:
     "The content of results.json, from the run's files."
     fixed, recipe = run.claim, run.recipe
     judgments, _ = load_judgments(run.dir / "judgments.jsonl")
     canaries = canary_outcomes(run_folder.latest(run.dir / "canaries.jsonl"))
-    terms = {"margin": recipe.margin, "control": fixed["control"], "aa": fixed.get("aa")}
-    results = analyse(judgments, fixed["model_a"], canaries, **terms)
+    model_a, control, aa = fixed["model_a"], fixed["control"], fixed.get("aa")
+    terms = {"margin": recipe.margin, "control": control, "aa": aa}
+    seen = _seen_prompts(run, selected)
+    clean = [x for x in judgments if (x["test_set"], x["id"]) not in seen]
+    results, unseen = (analyse(x, model_a, canaries, **terms) for x in (judgments, clean))
     if len(run.judged) > 1:
-        add_judges(results, run.judged, fixed["model_a"], **terms)
+        add_judges(results, run.judged, model_a, **terms)
+    if seen and unseen:
+        results["claim"] = without_seen(results["claim"], unseen["claim"], len(seen))
+    doubts = " ".join(_doubts(run, selected))
+    results["claim"]["reason"] = f"{results['claim']['reason']} {doubts}".strip()
     measured, spent = run_folder.latest(run.dir / "heldout.jsonl"), run_cost(run)
     _add_heldout(run, results, measured)
     added: dict[str, Any] = {

@@ -9,9 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from test_endpoint import lines, read, run, serving
+from test_endpoint import lines, read, serving
 
 from alpagasus2.catalog import dataset_path
+from alpagasus2.cli import main
 from alpagasus2.core.files import UserError
 from alpagasus2.experiment import Run, judge_arms, report_run, summary_lines
 from alpagasus2.judge import NULL_ANSWER
@@ -150,16 +151,14 @@ def test_page(judged):
     assert said == ["fair", "fair", "always tie", "always tie", "org/slot", "org/slot"]
 
 
-def test_report_of_the_folder(judged, tmp_path):
-    status, said = run("report", "--judgments", judged[0], "--output", tmp_path, cwd=tmp_path)
-    assert status == 0, said
+def test_report_of_the_folder(judged, tmp_path, capsys):
+    assert not main(["report", "--judgments", str(judged[0]), "--output", str(tmp_path)])
     again = json.loads((tmp_path / "results.json").read_text())
     for key in ("pooled", "judges", "judge_agreement"):
-        assert strip(again[key]) == strip(judged[1][key]), key
-
-
-def strip(found: list) -> list:
-    return [{k: v for k, v in x.items() if k != "cost"} for x in found]
+        assert again[key] == judged[1][key], key
+    other = str(judged[0] / "judgments-org-slot.jsonl")
+    assert main(["report", "--judgments", other, "--output", str(tmp_path)]) == 2
+    assert "says that fair decides; give the folder" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason="chromium is not there")

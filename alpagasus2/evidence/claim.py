@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Number', 'UNTESTED', 'UNDECIDED', 'NO_CONTROL', 'NO_CLAIM', 'VERDICTS', 'PairStatistics', 'noise_floor',
-           'check_margin', 'decide', 'claim', 'heldout_finding', 'read_claim']
+           'check_margin', 'decide', 'claim', 'with_post_hoc', 'without_seen', 'heldout_finding', 'read_claim']
 
 # %% ../../nbs/evidence/claim.ipynb #355de085
 from collections.abc import Mapping, Sequence
@@ -194,6 +194,30 @@ def claim(
         verdict = UNDECIDED
         said.insert(0, f"Too few known cases to call the judge fit: {undecided}")
     return {"verdict": verdict, "reason": " ".join(filter(None, said))}
+
+# %% ../../nbs/evidence/claim.ipynb #7b72b532
+def with_post_hoc(
+    fixed: Mapping[str, Any],  # from `claim`, by the terms fixed before the run
+    later: Mapping[str, Any],  # from `claim`, by the terms given afterwards
+    terms: str,  # what these are
+) -> dict[str, Any]:  # the fixed claim; `post_hoc` holds the other
+    "The fixed verdict, with what later terms give behind it."
+    said = f"Post hoc, with {terms}, which no claim fixed: {later['verdict']}. {later['reason']}"
+    later = {k: later[k] for k in ("verdict", "reason")} | {"terms": terms}
+    return {**fixed, "reason": f"{fixed['reason']} {said}", "post_hoc": later}
+
+# %% ../../nbs/evidence/claim.ipynb #4455c2c1
+def without_seen(
+    found: Mapping[str, Any],  # from `claim`, over all prompts
+    clean: Mapping[str, Any],  # from `claim`, over the prompts that no arm has seen
+    seen: int,  # prompts that were left out of it
+) -> dict[str, Any]:
+    "The claim, with what remains of it without the prompts that an arm was trained on."
+    changed = found["verdict"] == "supported" != clean["verdict"]
+    opening = f"{seen} prompts stand in the rows of an arm; without them: {clean['verdict']}."
+    if not changed:
+        return {**found, "reason": f"{found['reason']} {opening}"}
+    return {**found, "verdict": clean["verdict"], "reason": f"{opening} {clean['reason']}"}
 
 # %% ../../nbs/evidence/claim.ipynb #1a878920
 def heldout_finding(

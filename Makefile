@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint docs readme-check sync clean
+.PHONY: help install quickstart test test-slow lint docs readme-check sync bench-gpu pack-gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,16 @@ docs: $(INSTALLED)  ## README.md from index.ipynb, and the site in _docs/
 	$(BIN)/python tools/build_docs.py
 	$(BIN)/mkdocs build --strict
 	$(BIN)/python tools/check_site.py
+
+# Where the machine with the GPU has no network: `make pack-gpu` here, and what it prints there.
+GPU_OUTPUT ?= runs/bench_gpu
+GPU_ROWS ?= sample
+
+bench-gpu: $(INSTALLED)  ## training and answering measured on this machine's GPU, eight minutes
+	$(BIN)/python tools/bench_gpu.py --output $(GPU_OUTPUT) --rows $(GPU_ROWS)
+
+pack-gpu: $(INSTALLED)  ## the same for a machine without network: one archive under 64 MiB
+	$(BIN)/python tools/pack_gpu.py runs/pack_gpu --rows $(GPU_ROWS)
 
 clean:  ## remove what was built, .venv included; runs/ stays
 	rm -rf .venv _proc _pages _docs build dist *.egg-info

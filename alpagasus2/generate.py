@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Answer', 'Answers', 'Backend', 'Form', 'GenerateConfig', 'Response', 'encode_prompts', 'local_answers',
-           'endpoint_requests', 'endpoint_answers', 'answer_lines', 'generate', 'length_warnings', 'export_responses']
+           'endpoint_requests', 'endpoint_answers', 'server_ask', 'answer_lines', 'generate', 'length_warnings',
+           'export_responses']
 
 # %% ../nbs/03_generate.ipynb #77de68da
 import re
@@ -18,10 +19,12 @@ from typing import Any, Literal, cast
 from pydantic import Field
 
 from .core.families import context_length
-from .core.files import UserError, adapter_sha256, settings, write_json
+from .core.files import UserError, adapter_sha256, say, settings, write_json
 from .core.run_folder import Journal, resumed
 from .data import AnyTemplate, Question, Template, question_of, template_of
+from .endpoint.batch_api import announced
 from .endpoint.cache import Ask, Request
+from .endpoint.client import EndpointConfig
 from .model.chat import answer_text, end_of_turn, prompt_ids
 
 # %% ../nbs/03_generate.ipynb #c1dfd96e
@@ -48,7 +51,7 @@ class GenerateConfig:
         return template_of(vars(self))
 
 # %% ../nbs/03_generate.ipynb #92b8b2dd
-Answer = dict[str, Any]  # response, finish_reason, prompt_tokens, response_tokens, decoding
+Answer = dict[str, Any]  # a response, its tokens, how it was made: decoding, weights
 Answers = Iterator[tuple[int, Answer]]  # (position of the question, its answer), as they are done
 Backend = Callable[[Sequence[Question]], Answers]  # answers some questions with one model
 
@@ -106,6 +109,7 @@ def local_answers(
     "Answer questions with a model in this process."
     from alpagasus2.model.decode import cache_budget, chooser, decode, way_of
     from alpagasus2.model.forward import evaluating
+    from alpagasus2.quant_lora import weights_held
 
     context = context_length(model.config.get_text_config()) or sys.maxsize
     prompts = encode_prompts(questions, tokenizer, context - config.max_new_tokens, config)
@@ -114,7 +118,7 @@ def local_answers(
     choose = chooser(config.temperature, config.top_p, seeds)
     budget = config.token_budget or cache_budget(model)
     with evaluating(model):
-        way = way_of(model, prompts, config.max_new_tokens)
+        way, held = way_of(model, prompts, config.max_new_tokens), weights_held(model)
         for i, new, stopped in decode(model, prompts, config.max_new_tokens, stop, choose, budget):
             text = tokenizer.decode(new, skip_special_tokens=True)
             answer = {
@@ -123,34 +127,55 @@ def local_answers(
                 "prompt_tokens": len(prompts[i]),
                 "response_tokens": len(new),
                 "decoding": way,
+                "weights": held,
             }
             yield i, answer
 
 # %% ../nbs/03_generate.ipynb #1b9ec1ba
 def endpoint_requests(
     questions: Iterable[Question],  # instruction, input
+    since: str = "",  # a stored reply counts only if it came after this
 ) -> Iterator[Request]:
     "What a server is asked, one request a question."
     for q in questions:
         text = "\n\n".join(filter(None, question_of(q)))
-        yield Request([{"role": "user", "content": text}])
+        yield Request([{"role": "user", "content": text}], since=since)
 
 # %% ../nbs/03_generate.ipynb #17ba0791
 def endpoint_answers(
     ask: Ask,  # `Endpoint(...).complete`; the endpoint's sampling settings apply
     questions: Sequence[Question],  # instruction, input
+    since: str = "",  # a stored reply counts only if it came after this
 ) -> Answers:
     "Answer questions through an endpoint; one that the server refuses has finish_reason error."
-    for i, reply in ask(endpoint_requests(questions)):
+    for i, reply in ask(endpoint_requests(questions, since)):
         usage = dict(reply.usage or {})
+        filtered = reply.finish_reason == "content_filter" and not reply.text.strip()
         answer = {
             "response": reply.text,
-            "finish_reason": reply.finish_reason,
+            "finish_reason": "error" if filtered else reply.finish_reason,
             "prompt_tokens": usage.get("prompt_tokens"),
             "response_tokens": usage.get("completion_tokens"),
             "usage": usage,
         }
         yield i, answer
+
+# %% ../nbs/03_generate.ipynb #04618623
+def server_ask(
+    model: str,  # the name that the server knows
+    base_url: str | None,  # its address; default: OPENAI_BASE_URL, else OpenAI's
+    output: str | Path,  # responses.jsonl; the replies' cache lies beside it
+    config: GenerateConfig,  # length, sampling, seed
+    limits: EndpointConfig,  # how hard it may be asked, and what that may cost
+    questions: Iterable[Question],  # what it will be asked, for the estimate
+    tell: Callable[[str], None] = say,  # gets the estimate
+) -> Ask:  # for `endpoint_answers`
+    "What asks a server for answers."
+    return announced(
+        model, base_url, [Path(output)], limits, endpoint_requests(questions), tell,
+        temperature=config.temperature, max_tokens=config.max_new_tokens, top_p=config.top_p,
+        seed=config.seed,
+    )  # fmt: skip
 
 # %% ../nbs/03_generate.ipynb #bd307a3e
 def answer_lines(
@@ -201,8 +226,8 @@ def generate(
             step.bar.set_description(name)
             mine = [line for line in todo if line["model"] == name]
             for i, answer in answers(mine) if mine else ():
-                if "decoding" in answer:  # a fact of the run, not of the line
-                    step.entry["decoding"] = answer.pop("decoding")
+                for fact in answer.keys() & {"decoding", "weights"}:  # of the run, not of the line
+                    step.entry[fact] = answer.pop(fact)
                 step.append({**mine[i], **answer})
         return step.journal.rows()
 

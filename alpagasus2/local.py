@@ -23,6 +23,7 @@ from .generate import Answers, Backend, GenerateConfig, local_answers
 from .judge import Plan
 from .model.chat import prompt_ids
 from .model.check import checked
+from .model.decode import for_answers
 from .model.likelihood import Signals, choice_logprobs, flaws, signals, superfiltering
 from .quant_lora import QuantLoraConfig, as_arm, load_adapters, load_base, load_tokenizer
 
@@ -32,7 +33,7 @@ class Models:
     "A base model and its tokenizer, loaded once and only when asked for."
 
     base_model: str  # a local folder, a hub id, or smollm2-135m
-    config: QuantLoraConfig | None = None  # how it is loaded; None: in 4 bits
+    config: QuantLoraConfig | None = None  # how it is quantised; None: in 4 bits
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -41,8 +42,9 @@ class Models:
 
     @cached_property
     def base(self) -> Any:
-        "The quantised base, without adapters."
-        return load_base(self.base_model, self.config)
+        "The base without adapters; its weights are dequantised at once where that fits."
+        config = for_answers(self.base_model, self.config or QuantLoraConfig())
+        return load_base(self.base_model, config)
 
     def load(self) -> tuple[Any, Any]:
         "Both."
@@ -176,9 +178,11 @@ def local_arms(
     config: GenerateConfig,  # how questions are answered
     load_in_4bit: bool = True,  # quantise the base
     base_name: str = "base",  # the arm without an adapter
+    unpacked: bool | None = None,  # hold the quantised weights in 16 bits; None: where they fit
 ) -> dict[str, Backend]:  # for `generate`: every arm on one load of the base
     "The base and its adapters as backends; nothing is loaded before the first question."
-    models = Models(base_model, QuantLoraConfig(load_in_4bit=load_in_4bit))
+    config_of_base = QuantLoraConfig(load_in_4bit=load_in_4bit, unpacked=unpacked)
+    models = Models(base_model, config_of_base)
     load = adapted(models, adapters)
     arms = {base_name: "", **{n: n for n in adapters}}  # no adapter can be called ""
     return {n: arm_backend(models, load, arm, config) for n, arm in arms.items()}

@@ -19,6 +19,9 @@ import time
 from collections import Counter
 from typing import Any
 
+from row_faults import MARK, refusal
+from row_faults import serve as serve_fault
+
 FAULTS = ("p429", "p500", "phang", "preset", "phalf", "pmalformed", "pduplicate")
 PERMANENT = {
     "401": (401, "invalid_api_key", "Incorrect API key provided: {key}."),
@@ -48,6 +51,8 @@ def options() -> argparse.ArgumentParser:
     add("--burst_length", type=int, default=0, help="... so many are answered 429")
     add("--permanent", choices=PERMANENT, help="answer everything with this refusal")
     add("--reply", help="the text of every reply; default: one that fits the question")
+    add("--thinks", type=int, default=0, help="tokens that the model thinks for: a new one")
+    add("--redirect", help="an address that every chat is sent on to")
     add("--echo_key", type=int, default=0, help="1: the key that came stands in every answer")
     add("--batch_seconds", type=float, default=0, help="how long a batch takes")
     add("--batch_max", type=int, default=50_000, help="requests that a batch may have")
@@ -73,6 +78,7 @@ class Server:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.count, self.statuses = args, 0, Counter()
+        self.all = 0  # whatever came, by any route
         self.asked, self.answered = Counter(), Counter()
         self.buckets = {
             name: Bucket(per_minute, args.window)
@@ -88,6 +94,7 @@ class Server:
     def stats(self) -> dict:
         return {
             "requests": self.count,
+            "all": self.all,
             "statuses": dict(self.statuses),
             "contents": len(self.asked),
             "answered": len(self.answered),
@@ -105,6 +112,7 @@ class Server:
     # --- the routes ------------------------------------------------------------------------
     def route(self, http: "Http", method: str, path: str, head: bytes, body: bytes) -> None:
         path, _, query = path.partition("?")
+        self.all += 1
         if path == "/v1/chat/completions":
             self.chat(http, head, body)
         elif path == "/stats":
@@ -137,10 +145,16 @@ class Server:
         bearer = secret[1].decode() if secret and args.echo_key else "***"
         tokens = prompt_tokens(request) + (request.get("max_tokens") or 16)
         refused, headers = self.limit(tokens)
-        if args.permanent:
+        if args.redirect:
+            http.send(307, {}, {"Location": f"{args.redirect}/v1/chat/completions"})
+        elif args.permanent:
             status, code, text = PERMANENT[args.permanent]
             text = text.format(key=bearer, model=request.get("model"))
             http.send(status, text if status == 200 else refusal(code, text))
+        elif self.args.thinks and request.keys() & {"temperature", "max_tokens"}:
+            http.send(400, unsupported(request))
+        elif fault := MARK.search(json.dumps(request["messages"])):
+            serve_fault(http, fault[1], completion(key, request, bearer, args.reply))
         elif LENGTH[0] in json.dumps(request["messages"]):
             http.send(LENGTH[1], refusal(LENGTH[2], LENGTH[3]))
         elif refused:
@@ -187,6 +201,8 @@ class Server:
             http.send(500, refusal("server_error", f"The server had an error for {bearer}."))
         else:
             body = completion(key, request, bearer, args.reply)
+            if args.thinks:
+                body = after_thinking(body, args.thinks, request.get("max_completion_tokens"))
             http.after(delay, fault, body, headers, lambda: self.answered.update([key]))
 
     # --- files and batches -----------------------------------------------------------------
@@ -275,10 +291,6 @@ class Server:
             batch[field] = self.store(text.encode(), "batch_output")["id"] if lines else None
 
 
-def refusal(code: str, message: str) -> dict:
-    return {"error": {"message": message, "type": "error", "param": None, "code": code}}
-
-
 def prompt_tokens(request: dict) -> int:
     return sum(math.ceil(len(m["content"].encode()) / 4) for m in request["messages"])
 
@@ -305,6 +317,28 @@ def completion(key: str, request: dict, bearer: str, text: str | None) -> dict:
     }  # fmt: skip
 
 
+def unsupported(request: dict) -> dict:
+    """What a reasoning model says to the fields of older ones."""
+    if "temperature" in request:
+        text = "Unsupported value: 'temperature' does not support 0 with this model."
+        return {"error": refusal("unsupported_value", text)["error"] | {"param": "temperature"}}
+    text = "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+    text += "'max_completion_tokens' instead."
+    return {"error": refusal("unsupported_parameter", text)["error"] | {"param": "max_tokens"}}
+
+
+def after_thinking(good: dict, thinks: int, limit: int | None) -> dict:
+    """A completion whose thoughts are counted; without an answer where the limit is too small."""
+    used, choice = dict(good["usage"]), dict(good["choices"][0])
+    used["completion_tokens"] += thinks
+    if limit and limit < used["completion_tokens"]:
+        used["completion_tokens"] = thinks = limit
+        choice |= {"finish_reason": "length", "message": {"role": "assistant", "content": ""}}
+    used["completion_tokens_details"] = {"reasoning_tokens": thinks}
+    used["total_tokens"] = used["prompt_tokens"] + used["completion_tokens"]
+    return good | {"usage": used, "choices": [choice]}
+
+
 class Http(asyncio.Protocol):
     """Just enough of HTTP/1.1 with keep-alive."""
 
@@ -327,11 +361,13 @@ class Http(asyncio.Protocol):
             method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ")
             self.server.route(self, method, path, head, body)
 
-    def send(self, status: int, value: Any, headers: dict | None = None, fault: str = "") -> None:
+    def send(
+        self, status: int, value: Any, headers: dict | None = None, fault: str = "", kind: str = ""
+    ) -> None:
         self.server.statuses[f"{status} {fault}".strip()] += 1
         if self.transport.is_closing():
             return
-        kind = "text/html" if isinstance(value, str) else "application/json"
+        kind = kind or ("text/html" if isinstance(value, str) else "application/json")
         body = (value if isinstance(value, str) else json.dumps(value)).encode()
         if fault == "malformed":
             body = body[: len(body) // 2] + b"\x00}"

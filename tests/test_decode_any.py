@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +21,7 @@ from alpagasus2.model import decode as decoding
 from alpagasus2.model.decode import WAYS, cache_budget, chooser, decode, way_of
 from alpagasus2.quant_lora import load_tokenizer
 
-REFILLED, PADDED, ALONE = WAYS
+RECORDED, REFILLED, PADDED, ALONE = WAYS
 USUAL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 64, "max_position_embeddings": 256, "pad_token_id": 0,
@@ -143,6 +144,44 @@ def test_a_model_is_tried_once() -> None:
     with patch.object(decoding, "WAYS", counted):
         assert way_of(lm, PROMPTS, NEW) == way_of(lm, PROMPTS[:1], 1) == REFILLED
     assert seen == [REFILLED]
+
+
+def imitated(step: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    "As a CUDA graph: what Python knows of the rows is as it was, only the inputs are new."
+    rows, result = step.__self__, step(**inputs)
+
+    def replay() -> None:
+        with patch.multiple(rows, end=-1, live=None, waiting=None, places=None):
+            result.copy_(step(**inputs))
+
+    return replay, result
+
+
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [("llama", RECORDED), ("granite", RECORDED), ("gptj", None), ("bloom", None), ("gemma2", None),
+     ("gpt_neo", PADDED), ("mamba", PADDED)],
+)  # fmt: skip
+def test_recorded_steps_are_taken_only_where_they_are_right(family: str, way: str | None) -> None:
+    lm = tiny(family)
+    recorded = {**WAYS, RECORDED: partial(decoding._refilled, record=imitated)}
+    with (
+        patch.object(decoding, "_may_record", lambda lm: True),
+        patch.object(decoding, "WAYS", recorded),
+    ):
+        assert ours(decode, lm) == [own(lm, p) for p in PROMPTS]
+        assert way is None or way_of(lm, PROMPTS, NEW) == way
+
+
+def test_steps_that_cannot_be_recorded_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    lm = tiny("llama")
+    with (
+        patch.object(decoding, "_may_record", lambda lm: True),
+        patch("torch.cuda.CUDAGraph", side_effect=RuntimeError("operation not permitted")),
+    ):
+        assert ours(decode, lm) == ours(decode, lm) == [own(lm, p) for p in PROMPTS]
+        assert way_of(lm, PROMPTS, NEW) == REFILLED
+    assert capsys.readouterr().err.count("could not be recorded") == 1
 
 
 def test_an_adapter_answers_by_either_loop() -> None:

@@ -193,7 +193,7 @@ def test_a_size_that_cannot_be_is_refused_before_any_work(ablation, tmp_path):
 
 def test_a_size_that_the_filter_cannot_fill_is_refused_before_any_training(ablation, tmp_path):
     with pytest.raises(UserError, match="filtered@7-0: random_k=7, but between 1 and 6 rows"):
-        run_recipe(replace(ablation, sizes=[7]), tmp_path, progress=False)
+        run_recipe(replace(ablation, sizes=[7], pool_share=1.0), tmp_path, progress=False)
     assert not (tmp_path / "adapters").exists()
 
 

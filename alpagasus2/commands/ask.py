@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from .options import rows_of
 from ..core.files import UserError, read_jsonl
-from ..core.run_folder import cost_of, dollars, status_counts
+from ..core.run_folder import cost_of, dollars, has_failed, status_counts
 from ..data import load_questions, template_of
 
 # %% ../../nbs/commands/ask.ipynb #00808a72
@@ -47,8 +47,23 @@ def _say_status(output: str, lines: Sequence[Mapping]) -> None:
     counts, usd = status_counts(lines), cost_of(output)["usd"]
     cost = f"; {dollars(usd)} spent" if usd else ""
     print(f"{output}: " + ", ".join(f"{n:,} {status}" for status, n in counts.items()) + cost)
-    if set(counts) == {"error"}:
-        raise UserError(f"{output}: every call failed, the last with: {lines[-1]['review']}")
+    if n := sum(x.get("status") == "length" for x in lines):
+        from alpagasus2.endpoint.parameters import MORE_ROOM
+
+        print(f"{n:,} replies were cut off before their answer: {MORE_ROOM}", file=sys.stderr)
+
+
+def _check_all_answered(output: str, lines: Sequence[Mapping]) -> None:
+    "Raise `UserError` where lines got no answer: it is a command's last word, and its status 2."
+    failed = [x for x in lines if has_failed(x)]
+    if failed and len(failed) == len(lines):
+        why = failed[-1].get("review") or failed[-1].get("response")
+        raise UserError(f"{output}: every call failed, the last with: {why}")
+    if failed:
+        why = failed[0].get("review") or "no answer"
+        raise UserError(f"{output}: {len(failed):,} of {len(lines):,} got no answer, the first "
+                        f"({failed[0].get('id')}): {why}; the others are kept, and the same "
+                        "command asks for these again")  # fmt: skip
 
 # %% ../../nbs/commands/ask.ipynb #f89fa356
 def _say_scores(lines: Sequence[Any]) -> None:
@@ -125,6 +140,7 @@ def rate(
         lines = carry_out(plan, ask, output, retry)
         _say_status(output, lines)
         _say_scores(lines)
+        _check_all_answered(output, lines)
 
 # %% ../../nbs/commands/ask.ipynb #0ade7c2c
 def judge(
@@ -170,8 +186,11 @@ def judge(
     ask = _ask(
         backend, model, base_url, settings, limits, plans, retry, dry_run, template_options
     )  # fmt: skip
-    for path, plan in plans.items() if ask else ():
-        _say_status(str(path), carry_out(plan, ask, path, retry))
+    judged = {str(p): carry_out(plan, ask, p, retry) for p, plan in plans.items() if ask}
+    for path, lines in judged.items():
+        _say_status(path, lines)
+    for path, lines in judged.items():
+        _check_all_answered(path, lines)
 
 # %% ../../nbs/commands/ask.ipynb #9a9fcef5
 def _named_path(text: str) -> tuple[str, str]:
@@ -186,14 +205,9 @@ def _named_path(text: str) -> tuple[str, str]:
 def _server(
     model: str, base_url: str, output: str, settings: Any, limits: Any, questions: Sequence
 ) -> Any:
-    from alpagasus2.endpoint.batch_api import announced
-    from alpagasus2.generate import endpoint_answers, endpoint_requests
+    from alpagasus2.generate import endpoint_answers, server_ask
 
-    ask = announced(
-        model, base_url, [Path(output)], limits, endpoint_requests(questions),
-        temperature=settings.temperature, max_tokens=settings.max_new_tokens,
-        top_p=settings.top_p, seed=settings.seed,
-    )  # fmt: skip
+    ask = server_ask(model, base_url, output, settings, limits, questions)
     return lambda questions: endpoint_answers(ask, questions)
 
 # %% ../../nbs/commands/ask.ipynb #43161119
@@ -226,6 +240,7 @@ def generate(
     replicate: int = 0,  # index of the training seed
     base_url: str | None = None,  # ask this OpenAI-compatible server instead of a local model
     load_in_4bit: bool = True,  # quantise the base; false: 16 bits
+    unpacked: bool | None = None,  # hold the quantised weights in 16 bits; None: where they fit
     export: list[str] | None = None,  # other file formats to write beside: seed, alpaca_eval
     limit: int | None = None,  # only the first so many questions of each set
     dry_run: bool = False,  # say what would be done
@@ -250,7 +265,7 @@ def generate(
     if not base_url:
         from alpagasus2.local import local_arms
 
-        models = local_arms(base_model, paths, settings, load_in_4bit, name)
+        models = local_arms(base_model, paths, settings, load_in_4bit, name, unpacked)
     backend = {"base_url": base_url} if base_url else {"load_in_4bit": load_in_4bit}
     lines = answer(
         asked, models, output, settings, base_model, replicate, adapters=paths, backend=backend
@@ -258,6 +273,7 @@ def generate(
     for form in export or []:
         export_responses(lines, Path(output).parent, form)  # type: ignore[arg-type]
     _say_answers(output, lines)
+    _check_all_answered(output, lines)
 
 # %% ../../nbs/commands/ask.ipynb #9edab18e
 def leaderboard(

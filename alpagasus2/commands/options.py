@@ -12,6 +12,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def complaint(
 ) -> str:  # one line
     "The parser's complaint on one line, with the nearest option for an unknown one."
     text = " ".join(message.split())
+    if '"headers"' in text:  # what was given may be a key
+        return f'{command}: --headers: write {{"HEADER": "VARIABLE of the environment"}}'
     for word in text.replace("=", " ").replace('"', " ").replace("'", " ").split():
         word = word.rstrip(":,.")
         if word.startswith("--") and word[2:] not in known:
@@ -54,6 +57,13 @@ def _empty_parser(command: str, about: str | None) -> Any:
 
         def error(self, message: str, ex: Exception | None = None) -> Any:
             raise UserError(complaint(command, message, [a.dest for a in self._actions]))
+
+        def parse_args(self, *args: Any, **named: Any) -> Any:
+            found = super().parse_args(*args, **named)
+            for name, value in vars(found).items():
+                if isinstance(value, float) and not isfinite(value):
+                    raise UserError(f"{command}: --{name} {value}: a finite number is wanted")
+            return found
 
     parser = Parser(prog=f"alpagasus2 {command}", description=about, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="read options from a YAML file")
@@ -107,7 +117,8 @@ def command_parser(
     done = _add_lists(parser, function, first)
     parser.add_function_arguments(function, as_group=False, skip={*done, *fields})
     for cls in configs:
-        notes |= docments(cls)
+        for base in reversed(cls.__mro__[:-1]):  # the comments of inherited fields, too
+            notes |= {k: v for k, v in docments(base).items() if v}
         parser.add_class_arguments(cls, as_group=False)
     _finish_options(parser, types, notes, alone or {})
     return parser

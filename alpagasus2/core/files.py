@@ -82,6 +82,8 @@ def _said(cls: type, error: Any) -> UserError:
         return SettingError(unknown_name(name, names))
     wanted = [_WANTED.get(e["type"], e["msg"]).format(**e.get("ctx", {})) for e in (first, *others)]
     name += f".{first['loc'][-1]}" if depth > 2 else ""
+    if first["type"] == "dict_type":  # what stands there may be a key
+        return SettingError(f"{name}: it must be {' or '.join(wanted)}")
     return SettingError(f"{name}={first['input']!r}: it must be {' or '.join(wanted)}")
 
 # %% ../../nbs/core/files.ipynb #b979b35d
@@ -141,6 +143,8 @@ def atomic(
     part = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         yield part
+        if path.exists():  # what was readable by its owner alone stays so
+            shutil.copymode(path, part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

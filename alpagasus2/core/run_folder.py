@@ -45,6 +45,11 @@ def latest(
     return list({row_key(line): line for line in lines}.values())
 
 # %% ../../nbs/core/run_folder.ipynb #1b25abb0
+def _private(path: str, flags: int) -> int:
+    "Open a file of rows; a new one may be read by its owner alone."
+    return os.open(path, flags, 0o600)
+
+
 class Journal(AbstractContextManager["Journal"]):
     "An append-only JSON Lines file: repairs a torn end, knows what is done, flushes every line."
 
@@ -63,7 +68,7 @@ class Journal(AbstractContextManager["Journal"]):
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             # the next line would be appended to the torn one, which `read_jsonl` leaves out
             files.write_jsonl(self.path, files.read_jsonl(self.path))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8", opener=_private)
 
     def get(
         self,
@@ -93,12 +98,11 @@ class Journal(AbstractContextManager["Journal"]):
         self._rows = {row_key(row): dict(row) for row in rows}
         self._file.close()
         files.write_jsonl(self.path, self._rows.values())
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8", opener=_private)
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
-        self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()  # its file stays: a lock on a file that is gone would lock nobody out
 
 # %% ../../nbs/core/run_folder.ipynb #1a7ed68c
 LIBRARIES = (
@@ -211,12 +215,14 @@ def dollars(
 
 def cost_of(
     *outputs: str | Path,  # files of a run, some of which may not be there yet
-) -> dict[str, Any]:  # calls, prompt_tokens, completion_tokens, usd (None: no price was known)
+) -> dict[str, Any]:  # calls, prompt_, completion_, perhaps reasoning_tokens; usd or None
     "What the replies behind all lines took: none from the cache, but those that were replaced."
     lines = [line for p in outputs if Path(p).exists() for line in files.read_jsonl(p)]
     paid = [u for line in lines if "prompt_tokens" in (u := line.get("usage") or {})]
     usd = [u["usd"] for u in paid if u.get("usd") is not None]
     tokens = {k: sum(u.get(k) or 0 for u in paid) for k in ("prompt_tokens", "completion_tokens")}
+    if thoughts := sum(u.get("reasoning_tokens") or 0 for u in paid):  # of the completion tokens
+        tokens["reasoning_tokens"] = thoughts
     return {"calls": len(paid), **tokens, "usd": round(sum(usd), 6) if usd else None}
 
 # %% ../../nbs/core/run_folder.ipynb #76dda07c
@@ -265,8 +271,9 @@ class Step:
         lines: Iterable[Mapping],  # what the file is to hold
         again: Callable[[Mapping], bool] = has_failed,  # as in `open_lines`
     ) -> list[Any]:
-        "The lines that are still to be made; the bar counts them."
+        "The lines that are still to be made, those that failed before last; the bar counts them."
         found = open_lines(lines, self.journal.get, again)
+        found.sort(key=lambda line: self.journal.get(line) is not None)
         if found:  # where nothing is open, nothing is shown
             self.bar = self._bar(total=len(found))
         return found

@@ -14,12 +14,14 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 from urllib.request import getproxies
 
 # %% ../../nbs/endpoint/client.ipynb #339542d1
@@ -27,20 +29,36 @@ from pydantic import Field
 
 from ..core.files import UserError, json_sha256, say, settings
 from ..core.run_folder import dollars
-from .cache import Reply, ReplyCache, Request, read_completion
+from .cache import Reply, ReplyCache, Request
+from alpagasus2.endpoint.completion import (
+    read_completion,
+    read_refusal,
+    without_thoughts,
+    writable,
+)
+from .parameters import MORE_ROOM, Sending, blamed, without_system
 from .prices import FREE, Estimate, Price, find_price, load_prices, prompt_tokens
-from .rate_limits import Limits, Refused, Transient, backoff, retry_after
+from alpagasus2.endpoint.rate_limits import (
+    Garbled,
+    Limits,
+    Refused,
+    Transient,
+    Unsupported,
+    backoff,
+    retry_after,
+)
 
 # %% ../../nbs/endpoint/client.ipynb #07572263
 def is_loopback(
     base_url: str,  # for example http://localhost:8000/v1
 ) -> bool:  # True: the rows stay on this machine
-    "Whether an address is this machine."
+    "Whether an address is this machine; 0.0.0.0, as servers name themselves, is."
     host = urlsplit(base_url).hostname or ""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified
     except ValueError:
-        return host == "localhost"
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def check_address(
@@ -48,10 +66,12 @@ def check_address(
 ) -> str:  # without a slash at its end
     "Raise `UserError` unless it can be asked and recorded."
     parts = urlsplit(base_url)
-    if parts.username or parts.password or parts.query:
-        raise UserError("base_url: no password or query in it; the key goes into OPENAI_API_KEY")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"base_url {base_url!r}: an address such as http://localhost:8000/v1")
+    asks = parts.query and not re.fullmatch(r"api-version=[\w.-]+", parts.query)
+    if parts.username or parts.password or asks or "#" in base_url:
+        raise UserError("base_url: no password, query or # in it (but for Azure's "
+                        "`?api-version=`); the key goes into OPENAI_API_KEY")  # fmt: skip
+    if parts.scheme not in ("http", "https") or not parts.hostname:  # it may be a key: not shown
+        raise UserError("base_url: an address such as http://localhost:8000/v1 is wanted")
     return base_url.rstrip("/")
 
 # %% ../../nbs/endpoint/client.ipynb #49137e87
@@ -76,12 +96,14 @@ class EndpointConfig:
     workers: int = Field(16, gt=0)  # calls in flight at once
     timeout: float = Field(120.0, gt=0)  # seconds a call may take
     max_retries: int = Field(8, ge=0)  # of a call that the server or the network failed
+    max_wait: float = Field(3600.0, gt=0)  # seconds that one request may wait for the server in all
     requests_per_minute: float | None = Field(None, gt=0)  # beside the limit the server names
     tokens_per_minute: float | None = Field(None, gt=0)  # the same, of prompt and reserved tokens
     max_cost: float | None = Field(None, gt=0)  # US dollars an output may cost; no call goes beyond
     prices: str | None = None  # a JSON file: {"MODEL": {"price_in": 2.5, "price_out": 10}}
     price_in: float | None = Field(None, ge=0)  # US dollars per million prompt tokens
     price_out: float | None = Field(None, ge=0)  # US dollars per million completion tokens
+    headers: dict[str, str] | None = None  # more of them: {"api-key": "VARIABLE with its value"}
     batch: bool = False  # ask through OpenAI's Batch API: half the price, within a day
 
     def __post_init__(self) -> None:
@@ -98,6 +120,15 @@ class EndpointConfig:
             return Price(self.price_in, self.price_out)
         own = load_prices(self.prices) if self.prices else {}
         return find_price(model, own) if model in own or not is_loopback(base_url) else FREE
+
+# %% ../../nbs/endpoint/client.ipynb #cb0986ab
+def _values(headers: Mapping[str, str] | None) -> dict[str, str]:
+    "The headers with their values, which stand in the environment."
+    for name, variable in (headers or {}).items():
+        if variable not in os.environ:
+            raise UserError(f"headers: {name}: write the name of an environment variable that "
+                            "holds its value, and set that")  # fmt: skip
+    return {name: os.environ[variable] for name, variable in (headers or {}).items()}
 
 # %% ../../nbs/endpoint/client.ipynb #02f1bf43
 @dataclass
@@ -146,11 +177,14 @@ class _Pool:
     ):
         self.workers, self.exits = workers, AsyncExitStack()  # exits: what is closed in the end
         self._ready: queue.SimpleQueue = queue.SimpleQueue()  # results, then None or the error
-        self._stop = threading.Event()
+        self._stop, self._later = threading.Event(), deque[tuple[int, Request]]()
+        self._again: set[int] = set()  # what was put off once is waited for
+        self.tick: Callable[[], None] = lambda: None  # called now and then, while there is work
 
     def map(
         self,
-        work: Callable[[Request], Awaitable[Reply]],  # done for every item, in the pool's loop
+        work: Callable[[Request, bool], Awaitable[Reply | None]],  # done for every item, in the
+        # pool's loop; None puts it off, unless the second argument says that it has to be done
         items: Iterable[Request],  # in any number: they are taken as they are needed
     ) -> Iterator[tuple[int, Reply]]:  # (position in `items`, result), in order of completion
         "Work on all items; what the first failing worker raised is raised here."
@@ -178,9 +212,12 @@ class _Pool:
         pending = set(tasks)
         async with self.exits:
             while pending and not self._stop.is_set():
+                self.tick()
                 _, pending = await asyncio.wait(pending, timeout=0.5)
-            if pending:
-                _, pending = await asyncio.wait(pending, timeout=_GRACE)
+            until = time.monotonic() + _GRACE
+            while pending and time.monotonic() < until:
+                self.tick()
+                _, pending = await asyncio.wait(pending, timeout=0.5)
             for task in pending:
                 task.cancel()
             ended = await asyncio.gather(*tasks, return_exceptions=True)
@@ -192,14 +229,27 @@ class _Pool:
         "Take items until there are none."
         try:
             await self.sleep(0.0)  # another worker may have failed before this one began
-            for position, item in waiting:
-                self._ready.put((position, await work(item)))
+            for position, item in chain(waiting, iter(self._put_off, None)):
+                must = position in self._again or len(self._later) >= 4 * self.workers
+                done = await work(item, must)
+                if done is None:
+                    self._later.append((position, item))
+                else:
+                    self._ready.put((position, done))
                 await self.sleep(0.0)
                 while self._ready.qsize() >= 4 * self.workers:  # nobody takes the results
                     await self.sleep(0.01)
         except BaseException:
             self._stop.set()
             raise
+
+    def _put_off(self) -> tuple[int, Request] | None:
+        "An item that could not be done at first, when there are no others."
+        if not self._later:
+            return None
+        position, item = self._later.popleft()
+        self._again.add(position)
+        return position, item
 
     async def sleep(
         self,
@@ -224,16 +274,20 @@ class Endpoint:
         cache: str | Path = "cache.sqlite",  # the reply cache
         config: EndpointConfig | None = None,  # workers, limits, prices; default: EndpointConfig()
         spent: float = 0.0,  # US dollars spent on the same output before; counts to max_cost
-        **sampling: Any,  # temperature, max_tokens, top_p, seed: sent as they are, part of the key
+        purpose: str = "",  # what the money is for: the cache keeps count of it, through kills
+        **sampling: Any,  # `Parameters.asked`, or any fields: sent as asked for, part of the key
     ):
         default = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         self.model, self.base_url = model, check_address(base_url or default)
-        self._api_key = os.environ.get("OPENAI_API_KEY") or ""
-        if not self._api_key and not is_loopback(self.base_url):
+        self._api_key = (os.environ.get("OPENAI_API_KEY") or "").strip()
+        if not (self._api_key.isascii() and self._api_key.isprintable()):
+            raise UserError("OPENAI_API_KEY: it holds characters that no key has")
+        named = (config or EndpointConfig()).headers
+        if not self._api_key and not named and not is_loopback(self.base_url):
             host = urlsplit(self.base_url).hostname
             raise UserError(f"OPENAI_API_KEY is not set, and {host} needs a key")
-        self.sampling, self.config = sampling, config or EndpointConfig()
-        self.longest: int = sampling.get("max_tokens") or 0  # tokens of a reply; 0: any number
+        self.sending, self.config = Sending(model, sampling), config or EndpointConfig()
+        self.sampling, self.headers = self.sending.asked, _values(self.config.headers)
         if misplaced := sampling.keys() & EndpointConfig.__dataclass_fields__.keys():
             names = ", ".join(sorted(misplaced))
             raise TypeError(f"{names}: fields of EndpointConfig, not sampling")
@@ -245,11 +299,28 @@ class Endpoint:
         if self.config.max_cost and not self.longest:
             raise UserError("max_cost: a reply without max_tokens can cost any amount; set it")
         self.cache = ReplyCache(cache)
+        self.sending.learned |= self.cache.learned(self.base_url, model)
+        self.purpose, self._served = purpose, {self.sending.learned.get("served", "")} - {""}
+        self.budget.spent = max(spent, self.cache.spent(purpose))
 
-    def connection(self) -> dict[str, Any]:  # base_url, api_key, max_retries
+    @property
+    def longest(self) -> int:  # 0: any number
+        "The most tokens that a reply may have."
+        return self.sending.limit
+
+    @property
+    def transport(self) -> dict[str, Any]:  # for httpx
+        "Rows go to the address alone: no redirect is followed, and to this machine leads no proxy."
+        return {"follow_redirects": False, "trust_env": not is_loopback(self.base_url)}
+
+    def connection(self) -> dict[str, Any]:  # base_url, api_key, headers, query, max_retries
         "What openai's clients are made with: the retries are ours. Raises as `check_reachable`."
         check_reachable(self.base_url)
-        return {"base_url": self.base_url, "api_key": self._api_key or "none", "max_retries": 0}
+        address, _, query = self.base_url.partition("?")
+        return {
+            "base_url": address, "api_key": self._api_key or "none", "max_retries": 0,
+            "default_headers": self.headers, "default_query": dict(parse_qsl(query)),
+        }  # fmt: skip
 
     def masked(
         self,
@@ -257,15 +328,19 @@ class Endpoint:
     ) -> str:  # on one line of at most 300 characters and without the key
         "A server's own words, fit to be shown and stored."
         text = " ".join(text.split())
-        return (text.replace(self._api_key, "***") if self._api_key else text)[:300]
+        for secret in filter(None, (self._api_key, *self.headers.values())):
+            text = text.replace(secret, "***")
+        return text[:300]
 
     def without_key(
         self,
         text: str,  # of a reply
     ) -> str:
         "Some servers repeat the key that they were given: it is stored nowhere."
-        secret = len(self._api_key) >= 16  # EMPTY, none: what one writes where no key is needed
-        return text.replace(self._api_key, "***") if secret else text
+        for secret in (self._api_key, *self.headers.values()):
+            if len(secret) >= 16:  # EMPTY, none: what one writes where no key is needed
+                text = text.replace(secret, "***")
+        return text
 
     def key(
         self,
@@ -280,7 +355,58 @@ class Endpoint:
         request: Request,  # a question
     ) -> dict[str, Any]:  # what is sent
         "The JSON of one call."
-        return {"model": self.model, "messages": request.messages, **self.sampling}
+        merged = "system" in self.sending.learned
+        messages = without_system(request.messages) if merged else request.messages
+        return {"model": self.model, "messages": messages, **self.sending.fields}
+
+    def obey(
+        self,
+        refused: Unsupported,  # the server's words
+    ) -> bool:  # False: it is not sent
+        "Do without what a server does not take, say so in one line, and remember it."
+        sending = self.sending
+        if refused.field == "system":
+            done = None if "system" in sending.learned else "takes no system turn, so its text is "
+            done = done and f"{done}put into the first turn of the user"
+            sending.learned["system"] = "merged"
+        else:
+            done = sending.obey(refused.field)
+        if done:
+            say(f"{self.base_url}, model {self.model}: {done} ({refused})")
+            self.remember()
+        return bool(done)
+
+    def remember(self) -> None:
+        "Keep what was learned of the model, for later runs; raises `UserError` if it breaks a cap."
+        self.cache.learn(self.base_url, self.model, self.sending.learned)
+        if self.config.max_cost and not self.longest:
+            raise UserError(f"max_cost: {self.model} takes no limit of tokens, so that a reply can "
+                            "cost any amount; leave max_cost out")  # fmt: skip
+
+    def stored(
+        self,
+        request: Request,  # a question
+    ) -> Reply | None:
+        "The reply that the cache holds, if it counts."
+        for messages in filter(None, (request.messages, request.formerly)):
+            key = self.key(replace(request, messages=messages))
+            if found := self.cache.get(key, request.since, self.longest):
+                return replace(found, text=without_thoughts(found.text))
+        return None
+
+    def needs_room(
+        self,
+        reply: Reply,  # just come
+        limit: int,  # the most tokens that it could have
+    ) -> bool:  # True: the same question, asked again, has more room
+        "Whether a reply ended inside its thoughts, and nobody has said that it has to be so short."
+        if reply.text.strip() or reply.finish_reason != "length":
+            return False
+        if self.sending.room():
+            say(f"{self.base_url}, model {self.model}: thinks for longer than {limit} tokens, so "
+                f"{self.longest} are allowed")  # fmt: skip
+            self.remember()
+        return self.longest > limit
 
     def complete(
         self,
@@ -298,58 +424,101 @@ class Endpoint:
         "The most that calls can cost."
         return self.price.usd(prompt_tokens, calls * self.longest) if self.price else 0.0
 
+    def _note(self, served: str) -> None:
+        "Say it when another model answers than before, in this run or an earlier one."
+        if served in self._served:
+            return
+        if self._served:
+            say(f"{self.base_url}, model {self.model}: answers as {served} now, and answered as "
+                f"{', '.join(sorted(self._served))} before; each reply keeps its name")  # fmt: skip
+        self._served.add(served)
+        self.cache.learn(self.base_url, self.model, {"served": served})
+
+    def settle(
+        self,
+        reserved: float,  # US dollars that were set aside
+        spent: float,  # what it cost
+    ) -> None:
+        "Count what was spent, where a kill cannot lose it."
+        self.budget.settle(reserved, spent)
+        if spent and self.purpose:
+            self.cache.spend(self.purpose, spent)
+
     def commit(
         self,
         key: str,  # of the request
         raw: str,  # the body of its answer
         seconds: float | None = None,  # how long it took
         share: float = 1.0,  # of the list price
+        most: float = 0.0,  # US dollars: counted where the server does not say what it took
     ) -> Reply:  # its usage says what it cost
-        "Read an answer, count its price and store it; raises `Transient` where it is cut short."
-        raw = self.without_key(raw)
+        "Read an answer, count its price and store it; raises `Garbled` where it is cut short."
+        raw = self.without_key(writable(raw))
         try:
             reply = read_completion(raw, self.model)
         except ValueError as e:
-            raise Transient(self.masked(str(e)), billed=True) from None
+            raise Garbled(self.masked(str(e)), billed=True) from None
         usage: dict[str, Any] = {**(reply.usage or {}), "usd": None}
+        took = usage["prompt_tokens"], usage["completion_tokens"]
         if self.price:
-            usage["usd"] = (
-                self.price.usd(usage["prompt_tokens"], usage["completion_tokens"]) * share
-            )
-        self.budget.settle(0.0, usage["usd"] or 0.0)
+            usage["usd"] = self.price.usd(*took) * share if any(took) else most
+        if not reply.text.strip() and took[1] >= self.longest > 0:
+            reply = replace(reply, finish_reason="length")  # some servers say stop
+        self.settle(0.0, usage["usd"] or 0.0)
         reply = replace(reply, usage=usage)
-        if not reply.error:
-            self.cache.put(key, self.base_url, reply, raw, seconds, self.model)
+        self._note(reply.model)
+        sent = self.sending.fields
+        self.cache.put(key, self.base_url, reply, raw, seconds, self.model, sent)
         return reply
 
 # %% ../../nbs/endpoint/client.ipynb #5d720fc3
 _EVERY = {401: "refuses the key in OPENAI_API_KEY", 402: "wants to be paid",
-          403: "does not allow this", 404: "knows no such model or address",
-          405: "is no such address"}  # fmt: skip
+          404: "knows no such model or address", 405: "is no such address",
+          407: "is behind a proxy that wants a password"}  # fmt: skip
 _PASSING = (408, 409, 425, 429)
+_NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "insufficient_balance")
+_NO_MODEL = re.compile(
+    r"(?:unknown|no such|invalid) model\b|\bmodel\b.{0,90}?\b(?:not (?:exist|found)|unknown)", re.I
+)
 
 # %% ../../nbs/endpoint/client.ipynb #e3eff71d
+_OF_ONE = re.compile(  # what is wrong with one request and says nothing of the others
+    r"context.(?:length|size|window)|too (?:long|large|many tokens)|maximum.*tokens|moderat|"
+    r"content.(?:filter|policy|management)|flagged|safety|harm", re.I,
+)  # fmt: skip
+
+
 def failure(
     endpoint: Endpoint,  # who refused
     status: int,  # the HTTP status
     body: Any,  # what came with it: {"error": {"code", "param", "message"}}, or a text
     headers: Mapping[str, str],  # of the refusal
-) -> Refused | Transient | UserError:
+    answered: bool = False,  # whether another request was answered before
+) -> Refused | Unsupported | Transient | UserError:
     "What a refusal means for this request and for the others."
-    error = body.get("error", body) if isinstance(body, dict) else body
-    told = error if isinstance(error, dict) else {"message": error}
-    code, param = told.get("code"), told.get("param")
-    reason = endpoint.masked(f"HTTP {status}: {told.get('message') or 'no reason given'}")
+    told = read_refusal(body)
+    reason = endpoint.masked(f"HTTP {status}: {told.message.strip() or 'no reason given'}")
     who = f"{endpoint.base_url}, asked for model {endpoint.model},"
-    if code == "insufficient_quota":
+    if 300 <= status < 400:
+        place = urlsplit(headers.get("location") or "").hostname or "another address"
+        reason = f"HTTP {status}: it sends us to {place}, and rows go to base_url alone"
+        return Refused(reason) if answered else UserError(f"{who} does not answer: {reason}")
+    if told.code in _NO_MONEY:
         return UserError(f"{who} has no money left: {reason}")
-    if status in _EVERY or code == "model_not_found":
+    unknown = status in (400, 404, 422) and _NO_MODEL.search(told.message)
+    if status in (401, 402, 407) or told.code == "model_not_found" or unknown:
         return UserError(f"{who} {_EVERY.get(status, _EVERY[404])}: {reason}")
+    of_one = bool(_OF_ONE.search(reason))
+    field = None if of_one else blamed(told, list(endpoint.sending.fields))
+    if field and (status in (400, 422) or (field == "system" and status == 500)):
+        return Unsupported(reason, field)
     if status in _PASSING or status >= 500:
         return Transient(reason, retry_after(headers), limited=status == 429)
-    if param in ("model", *endpoint.sampling):
-        return UserError(f"{who} does not take {param}: {reason}")
-    return Refused(reason)
+    if not answered and status in _EVERY:
+        return UserError(f"{who} {_EVERY[status]}: {reason}")
+    if not answered and told.param in ("model", *endpoint.sampling):
+        return UserError(f"{who} does not take {told.param}: {reason}")
+    return Refused(reason, of_one or (answered and status != 403))
 
 # %% ../../nbs/endpoint/client.ipynb #88e5a596
 def _seconds(config: EndpointConfig, calls: int, tokens: float, each: float) -> float:
@@ -367,7 +536,7 @@ def estimate(
     prompts: dict[str, int] = {}  # the tokens of each that has no reply yet
     for request in requests:
         key = endpoint.key(request)
-        if key in prompts or endpoint.cache.get(key, request.since):
+        if key in prompts or endpoint.stored(request):
             cached += 1
         else:
             prompts[key] = prompt_tokens(request.messages)
@@ -383,6 +552,32 @@ def estimate(
     )  # fmt: skip
 
 # %% ../../nbs/endpoint/client.ipynb #b4d61ee6
+_MOST_BYTES = 64_000_000  # of an answer; no completion is as long
+
+
+async def _bound(response: Any) -> None:
+    "A hook of httpx: an answer without an end is broken off before it fills the memory."
+    from httpx2 import AsyncByteStream, ReadError
+
+    inner = response.stream
+
+    class Bounded(AsyncByteStream):
+        "At most so many bytes of it."
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            size = 0
+            async for part in inner:
+                size += len(part)
+                if size > _MOST_BYTES:
+                    raise ReadError("an answer without an end")
+                yield part
+
+        async def aclose(self) -> None:
+            await inner.aclose()
+
+    response.stream = Bounded()
+
+
 class _Connection:
     "Sends single calls at the pace of the limits, and says what a failure means."
 
@@ -390,8 +585,13 @@ class _Connection:
         import openai  # takes half a second, and a run that is all cache never needs it
 
         self.endpoint, self.sleep, config = endpoint, pool.sleep, endpoint.config
-        self.limits = Limits(config.requests_per_minute, config.tokens_per_minute)
-        self.client = openai.AsyncOpenAI(**endpoint.connection(), timeout=config.timeout)
+        self.answered = endpoint.cache.means(endpoint.base_url, endpoint.model)[0] > 0
+        rates = config.requests_per_minute, config.tokens_per_minute
+        self.limits = Limits(*rates, config.max_wait)
+        hooks = {"response": [_bound]}
+        http = openai.DefaultAsyncHttpxClient(**endpoint.transport, event_hooks=hooks)
+        own = {**endpoint.connection(), "timeout": config.timeout, "http_client": http}
+        self.client = openai.AsyncOpenAI(**own)
         pool.exits.push_async_callback(self.client.close)
 
     async def send(self, request: Request) -> tuple[str, float]:
@@ -401,15 +601,17 @@ class _Connection:
             began = time.monotonic()
             text = await self.post(self.endpoint.body(request), headers)
         if "html" in headers.get("content-type", ""):
-            raise UserError(f"{self.endpoint.base_url}: a web page answers there, no model; "
-                            "does the address lack its /v1?")  # fmt: skip
+            page = self.endpoint.masked(read_refusal(text).message)
+            raise Refused(f"a web page answers there, no model ({page[:80]}); does the address "
+                          "lack its /v1?", self.answered)  # fmt: skip
         return text, time.monotonic() - began
 
     async def post(self, body: dict[str, Any], headers: dict[str, str]) -> str:
         "The answer as it came; none at all may come the next time, but may be on the bill."
         import openai
-        from httpx2 import Response  # openai's own HTTP client
+        from httpx2 import ConnectError, ConnectTimeout, PoolTimeout, ProxyError, Response
 
+        unsent = (ConnectError, ConnectTimeout, PoolTimeout, ProxyError)  # so nothing was paid for
         endpoint, seconds = self.endpoint, self.endpoint.config.timeout
         try:
             async with asyncio.timeout(seconds):
@@ -418,20 +620,23 @@ class _Connection:
             raise Transient(f"no answer in {seconds:g} s", billed=True) from None
         except openai.APIConnectionError as e:
             reason = endpoint.masked(f"connection lost ({e.__cause__ or e})")
-            raise Transient(reason, billed=True) from None
+            raise Transient(reason, billed=not isinstance(e.__cause__, unsent)) from None
         except openai.APIStatusError as e:
             headers |= e.response.headers
-            raise failure(endpoint, e.status_code, e.body, headers) from None
+            raise failure(endpoint, e.status_code, e.body, headers, self.answered) from None
         headers |= answer.headers
         return answer.text
 
 # %% ../../nbs/endpoint/client.ipynb #273d4ad5
-_LONGEST_WAIT = 3600.0  # seconds; a server that wants to be left alone for longer ends the run
-_LOST = 10  # requests given up one after another, with no success between, that end the run
-_OF_ONE = re.compile(  # what is wrong with one request and says nothing of the others
-    r"context.(?:length|size|window)|too (?:long|many tokens)|maximum.*tokens|content.(?:filter|"
-    r"policy|management)", re.I,
-)  # fmt: skip
+_LOST, _LOST_FIRST = 10, 3  # requests given up in a row that end a run; of its first ones
+_SILENT = 20  # replies without text in a row that end a run: they are paid for
+_GARBLED = 3  # calls that may bring half an answer: each of them may be on the bill
+
+
+def _with_cost(reply: Reply, usd: float) -> Reply:
+    "A reply with what was paid before it came: it had to be asked for with more room."
+    usage = dict(reply.usage or {})
+    return replace(reply, usage={**usage, "usd": usage["usd"] + usd}) if usd else reply
 
 
 class _Asking:
@@ -439,69 +644,94 @@ class _Asking:
 
     def __init__(self, endpoint: Endpoint, pool: _Pool):
         self.endpoint, self.pool = endpoint, pool
+        pool.tick = endpoint.cache.renew
         self.connection: _Connection | None = None  # a run that is all cache needs none
-        self.reached = False  # whether the first call has come back
-        self.lost = self.answered = 0  # requests given up since the last success; successes
+        self.reached, self.first = False, 0  # whether a call was answered; calls out until then
+        self.lost = self.silent = 0  # requests given up, and replies without text, in a row
         self.told_until = 0.0  # a long wait is announced once
 
-    async def reply(self, request: Request) -> Reply:
-        "From the cache, from whoever is asking it already, or from the endpoint."
+    async def reply(self, request: Request, must: bool) -> Reply | None:
+        "From the cache, or from the endpoint; None where another is asking it, unless it must be."
         cache, key = self.endpoint.cache, self.endpoint.key(request)
-        while not (found := cache.get(key, request.since)) and not cache.claim(key):
+        while not (found := self.endpoint.stored(request)) and not cache.claim(key):
+            if not must:
+                return None
             await self.pool.sleep(0.1)
         if found:
             return found
         try:  # it may have come between the look and the claim
-            return cache.get(key, request.since) or await self.ask(key, request)
+            return self.endpoint.stored(request) or await self.in_turn(key, request)
         finally:
             cache.release(key)
 
-    async def ask(self, key: str, request: Request) -> Reply:
-        "Ask until it is answered, refused or given up."
-        connection, failed, tries = await self.connected(), 0, 0
-        until = time.monotonic() + _LONGEST_WAIT
-        while True:
-            try:
-                return await self.attempt(connection, key, request)
-            except Refused as e:
-                return self.given_up(str(e), bool(_OF_ONE.search(str(e)) or self.answered))
-            except Transient as e:
-                if e.limited and e.wait:
-                    connection.limits.pause(e.wait)
-                failed, tries = failed + 1, tries + (not e.limited)  # to wait for a limit is no try
-                if tries > self.endpoint.config.max_retries:
-                    return self.given_up(f"given up after {tries} tries: {e}")
-                await self.rest(backoff(failed, e.wait), e, until)
-
-    async def connected(self) -> _Connection:
-        "The connection; whoever needs it while the first call is out waits, unless that hangs."
+    async def in_turn(self, key: str, request: Request) -> Reply:
+        "Until a call is answered they go one at a time, unless one hangs."
         if self.connection is None:
             self.connection = _Connection(self.endpoint, self.pool)
-            return self.connection
         until = time.monotonic() + 5
-        while not self.reached and time.monotonic() < until:
+        while self.first and not self.reached and time.monotonic() < until:
             await self.pool.sleep(0.02)
-        return self.connection
+        self.first += 1
+        try:
+            return await self.ask(self.connection, key, request)
+        finally:
+            self.first -= 1
 
-    async def rest(self, wait: float, after: Transient, until: float) -> None:
-        "Wait before the next call; raise `UserError` when the server wants too long a pause."
-        end = time.monotonic() + wait
-        if after.limited and end > until:
-            raise UserError(f"{self.endpoint.base_url} wants {wait / 60:.0f} more minutes of "
-                            f"rest: {after}; run again then to go on") from None  # fmt: skip
+    async def ask(self, connection: _Connection, key: str, request: Request) -> Reply:
+        "Ask until it is answered, refused or given up."
+        failed, tries, garbled, spent = 0, 0, 0, 0.0
+        until = time.monotonic() + self.endpoint.config.max_wait
+        while True:
+            body, limit = self.endpoint.body(request), self.endpoint.longest
+            try:
+                reply = await self.attempt(connection, key, request)
+                if not self.endpoint.needs_room(reply, limit):
+                    return _with_cost(reply, spent)
+                spent += (reply.usage or {}).get("usd") or 0.0
+            except Refused as e:
+                return self.given_up(str(e), e.alone)
+            except Unsupported as e:
+                if self.endpoint.body(request) == body and not self.endpoint.obey(e):
+                    return self.given_up(str(e))
+            except Transient as e:
+                failed, tries = failed + 1, tries + (not e.limited)  # to wait for a limit is no try
+                garbled += isinstance(e, Garbled)
+                wait = backoff(failed, e.wait)
+                if tries > self.endpoint.config.max_retries or garbled >= _GARBLED:
+                    return self.given_up(f"given up after {failed} tries: {e}")
+                if time.monotonic() + wait > until:
+                    most = self.endpoint.config.max_wait
+                    return self.given_up(f"given up, for it wants {wait:.0f} s of rest, and "
+                                         f"max_wait is {most:g}: {e}")  # fmt: skip
+                if e.limited and e.wait:
+                    connection.limits.pause(e.wait)
+                await self.rest(wait, e)
+
+    async def rest(self, wait: float, after: Transient) -> None:
+        "Wait before the next call, and say so when it is long."
         if wait >= 30 and time.monotonic() > self.told_until:
-            self.told_until = end
+            self.told_until = time.monotonic() + wait
             say(f"{self.endpoint.base_url}: waiting {wait:.0f} s: {after}")
         await self.pool.sleep(wait)
 
     def given_up(self, reason: str, alone: bool = False) -> Reply:
         "A request without an answer; when none at all gets one any more, the run ends."
-        self.reached = True
         self.lost += not alone
-        if self.lost >= _LOST:
+        known = self.connection and self.connection.answered
+        if self.lost >= (_LOST if known else _LOST_FIRST):
             raise UserError(f"{self.endpoint.base_url}, model {self.endpoint.model}: {self.lost} "
                             f"requests in a row failed, the last: {reason}")  # fmt: skip
         return Reply("", "error", self.endpoint.model, error=reason)
+
+    def stop_silent(self, reason: str) -> None:
+        "Nothing is paid for blindly."
+        endpoint = self.endpoint
+        help_ = MORE_ROOM if reason == "length" else "ask another model, or in other words"
+        raise UserError(
+            f"{endpoint.base_url}, model {endpoint.model}: {self.silent} replies in a row without "
+            f"text (finish_reason {reason}), {dollars(endpoint.budget.spent)} spent; {help_}; what "
+            "came is kept, and --retry asks it again"
+        )
 
     async def attempt(self, connection: _Connection, key: str, request: Request) -> Reply:
         "One call within the budget; a success is committed before it is returned."
@@ -510,11 +740,15 @@ class _Asking:
         while not budget.reserve(usd):
             await self.pool.sleep(0.05)
         try:
-            reply = self.endpoint.commit(key, *await connection.send(request))
+            raw, seconds = await connection.send(request)
+            reply = self.endpoint.commit(key, raw, seconds, most=usd)
         except Transient as e:
             lost = usd if e.billed else 0.0
             raise
         finally:
-            budget.settle(usd, lost)
-        self.reached, self.lost, self.answered = True, 0, self.answered + 1
+            self.endpoint.settle(usd, lost)
+        self.reached = connection.answered = True
+        self.lost, self.silent = 0, 0 if reply.text.strip() else self.silent + 1
+        if self.silent >= _SILENT:
+            self.stop_silent(reply.finish_reason)
         return reply

@@ -9,7 +9,8 @@ __all__ = ['FREE', 'BATCH_DISCOUNT', 'PRICES', 'Price', 'find_price', 'load_pric
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from math import isfinite
 from pathlib import Path
 
 from ..core.files import UserError, read_json
@@ -75,6 +76,8 @@ def load_prices(
     for model, value in found.items():
         try:
             prices[model] = Price(float(value["price_in"]), float(value["price_out"]))
+            if not all(isfinite(x) and x >= 0 for x in astuple(prices[model])):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             form = '{"price_in": 2.5, "price_out": 10}'
             raise UserError(f"{path}: {model}: {json.dumps(value)}; write {form}") from None

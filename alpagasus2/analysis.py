@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['FEW_LABELS', 'LENGTH_SHIFT', 'load_judgments', 'orient', 'prompt_table', 'winning_score', 'length_adjusted_win_rate',
            'pair_statistics', 'canary_outcomes', 'judge_health', 'is_right', 'checkable', 'load_labels', 'Results',
-           'analyse']
+           'analyse', 'several_judges', 'dissent', 'named_verdicts', 'agreement_line', 'add_judges']
 
 # %% ../nbs/05_analysis.ipynb #77de68da
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from .core.files import UserError, read_json
-from .core.run_folder import latest
+from .core.run_folder import cost_of, latest
 from .data import Question
 from .evidence import intervals, power
 from .evidence.claim import NO_CLAIM, PairStatistics, claim, noise_floor
 from .evidence.ranking import ranking
 from .evidence.verdicts import SIGNS, outcome
 from .generate import Response
-from .judge import Judgment, read_scores
+from .judge import Judgment, canaries_path, read_scores
 
 # %% ../nbs/05_analysis.ipynb #1b645389
 import numpy as np
@@ -64,6 +65,27 @@ def _original_lines(
     return cast(list[Judgment], lines)
 
 # %% ../nbs/05_analysis.ipynb #902ba3cd
+_VERDICT = ("test_set", "id", "model_a", "model_b", "replicate", "vote")
+
+
+def _one_judge(source: Path, paths: Sequence[Path]) -> list[Judgment]:
+    "The lines of several files; two judges of the same pairs must not be added up."
+    lines: list[Judgment] = []
+    judges: dict[tuple, tuple[str, str]] = {}
+    for path in paths:
+        lines += (found := _judgment_lines(path))
+        for x in found:
+            key = tuple(x.get(f) for f in _VERDICT), x["first"]
+            judge = str((x.get("judge") or {}).get("model"))
+            other, where = judges.setdefault(key, (judge, path.name))
+            if other != judge:
+                raise UserError(
+                    f"{source}: {other} in {where} and {judge} in {path.name} judged the same "
+                    "pair; give one of the files"
+                )
+    return lines
+
+
 def load_judgments(
     source: str | Path,  # judgments.jsonl, or a folder of such files and of the original's pairs
 ) -> tuple[list[Judgment], list[str]]:  # lines; names of .json and .jsonl files left alone
@@ -73,10 +95,8 @@ def load_judgments(
         raise UserError(f"{source}: no such file or folder")
     if source.is_file():
         return _judgment_lines(source), []
-    lines, used = [], set()
-    for path in sorted(source.glob("judgments*.jsonl")):
-        lines += _judgment_lines(path)
-        used.add(path.name)
+    lines, used = _one_judge(source, sorted(source.glob("judgments*.jsonl"))), set()
+    used |= {path.name for path in source.glob("judgments*.jsonl")}
     for path in sorted(source.glob("*-*-*.json")):
         a, b, test_set = path.stem.split("-", 2)
         mirror = path.with_name(f"{b}-{a}-{test_set}.json")
@@ -627,6 +647,8 @@ class Results(TypedDict, total=False):
     filter: Any  # how the scores tell rows apart, from `filter_report`
     sizes: Any  # held-out loss at each number of rows
     sizes_summary: str
+    judges: Any  # of several: name, decides, verdict, pooled, judge_health, canaries, cost
+    judge_agreement: Any  # of every two judges, and of all: n, agreement, kappa, kappa_ci95
     cost: Any  # training_seconds, rating_seconds, endpoint
     manifest: Any  # of the run's folder
 
@@ -668,3 +690,106 @@ def analyse(
         "warnings": _warnings(pairs, pooled),
         "failures": [{f: x.get(f) for f in fields} for x in asked if x["verdict"] is None],
     }
+
+# %% ../nbs/05_analysis.ipynb #9cd3b074
+_BESIDE = ("model_a", "model_b", "n", "win", "tie", "lose", "failed", "win_rate", "win_rate_ci95")
+
+
+def _beside(name: str, results: Results, decides: bool) -> dict[str, Any]:
+    "What stands of one judge beside the others; `verdict`: what the claim would be by it."
+    return {
+        "name": name, "decides": decides, "verdict": results["claim"]["verdict"],
+        "pooled": [{k: p.get(k) for k in _BESIDE} for p in results["pooled"]],
+        "judge_health": results["judge_health"], "canaries": results["canaries"],
+    }  # fmt: skip
+
+
+def _outcomes(lines: Sequence[Judgment], model_a: str | None) -> pd.Series:
+    "The outcome of every pair and replicate whose two orders could be read: -1, 0 or 1."
+    judged = prompt_table(orient(lines, model_a)).dropna(subset="outcome")
+    return judged.set_index([*_PAIR, "replicate"])["outcome"]
+
+
+def _judges_agree(outcomes: Mapping[str, pd.Series]) -> dict[str, Any]:
+    "How often judges come to the same outcome of a pair; kappa where there are two of them."
+    both = pd.concat(list(outcomes.values()), axis=1, join="inner")
+    kappa, ends = None, None
+    if len(outcomes) == 2:
+        kappa, ends = intervals.kappa_with_interval(both.iloc[:, 0], both.iloc[:, 1])
+    same = float((both.nunique(axis=1) == 1).mean()) if len(both) else None
+    found = {"judges": list(outcomes), "n": len(both), "agreement": same}
+    return found | {"kappa": kappa, "kappa_ci95": ends}
+
+# %% ../nbs/05_analysis.ipynb #299dc630
+def several_judges(
+    judged: Mapping[str, Sequence[Judgment]],  # a judge's name -> its verdicts; the first decides
+    canaries: Mapping[str, Mapping[str, Sequence[float]]],  # name -> from `canary_outcomes`
+    model_a: str | None = None,  # the arm whose wins are counted
+    **terms: Any,  # margin, control and aa, as in `analyse`
+) -> dict[str, Any]:  # judges and judge_agreement of results.json
+    "Each judge's statistics and checks beside the others', and how far every two agree."
+    there = {name: lines for name, lines in judged.items() if lines}
+    found = {n: analyse(x, model_a, canaries.get(n), **terms) for n, x in there.items()}
+    outcomes = {n: _outcomes(x, model_a) for n, x in there.items()}
+    groups = [*combinations(there, 2)] + ([tuple(there)] if len(there) > 2 else [])
+    return {
+        "judges": [_beside(n, r, n == next(iter(judged))) for n, r in found.items()],
+        "judge_agreement": [_judges_agree({n: outcomes[n] for n in names}) for names in groups],
+    }
+
+# %% ../nbs/05_analysis.ipynb #080fe858
+def dissent(
+    judges: Sequence[Mapping[str, Any]],  # from `several_judges`
+) -> str | None:  # a warning; None where all come to one verdict
+    "Which judges would have decided the claim otherwise."
+    said = {j["verdict"] for j in judges}
+    if len(said) < 2:
+        return None
+    told = "; ".join(
+        f"{j['name']}{' (decides)' if j['decides'] else ''}: {j['verdict']}" for j in judges
+    )
+    return f"The judges come to different verdicts on the claim. {told}."
+
+# %% ../nbs/05_analysis.ipynb #82f51a16
+def named_verdicts(
+    files: Mapping[str, Path],  # a judge's name -> its verdicts
+    model_a: str | None = None,  # the arm whose wins are counted
+) -> list[list[Judgment]]:  # the lines of each judge
+    "Every judge's verdicts, oriented; where there are several, under the judge's name."
+    found = []
+    for name, path in files.items():
+        lines = orient(latest(path), model_a)
+        if len(files) > 1:
+            lines = [cast(Judgment, {**x, "judge": {**x["judge"], "model": name}}) for x in lines]
+        found.append(lines)
+    return found
+
+
+def agreement_line(
+    found: Mapping[str, Any],  # one entry of judge_agreement
+) -> str:
+    "As in: gpt-4o and my-judge agree on 80% of 50 pairs (kappa 0.58)."
+    if found["agreement"] is None:
+        return f"{' and '.join(found['judges'])} have no pair in common"
+    kappa = "" if found["kappa"] is None else f" (kappa {found['kappa']:.2f})"
+    share = f"{found['agreement']:.0%} of {found['n']} pairs"
+    return f"{' and '.join(found['judges'])} agree on {share}{kappa}"
+
+# %% ../nbs/05_analysis.ipynb #9bc1d318
+def add_judges(
+    results: Results,  # of the judge that decides, from `analyse`
+    files: Mapping[str, Path],  # a judge's name -> its verdicts, from `judge_files`
+    model_a: str | None = None,  # the arm whose wins are counted
+    **terms: Any,  # margin, control and aa, as in `analyse`
+) -> None:
+    "Add every judge's verdicts, health and cost, their agreement, and a warning where they differ."
+    known = {name: canary_outcomes(latest(canaries_path(path))) for name, path in files.items()}
+    judged = {name: latest(path) for name, path in files.items()}
+    beside = several_judges(judged, known, model_a, **terms)
+    for one in beside["judges"]:
+        path = files[one["name"]]
+        one["cost"] = cost_of(path, canaries_path(path))
+    results["judges"], results["judge_agreement"] = beside["judges"], beside["judge_agreement"]
+    results["claim"]["decides"] = next(iter(files))
+    if warning := dissent(beside["judges"]):
+        results["warnings"].append(warning)

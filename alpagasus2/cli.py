@@ -11,6 +11,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,23 @@ def select(
         print(_filter_page(rows, found or {}, selected, questions or [], report, agreed))
 
 # %% ../nbs/07_cli.ipynb #5440b9bf
+def _judges(judgments: str) -> dict[str, Path]:
+    "The judges of a run's folder with their files; {} where its claim names none."
+    from alpagasus2.evidence.claim import read_claim
+    from alpagasus2.judge import judge_files
+
+    path = Path(judgments)
+    folder = path if path.is_dir() else path.parent
+    claim = folder / "claim.json"
+    names = (read_claim(claim).get("judges") or []) if judgments and claim.exists() else []
+    files = judge_files(folder, names) if names else {}
+    if path in [*files.values()][1:]:
+        raise UserError(
+            f"{path}: claim.json says that {names[0]} decides; give the folder {folder}"
+        )
+    return files if path.is_dir() else {}
+
+
 def _verdicts(judgments: str) -> tuple[list[Any], bool]:
     "Judgment lines in both orders, and whether a missing order had to be copied."
     from alpagasus2.analysis import load_judgments
@@ -196,8 +214,11 @@ def _verdicts(judgments: str) -> tuple[list[Any], bool]:
 
     if others := load_other_forms(judgments):
         return in_both_orders(others)
+    if len(_judges(judgments)) > 1:  # a run's folder, whose claim says which judge decides
+        judgments = str(Path(judgments) / "judgments.jsonl")
     lines, left_alone = load_judgments(judgments)
-    if unknown := set(left_alone) - {"canaries.jsonl", "claim.json", "manifest.json"}:
+    known = {"claim.json", "manifest.json"}
+    if unknown := {n for n in left_alone if n not in known and not n.startswith("canaries")}:
         print(f"left alone: {', '.join(sorted(unknown))}", file=sys.stderr)
     return lines, False
 
@@ -263,7 +284,7 @@ def report(
     margin: float | None = None,  # non-inferiority margin in win rate, if one was fixed
 ) -> None:
     "Make the page and results.json from verdicts or answers."
-    from alpagasus2.analysis import load_labels, orient
+    from alpagasus2.analysis import add_judges, load_labels, named_verdicts, orient
     from alpagasus2.report.formats import without_orders
     from alpagasus2.report.page import write_report
     from alpagasus2.report.plots import plot_outcomes, plot_slots
@@ -282,11 +303,16 @@ def report(
         lines, judgments or "", model_a, margin, canaries=canaries, labels=said
     )
     results = without_orders(results) if copied else results
+    shown, others = [orient(lines, terms["model_a"])], _judges(judgments or "")
+    if len(others) > 1:
+        add_judges(results, others, **terms)
+        shown = named_verdicts(others, terms["model_a"])
     answers = [x for path in responses or [] for x in read_jsonl(path)]
     figures = {"Verdicts in both orders": plot_outcomes(results["pairs"])} if lines else {}
     if lines and not copied:
         figures["Slot preference of the judge"] = plot_slots(results["judge_health"])
-    page = write_report(results, output, orient(lines, terms["model_a"]), answers, figures)
+    decides, *beside = shown
+    page = write_report(results, output, decides, answers, figures, others=[*chain(*beside)])
     if lines:
         print(f"{results['claim']['verdict']}. {results['judge_health']['summary']}")
     print(page)

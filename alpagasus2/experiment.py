@@ -19,7 +19,16 @@ import numpy as np
 from tqdm import tqdm
 
 from . import judge, local
-from .analysis import Results, analyse, canary_outcomes, checkable, load_judgments, orient
+from alpagasus2.analysis import (
+    Results,
+    add_judges,
+    agreement_line,
+    analyse,
+    canary_outcomes,
+    checkable,
+    load_judgments,
+    named_verdicts,
+)
 from .core import run_folder
 from .core.files import UserError, file_sha256, read_json, write_json
 from alpagasus2.data import (
@@ -85,9 +94,10 @@ class Run:
             )
         self.claim = fix_claim(recipe, self.dir, self.rows)
         self.models = local.Models(recipe.base_model, recipe.training(0)[1])
-        judged = run_folder.is_complete(self.dir / "judgments.jsonl")
-        if recipe.judge.backend == "local" and not judged:
-            local.check_local_judge(self.model(recipe.judge.model))
+        self.judged = judge.judge_files(self.dir, [name for name, _ in recipe.judges])
+        for name, who in recipe.judges:
+            if who.backend == "local" and not run_folder.is_complete(self.judged[name]):
+                local.check_local_judge(self.model(who.model))
 
     def say(self, text: str) -> None:
         "Tell the user what happens."
@@ -318,8 +328,14 @@ def generate_and_measure(run: Run) -> None:
 
 # %% ../nbs/06a_experiment.ipynb #94dacff1
 def judge_arms(run: Run) -> None:
-    "Compare model_a with the base and all arms, A/A arms with each other, into judgments.jsonl."
-    who, (model_a, *others) = run.recipe.judge, run.recipe.arms
+    "Compare model_a with the base and all arms, A/A arms with each other, by every judge."
+    for name, who in run.recipe.judges:
+        _ask_judge(run, who, run.judged[name])
+
+
+def _ask_judge(run: Run, who: Judge, output: Path) -> None:
+    "One judge's verdicts and canaries."
+    model_a, *others = run.recipe.arms
     judged = {q["id"] for test_set in run.test_sets for q in test_set[: who.questions]}
     responses = [r for r in run_folder.latest(run.dir / "responses.jsonl") if r["id"] in judged]
     pairs = judge.pair_arms(responses, model_a, ["base", *others])
@@ -328,15 +344,15 @@ def judge_arms(run: Run) -> None:
         pairs += judge.pair_arms(responses, again, [control])
     config = judge.JudgeConfig(protocol=who.protocol, **who.parameters)
     name = who.model or run.recipe.base_model
-    asked = {"judgments.jsonl": pairs, "canaries.jsonl": judge.canary_pairs(responses, model_a)}
-    plans = {run.dir / f: judge.comparison_plan(todo, config, name) for f, todo in asked.items()}
+    asked = {output: pairs, judge.canaries_path(output): judge.canary_pairs(responses, model_a)}
+    plans = {path: judge.comparison_plan(todo, config, name) for path, todo in asked.items()}
     plans = {path: p for path, p in plans.items() if not run_folder.is_settled(path, p.lines)}
     if not plans:
         return
     ask = run.ask(who, config, plans)
-    for output, plan in plans.items():
+    for path, plan in plans.items():
         run.say(f"Judging {len(plan.lines) // 2} pairs in both orders with {name}")
-        judge.carry_out(plan, ask, output, False, run.progress)
+        judge.carry_out(plan, ask, path, False, run.progress)
 
 # %% ../nbs/06a_experiment.ipynb #2f07cb8e
 def size_results(
@@ -370,7 +386,8 @@ def _costs(run: Run, spent: Mapping[str, Any]) -> Costs:
 # %% ../nbs/06a_experiment.ipynb #139dd2e8
 def _doubts(run: Run, selected: Mapping[str, Sequence[Example]]) -> Iterator[str]:
     "Sentences on what weakens a claim of this run."
-    recipe, judged_by = run.recipe, run.recipe.judge.model or run.recipe.base_model
+    recipe, (_, decides) = run.recipe, run.recipe.judges[0]
+    judged_by = decides.model or recipe.base_model
     if aa := run.claim.get("aa"):
         one, other = ({r["id"] for r in selected[recipe.part(arm, 0)]} for arm in aa)
         if shared := len(one & other):
@@ -411,15 +428,16 @@ def _seen_prompts(run: Run, selected: Mapping[str, Sequence[Example]]) -> set[tu
 # %% ../nbs/06a_experiment.ipynb #7719a1c7
 def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, list]) -> Results:
     "The content of results.json, from the run's files."
+    fixed, recipe = run.claim, run.recipe
     judgments, _ = load_judgments(run.dir / "judgments.jsonl")
     canaries = canary_outcomes(run_folder.latest(run.dir / "canaries.jsonl"))
-    fixed, recipe = run.claim, run.recipe
     model_a, control, aa = fixed["model_a"], fixed["control"], fixed.get("aa")
+    terms = {"margin": recipe.margin, "control": control, "aa": aa}
     seen = _seen_prompts(run, selected)
     clean = [x for x in judgments if (x["test_set"], x["id"]) not in seen]
-    results, unseen = (
-        analyse(x, model_a, canaries, recipe.margin, control, aa) for x in (judgments, clean)
-    )
+    results, unseen = (analyse(x, model_a, canaries, **terms) for x in (judgments, clean))
+    if len(run.judged) > 1:
+        add_judges(results, run.judged, model_a, **terms)
     if seen and unseen:
         results["claim"] = without_seen(results["claim"], unseen["claim"], len(seen))
     doubts = " ".join(_doubts(run, selected))
@@ -467,7 +485,8 @@ def run_cost(run: Run) -> dict[str, Any]:
     "Seconds of training and rating, and the tokens that endpoints were sent and wrote."
     trained = run_folder.read_manifest(run.dir / "adapters").get("outputs", {})
     ratings = run.dir / "ratings.jsonl"
-    compared = [run.dir / f"{name}.jsonl" for name in ("responses", "judgments", "canaries")]
+    compared = [run.dir / "responses.jsonl"]
+    compared += [q for p in run.judged.values() for q in (p, judge.canaries_path(p))]
     return {
         "training_seconds": {part: entry.get("seconds") for part, entry in trained.items()},
         "rating_seconds": run_folder.manifest_entry(ratings).get("seconds"),
@@ -495,7 +514,8 @@ def run_figures(
 # %% ../nbs/06a_experiment.ipynb #1b306c92
 def report_run(run: Run, scores: Mapping[str, float], selected: Mapping[str, list]) -> Results:
     "Write report/ when any of its inputs is newer than it; the results."
-    names = ("claim.json", "ratings.jsonl", "heldout.jsonl", "responses.jsonl", "judgments.jsonl")
+    names = ["claim.json", "ratings.jsonl", "heldout.jsonl", "responses.jsonl"]
+    names += [path.name for path in run.judged.values()]
     inputs: dict[str, Any] = {n: file_sha256(run.dir / n) for n in names if (run.dir / n).exists()}
     if run.recipe.price_hour is not None:
         inputs["price_hour"] = run.recipe.price_hour
@@ -504,9 +524,10 @@ def report_run(run: Run, scores: Mapping[str, float], selected: Mapping[str, lis
         return read_json(output / "results.json")
     results = run_results(run, scores, selected)
     figures = run_figures(run, scores, results, selected)
-    judgments = orient(run_folder.latest(run.dir / "judgments.jsonl"), run.claim["model_a"])
+    decides, *others = named_verdicts(run.judged, run.claim["model_a"])
+    beside = [line for lines in others for line in lines]
     responses = run_folder.latest(run.dir / "responses.jsonl")
-    write_report(results, output, judgments, responses, figures)
+    write_report(results, output, decides, responses, figures, others=beside)
     run_folder.annotate(output, config=inputs)  # it may be made again, when one of them has changed
     return results
 
@@ -557,7 +578,8 @@ def summary_lines(
     judged = [pooled[0]["model_a"], *(p["model_b"] for p in pooled)]
     arms = dict.fromkeys([*results["heldout"], *results["checkable"], *judged])
     lines += [_arm_line(results, arm) for arm in arms]
-    said = [claim.get("heldout"), results.get("sizes_summary")]
+    agreed = [agreement_line(x) for x in results.get("judge_agreement") or []]
+    said = [*agreed, claim.get("heldout"), results.get("sizes_summary")]
     return [*lines, *filter(None, said), f"{claim['verdict']}. {claim['reason']}"]
 
 # %% ../nbs/06a_experiment.ipynb #b6692ea5

@@ -6,10 +6,11 @@
 __all__ = ['RATING_VERSION', 'PAIR_VERSION', 'VERDICT_VERSION', 'TAG', 'DRIFT', 'NULL_ANSWER', 'JudgeConfig', 'RatingPrompt',
            'load_prompt', 'rating_messages', 'comparison_messages', 'Plan', 'carry_out', 'endpoint_ask', 'Rating',
            'rating_plan', 'score_counts', 'drift', 'Pair', 'Judgment', 'pair_arms', 'read_scores', 'comparison_plan',
-           'canary_pairs', 'canaries_path']
+           'canary_pairs', 'file_name', 'judge_files', 'canaries_path']
 
 # %% ../nbs/04_judge.ipynb #fe396af0
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -102,16 +103,29 @@ def load_prompt(
     return RatingPrompt(text, f"own-{_tag(text, digits=8)}", low, high)
 
 # %% ../nbs/04_judge.ipynb #b80b75b1
+def _spoken(turns: Iterable[Mapping[str, Any]]) -> str:
+    "Turns as text, each with its role; calls of tools are part of what was said."
+    said = []
+    for m in turns:
+        calls = [json.dumps(m["tool_calls"], ensure_ascii=False)] if m.get("tool_calls") else []
+        said.append(f"{m['role'].capitalize()}: " + "\n".join(filter(None, [m["content"], *calls])))
+    return "\n\n".join(said)
+
+
 def _rated_question(row: Example) -> tuple[str, str]:  # instruction, input
-    "What a row asks; a system turn opens the instruction, since the response had to follow it."
+    "What the last answer of a row replies to: the last turn of the user, after what went before."
     if "messages" not in row:
         return question_of(row)
-    system = [m["content"] for m in row["messages"] if m["role"] == "system"]
-    turns = [m for m in row["messages"] if m["role"] not in ("system", "assistant")]
-    if len(turns) != 1:
-        raise UserError(f"row {row.get('id')}: {len(turns)} turns of the user; the rating prompt "
-                        "holds one instruction, so leave such rows out")  # fmt: skip
-    return "\n\n".join([*system, turns[0]["content"]]), ""
+    before = row["messages"][:-1]
+    system = [m["content"] for m in before if m["role"] == "system"]
+    turns = [m for m in before if m["role"] != "system"]
+    if not before:
+        raise UserError(f"row {row.get('id')}: nothing stands before the answer; leave it out")
+    last = max((i for i, m in enumerate(turns) if m["role"] == "user"), default=0)
+    talk, asked = _spoken(turns[:last]), [m["content"] for m in turns[last : last + 1]]
+    tag = _tag(talk, *asked)
+    context = [f"[Conversation so far {tag}]\n{talk}\n[End of conversation {tag}]"] if talk else []
+    return "\n\n".join([*system, *context, *asked]), _spoken(turns[last + 1 :])
 
 # %% ../nbs/04_judge.ipynb #91fc1805
 def rating_messages(
@@ -333,7 +347,7 @@ def rating_plan(
         return Request(rating_messages(row, config.dimension, prompt), line["vote"])
 
     def read(line: Mapping, reply: Reply) -> dict:
-        score = parse_rating(reply.text, prompt.low, prompt.high)
+        score = parse_rating(reply.text, prompt.low, prompt.high, config.dimension)
         return {"score": score, "status": _status(reply, score)}
 
     keys = [
@@ -520,6 +534,22 @@ def canary_pairs(
         for asked, a, said_a, b, said_b in known
     ]  # fmt: skip
     return cast(list[Pair], pairs)
+
+# %% ../nbs/04_judge.ipynb #5c2fbf64
+def file_name(
+    judge: str,  # its name
+) -> str:  # what stands for it in the names of files
+    "A judge's name with letters, digits, dots, - and _ only."
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", judge)
+
+
+def judge_files(
+    folder: str | Path,  # of a run
+    names: Sequence[str],  # the judges'; the first one decides
+) -> dict[str, Path]:  # name -> the file of its verdicts
+    "judgments.jsonl of the first, judgments-NAME.jsonl of each other judge."
+    others = {n: Path(folder) / f"judgments-{file_name(n)}.jsonl" for n in names[1:]}
+    return {names[0]: Path(folder) / "judgments.jsonl"} | others
 
 
 def canaries_path(

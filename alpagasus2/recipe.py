@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
 from alpagasus2.core.files import (
     UserError,
@@ -40,6 +40,7 @@ from .endpoint.client import EndpointConfig
 from .endpoint.parameters import PLAIN, Parameters
 from .evidence.claim import check_margin, read_claim
 from .generate import GenerateConfig
+from .judge import file_name
 from .quant_lora import QuantLoraConfig
 from .train import TrainConfig, preset_configs
 
@@ -107,6 +108,7 @@ class Judge(EndpointConfig, Parameters):
     base_url: str | None = None  # the endpoint; default: OPENAI_BASE_URL, else OpenAI's
     protocol: Literal["pair", "verdict"] = "pair"  # local judges give verdicts
     questions: int | None = Field(None, gt=0)  # judge the first so many of a test set; None: all
+    name: str = ""  # what it is called beside other judges; default: its model's name
 
     def __post_init__(self) -> None:
         EndpointConfig.__post_init__(self)
@@ -142,6 +144,13 @@ def _checked_sizes(sizes: list[int], rows: int) -> list[int]:
         )
     return sorted(sizes)
 
+
+def _check_names(judges: Sequence[tuple[str, Judge]]) -> None:
+    "Judges of one name would write into one file."
+    for (a, _), (b, _) in combinations(judges, 2):
+        if file_name(a) == file_name(b):
+            raise UserError(f"judge: {a!r} and {b!r} need names that differ; give one a `name`")
+
 # %% ../nbs/06_recipe.ipynb #6e884c66
 @settings
 class Recipe:
@@ -151,7 +160,9 @@ class Recipe:
     data: str  # the pool of rows: a file, a catalogued name or a hub id
     arms: dict[str, Arm]  # the first is model_a, compared with base and with each other arm
     rater: Rater = field(default_factory=lambda: Rater(kind="flaws"))
-    judge: Judge = field(default_factory=lambda: Judge(backend="local"))
+    judge: Judge | list[Judge] = field(
+        default_factory=lambda: Judge(backend="local")
+    )  # 1st decides
     questions: list[str] = field(default_factory=lambda: ["sample_questions"])  # test sets
     preset: str = "strong"  # of training: seed-7b, seed-13b, strong, quickstart
     train: dict[str, Any] = field(default_factory=dict)  # settings that replace the preset's
@@ -171,10 +182,19 @@ class Recipe:
             raise UserError(f"arms: {arms!r} is not a set of named arms")
         return {str(name): _made(Arm, arm, f"arms: {name}") for name, arm in arms.items()}
 
-    @field_validator("rater", "judge", mode="before")
+    @field_validator("rater", mode="before")
     @classmethod
-    def _asked(cls, value: Any, info: ValidationInfo) -> Any:
-        return _made(Rater if info.field_name == "rater" else Judge, value, str(info.field_name))
+    def _rater(cls, value: Any) -> Rater:
+        return _made(Rater, value, "rater")
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _judges(cls, value: Any) -> Judge | list[Judge]:
+        if not isinstance(value, list):
+            return _made(Judge, value, "judge")
+        if not value:
+            raise UserError("judge: [] names no judge")
+        return [_made(Judge, one, f"judge {n}") for n, one in enumerate(value, 1)]
 
     def __post_init__(self) -> None:
         rows = {a.rows for a in self.arms.values()}
@@ -188,12 +208,19 @@ class Recipe:
         for a, b in combinations(self.arms, 2):
             if self.arms[a] == self.arms[b]:
                 raise UserError(f"arms: {b} is drawn as another arm is; give it another `seed`")
+        _check_names(self.judges)
         check_margin(self.margin)
         self.sizes = _checked_sizes(self.sizes, min(rows))
         if not self.questions:
             raise UserError("questions: name at least one test set")
         # a wrong setting is refused before any work
         _ = self.training(0), self.generation, self.served_as("base", 0)
+
+    @property
+    def judges(self) -> list[tuple[str, Judge]]:
+        "The judges with their names; the first one decides the claim."
+        listed = self.judge if isinstance(self.judge, list) else [self.judge]
+        return [(who.name or who.model or self.base_model, who) for who in listed]
 
     @property
     def aa(self) -> list[str] | None:
@@ -326,7 +353,10 @@ def _claimed(recipe: dict) -> dict:
     fixed = {k: v for k, v in recipe.items() if k != "price_hour" and (k, v) != ("sizes", [])}
     if recipe.get("replicates") == 1:
         fixed.pop("pool_share", None)
-    asked = {"rater": kept(recipe["rater"], of_raters), "judge": kept(recipe["judge"], {})}
+    judge, of_judges = recipe["judge"], {"name": ""}
+    several = isinstance(judge, list)
+    judges = [kept(one, of_judges) for one in (judge if several else [judge])]
+    asked = {"rater": kept(recipe["rater"], of_raters), "judge": judges if several else judges[0]}
     if "generate" in recipe:
         asked["generate"] = kept(recipe["generate"], {})
     return fixed | asked | {"arms": {n: kept(arm, of_arms) for n, arm in recipe["arms"].items()}}
@@ -366,6 +396,9 @@ def _plan(recipe: Recipe, rows: Sequence[Example]) -> dict[str, Any]:
         "pool": {"rows": len(rows), "sha256": _pool_hash(Path(recipe.data), rows)},
         "files": {p: file_sha256(p) for p in _files(recipe)},
     }
+    if len(recipe.judges) > 1:
+        plan["judges"] = names = [name for name, _ in recipe.judges]
+        plan["decides"] = names[0]
     if recipe.sizes:  # a claim without them is as valid as it was before there were any
         steps = {str(k): recipe.steps(k) for k in recipe.sizes}
         plan["sizes"] = {"arms": list(recipe.curves), "steps": steps}

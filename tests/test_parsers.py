@@ -1,6 +1,7 @@
 """Real replies, canonical forms, forms to refuse, and generated replies with a known answer."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alpagasus2.endpoint.replies import parse_pair, parse_rating
-from alpagasus2.judge import parse_verdict
+from alpagasus2.endpoint.replies import parse_pair, parse_rating, parse_verdict
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "judgments"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+DATA, SHORT = SHARED / "data" / "judgments", SHARED / "cases" / "endpoint" / "replies.jsonl"
 KINDS = {"single": parse_rating, "pair": parse_pair, "threeclass": parse_verdict}
+READ = {"rating": parse_rating, "pair": parse_pair, "verdict": parse_verdict}
+CASES = [json.loads(line) for line in Path(__file__).with_name("replies.jsonl").open("rb")]
 SAMPLE, VICUNA = [], []
 if DATA.is_dir():
     lines = (DATA / "reviews_sample.jsonl").read_text(encoding="utf-8").split("\n")
@@ -26,6 +29,27 @@ real = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data/judgments is
 def test_sample(x):
     gold = tuple(x["gold"]) if isinstance(x["gold"], list) else x["gold"]
     assert KINDS[x["kind"]](x["text"]) == gold
+
+
+def as_read(x):
+    scale = [x[k] for k in ("low", "high") if k in x]
+    got = READ[x["kind"]](x["text"], *scale)
+    return list(got) if isinstance(got, tuple) else got
+
+
+@pytest.mark.skipif(not SHORT.exists(), reason="../shared/cases is not there")
+def test_short_replies():
+    lines = [json.loads(line) for line in SHORT.open("rb")]
+    assert [x for x in lines if as_read(x) != x["gold"]] == []
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_cases(kind):
+    "Replies written for this project: `may` names those that a person reads and we refuse."
+    lines = [x for x in CASES if x["kind"] == kind]
+    assert len(lines) > 150
+    wrong = [x for x in lines if as_read(x) != (None if "may" in x else x["gold"])]
+    assert wrong == []
 
 
 @real
@@ -117,7 +141,8 @@ PAIRS = [
     ("8 9\r\n\r\nFine.", (8, 9)), ("Assistant 1: Score: 8\nAssistant 2: Score: 9", (8, 9)),
     ("Assistant 1: 4 units\nAssistant 2: 10 units", None),
     ("Assistant 1: 8\nAssistant 2: 9\n\nAssistant 1 made 2 errors, Assistant 2 only 1.", (8, 9)),
-    ("8.5 / 9", None), ("8/9", None), ("8-9", None), ("8 - 9", None), ("8", None), ("8 9 7", None),
+    ("8.5 / 9", None), ("8/9", None), ("8-9", (8, 9)), ("8 - 9", (8, 9)), ("8", None),
+    ("8 9 7", None),
     ("", None), ("8 9\nwell\n(3, 2)", None), ("0 9", None), ("8 11", None), ("inf inf", None),
     ("-8 9", None), ("8/5 9/5", None), ("The points (2, 5) and (10, 4) lie on a line.", None),
     ("Assistant 1 and Assistant 2", None), ("8 or 9", None),
@@ -126,7 +151,7 @@ PAIRS = [
     ("Assistant 1: 1. foo 2. bar\nAssistant 2: 1. foo 2. bar", None), ("8:9", None),
     ("Assistant 1: 8", None), ("Assistant 1: 2 errors\nAssistant 2: 3 errors", None),
     ("Assistant 1: 8 or 9\nAssistant 2: 7", None),
-    ("Assistant 1: 10\nAssistant 2: 3\nFinal:\nAssistant 1: 9\nAssistant 2: 3", None),
+    ("Assistant 1: 10\nAssistant 2: 3\nFinal:\nAssistant 1: 9\nAssistant 2: 3", (9, 3)),
     ("8 9 cats", None), ('It says "Assistant 1: 10, Assistant 2: 3" and stops.', None),
     ("Assistant 1: -4\nAssistant 2: 3", None),
     ("I would not give Assistant 1 a score of 9 and Assistant 2 a score of 1.", None),
@@ -404,6 +429,107 @@ def test_two_ratings_never_a_third(p, q, br):
 def test_prose_alone_is_refused(says, br):
     text = br.join(["Well.", *says, "Done."])
     assert parse_rating(text) is parse_pair(text) is parse_verdict(text) is None
+
+
+# --- every form in every surrounding -------------------------------------------------------
+# fmt: off
+RATES = [
+    "{}", "{}/5", "Score: {}", "Score: {}/5", "**Rating:** {}", "Accuracy: {}", "[[{}]]",
+    "Rating: [[{}]]", "<score>{}</score>", '{{"score": {}}}', '{{"accuracy": {}, "clarity": 1}}',
+    '```json\n{{"score": {}, "why": "It lists 3 facts."}}\n```', "Score: \\boxed{{{}}}",
+    "| Criterion | Score |\n|---|---|\n| Accuracy | {} |", "I would rate it {} out of 5.",
+    "The response deserves a score of {}.", "评分：{}分", "評価：{}点", "점수: {}", "Bewertung: {}",
+    "Bewertung: {} von 5 Punkten", "Оценка: {}", "Puntuación: {}/5", "Overall: {}/5",
+    "Accuracy: {}\nHelpfulness: 1\nClarity: 2", "Score (0-5): {}", "Here is my score:\n{}",
+]
+CHOICES = [
+    "{n}", "**{n}**", "[[{a}]]", "[[{a}>{b}]]", "[[{a}>>{b}]]", "Verdict: {n}", "Verdict: [[{a}]]",
+    "Winner: Assistant {n}", "I choose {n}.", "The better answer is {n}.", "选择：{n}", "選択: {n}",
+    "Answer {n} is better.", "Answer {n} is better than Answer {m}.", "Antwort {n} ist besser.",
+    '{{"winner": "{a}"}}', '{{"verdict": {n}}}', "<verdict>{a}</verdict>", "<answer>{n}</answer>",
+    "Лучший ответ: {n}", "回答{n}更好。", '```json\n{{"better": "assistant_{n}"}}\n```',
+]
+SCORES = [
+    "{x} {y}", "{x}, {y}", "{x} vs {y}", "({x}, {y})", "{x}/10 {y}/10", "# {x} {y}", "[{x}, {y}]",
+    "Assistant 1: {x}\nAssistant 2: {y}", "Assistant 2: {y}\nAssistant 1: {x}",
+    "Assistant A: {x}/10, Assistant B: {y}/10", "Answer 1: {x}\nAnswer 2: {y}", "A: {x}\nB: {y}",
+    "First answer: {x}\nSecond answer: {y}", "助手1：{x}分\n助手2：{y}分", "[[{x}]] [[{y}]]",
+    "Assistant 1 scores {x}, Assistant 2 scores {y}.", '{{"assistant_1": {x}, "assistant_2": {y}}}',
+    '{{"scores": [{x}, {y}]}}', '```json\n{{"score_a": {x}, "score_b": {y}}}\n```',
+    "<assistant_1>{x}</assistant_1>\n<assistant_2>{y}</assistant_2>", "Scores: {x} {y}",
+    "| Assistant 1 | {x} |\n| Assistant 2 | {y} |", "Assistent 1: {x}\nAssistent 2: {y}",
+    "| Criterion | Assistant 1 | Assistant 2 |\n|---|---|---|\n| Accuracy | 1 | 1 |\n"
+    "| Overall | {x} | {y} |",
+]
+THOUGHTS = [
+    "", "", "<think>\nScore: 1? Assistant 1: 3, Assistant 2: 9. The better is 1.\n</think>\n",
+    "<think>1</think>", "[[B]]\n2 8\n</think>\n\n", "<reasoning>[[1]] Verdict: 2</reasoning>\n",
+]
+REMARKS = [
+    "It lists 3 facts.", "2 + 2 = 4", "It is not a 5.", 'It says "Score: 1".', "> Best answer: 1",
+    "If it were longer, the score would be 5.", "Relevance: 2", "In step 4, x = 7.", "~~Score: 1~~",
+    "On 2024-05-04, 3 of 5 agreed.", "Clarity: 3/5", "Both lists have 4 items.", "Well.",
+]
+# fmt: on
+WIDE = str.maketrans("0123456789:", "０１２３４５６７８９：")
+
+
+@st.composite
+def variations(draw):
+    "A kind of reply, two statements of it, the value of each, and what may stand around them."
+    kind = draw(st.sampled_from(list(READ)))
+    values, texts = [], []
+    for _ in "12":
+        if kind == "rating":
+            value = draw(st.integers(0, 10)) / 2
+            text = draw(st.sampled_from(RATES)).format(f"{value:g}")
+        elif kind == "verdict":
+            value = draw(st.integers(1, 2))
+            letters = dict(zip("ab", "AB" if value == 1 else "BA", strict=True))
+            text = draw(st.sampled_from(CHOICES)).format(n=value, m=3 - value, **letters)
+        else:
+            value = [draw(st.integers(2, 20)) / 2 for _ in "xy"]
+            x, y = (f"{v:g}" for v in value)
+            text = draw(st.sampled_from(SCORES)).format(x=x, y=y)
+        if draw(st.booleans()) and not re.search("[{<|>\\\\]", text):
+            text = text.translate(WIDE)
+        values.append(value)
+        texts.append(text)
+    around = draw(st.lists(st.sampled_from(REMARKS), max_size=3))
+    return kind, values, texts, draw(st.sampled_from(THOUGHTS)), around
+
+
+def check_variation(case):
+    kind, (one, two), (first, second), thought, around = case
+
+    def read(*parts):
+        return as_read({"kind": kind, "text": thought + "\n".join(parts)})
+
+    assert read(first) == one, "alone it is read"
+    assert read(first, "", *around) in (one, None)
+    assert read(*around, "", first) in (one, None)
+    twice = read(first, "", *around, "", second)
+    assert (
+        twice == one
+        if one == two and not around
+        else twice in ((one, None) if one == two else (None,))
+    )
+    final = read(first, *around, "", "Final verdict:", second)
+    assert final in (two, None)
+
+
+@settings(many, max_examples=600)
+@given(variations())
+def test_no_variation_is_read_wrongly(case):
+    "Five readings each."
+    check_variation(case)
+
+
+@pytest.mark.slow
+@settings(many, max_examples=20_000)
+@given(variations())
+def test_no_variation_of_many_is_read_wrongly(case):
+    check_variation(case)
 
 
 # fmt: off

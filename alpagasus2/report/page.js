@@ -87,8 +87,10 @@ function verdictCard(pair, verdict) {
     typeof score === "number" ? `${models[i]} ${+score.toFixed(3)}` : "").filter(Boolean);
   said.push(verdict.verdict ? winner(pair, verdict.verdict) : `no verdict: ${verdict.status}`);
   const votes = pair.verdicts.some(x => x.vote);
-  const title = verdict.first === null ? "order not recorded"
+  const judges = new Set(pair.verdicts.map(x => x.judge)).size > 1;
+  const order = verdict.first === null ? "order not recorded"
     : `${models[verdict.first === "a" ? 0 : 1]} shown first`;
+  const title = judges ? `${verdict.judge}: ${order}` : order;
   return card(votes ? `${title}, vote ${verdict.vote + 1}` : title,
     el("p", "result", said.join(" · ")), prose(verdict.review ?? ""),
     el("p", "muted", verdict.judge ? `judge: ${verdict.judge}` : ""));

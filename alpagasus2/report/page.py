@@ -186,6 +186,11 @@ def _unjudged(by_model: Mapping[str, Mapping]) -> dict[str, Any]:
 _SAID = ("first", "vote", "verdict", "score_a", "score_b", "status", "review")
 
 
+def _order(line: Mapping) -> tuple:
+    judge = str((line.get("judge") or {}).get("model"))
+    return judge, line["first"], line.get("vote") or 0
+
+
 def _said(lines: Sequence[Mapping], first: str) -> float:
     "What the votes of one order say of model_a, summed; NaN when none of them is readable."
     votes = [SIGNS[x["verdict"]] for x in lines if x["first"] == first and x["verdict"] in SIGNS]
@@ -194,6 +199,7 @@ def _said(lines: Sequence[Mapping], first: str) -> float:
 # %% ../../nbs/report/page.ipynb #0716d970
 def _pair(
     lines: Sequence[Mapping],  # the verdicts of one pair, both orders, all votes
+    others: Sequence[Mapping] = (),  # those of other judges, shown and not counted
 ) -> dict[str, Any]:  # one entry of the viewer
     "Both answers, the verdicts, and what they come to."
     one, said = lines[0], [_said(lines, first) for first in "ab"]
@@ -207,7 +213,8 @@ def _pair(
             {k: x.get(k) for k in _SAID}
             | {"vote": x.get("vote") or 0, "judge": (x.get("judge") or {}).get("model")}
             | ({} if x.get("order_known", True) else {"first": None})
-            for x in sorted(lines, key=lambda x: (x["first"], x.get("vote") or 0))
+            for said_by in (lines, others)
+            for x in sorted(said_by, key=_order)
             if not x.get("copied")
         ],
     }
@@ -223,24 +230,33 @@ def _require(rows: Sequence[Mapping], fields: Iterable[str], what: str) -> None:
             raise UserError(f"{what}: line {n} has no {missing[0]!r}; see the file's fields")
 
 # %% ../../nbs/report/page.ipynb #91032ad7
+def _by_pair(judgments: Sequence[Judgment]) -> dict[tuple, list[Mapping]]:
+    "The verdicts of each pair; of two with one key the last."
+    found: dict[tuple, dict[tuple, Mapping]] = {}
+    for x in judgments:
+        key = (x["test_set"], x["id"], x.get("replicate", 0), x["model_a"], x["model_b"])
+        judge = (x.get("judge") or {}).get("model")
+        found.setdefault(key, {})[judge, x["first"], x.get("vote", 0)] = x
+    return {key: list(lines.values()) for key, lines in found.items()}
+
+
 def viewer_pairs(
     judgments: Sequence[Judgment] = (),  # lines of judgments.jsonl; the last of a key counts
     responses: Sequence[Mapping] = (),  # lines of responses.jsonl
+    others: Sequence[Judgment] = (),  # verdicts of further judges, shown and not counted
 ) -> list[dict[str, Any]]:  # one entry a pair, then one a question that was not judged
     "What the pair viewer turns the pages of; raises `UserError` on a line without its fields."
-    _require(judgments, _JUDGED, "judgments")
+    _require([*judgments, *others], _JUDGED, "judgments")
     _require(responses, (*_ASKED, "model", "response"), "responses")
-    judged: dict[tuple, dict[tuple, Mapping]] = {}
-    for x in judgments:
-        key = (x["test_set"], x["id"], x.get("replicate", 0), x["model_a"], x["model_b"])
-        judged.setdefault(key, {})[x["first"], x.get("vote", 0)] = x
+    judged = _by_pair(judgments)
+    beside = _by_pair(others)
     answered: dict[tuple, dict[str, Mapping]] = {}
     seen = {key[:3] for key in judged}
     for r in responses:
         question = (r["test_set"], r["id"], r.get("replicate", 0))
         if question not in seen:
             answered.setdefault(question, {})[r["model"]] = r
-    pairs = [_pair(list(lines.values())) for lines in judged.values()]
+    pairs = [_pair(lines, beside.get(key, [])) for key, lines in judged.items()]
     return pairs + [_unjudged(by_model) for by_model in answered.values()]
 
 # %% ../../nbs/report/page.ipynb #f7ca78ac
@@ -367,6 +383,7 @@ def write_report(
     responses: Sequence[Mapping] = (),  # lines of responses.jsonl, shown where nothing was judged
     figures: Mapping[str, Figure] | None = None,  # caption -> figure
     title: str = "AlpaGasus 2 report",  # the page's heading
+    others: Sequence[Judgment] = (),  # verdicts of further judges, shown beside the deciding one's
 ) -> Path:  # the page
     "Write the page and what it is made from. NaN raises ValueError, a bad line `UserError`."
     output = Path(output)
@@ -374,7 +391,7 @@ def write_report(
         raise UserError(f"{output} is a file; give a folder for the report")
     results = json.loads(dumps(results))
     drawn = drawings(results, figures or {})
-    pairs = viewer_pairs(judgments, responses)
+    pairs = viewer_pairs(judgments, responses, others)
     page = _render(
         results=results, pairs=pairs, data={"run": run_key(pairs), "pairs": pairs},
         tiles=tiles(results), figures={d.place or d.name: d for d in drawn}, title=title,

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from stand_ins import tiny_llama
 
 # In bf16 an answer may depend on which others are written beside it, and after a kill fewer are.
 SCRIPT = """
@@ -19,6 +20,7 @@ from alpagasus2 import quant_lora
 from alpagasus2.experiment import quickstart_recipe, run_recipe
 quant_lora.compute_dtype = lambda device=None: torch.float32
 recipe = quickstart_recipe()
+recipe.base_model = sys.argv[2]
 recipe.limit, recipe.judge.questions = 8, 2
 recipe.generate = {"max_new_tokens": 8}
 for arm in recipe.arms.values():
@@ -28,8 +30,8 @@ run_recipe(recipe, sys.argv[1], progress=False)
 STEPS = ("ratings.jsonl", "selected/longest.json", "adapters/random", "responses.jsonl")
 
 
-def start(folder: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], env=os.environ)
+def start(folder: Path, base: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), base], env=os.environ)
 
 
 def kill_when(process: subprocess.Popen, path: Path, delay: float) -> bool:
@@ -43,9 +45,9 @@ def kill_when(process: subprocess.Popen, path: Path, delay: float) -> bool:
     return False
 
 
-def finish(folder: Path) -> dict:
+def finish(folder: Path, base: str) -> dict:
     """Run to the end; what the run found, without its times."""
-    assert start(folder).wait() == 0
+    assert start(folder, base).wait() == 0
     results = json.loads((folder / "report/results.json").read_text())
     return {k: v for k, v in results.items() if k not in ("manifest", "cost")}
 
@@ -57,35 +59,43 @@ def processor_seconds() -> float:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model of two layers, whose run takes seconds."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("whole")
-    return folder, finish(folder)
+    return folder, finish(folder, tiny)
 
 
-def test_killed_after_each_step_it_ends_the_same(uninterrupted, tmp_path):
+def test_killed_after_each_step_it_ends_the_same(uninterrupted, tiny, tmp_path):
     whole, expected = uninterrupted
     seed = random.Random(0)
-    kills = [kill_when(start(tmp_path), tmp_path / s, seed.uniform(0, 0.5)) for s in STEPS]
+    kills = [kill_when(start(tmp_path, tiny), tmp_path / s, seed.uniform(0, 0.5)) for s in STEPS]
     assert sum(kills) >= 2, f"too few of the runs were still alive when killed: {kills}"
-    assert finish(tmp_path) == expected
+    assert finish(tmp_path, tiny) == expected
     for name in ("adapters/filtered", "adapters/random", "adapters/longest"):
         weights = "adapter_model.safetensors"
         assert (tmp_path / name / weights).read_bytes() == (whole / name / weights).read_bytes()
 
 
-def test_a_second_run_changes_nothing(uninterrupted):
+def test_a_second_run_changes_nothing(uninterrupted, tiny):
     folder, expected = uninterrupted
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
     began = processor_seconds()
-    assert finish(folder) == expected
+    assert finish(folder, tiny) == expected
     assert processor_seconds() - began < 20
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments(uninterrupted, tmp_path):
-    _, expected = uninterrupted
+def test_twenty_kills_at_random_moments_of_the_real_model(tmp_path):
+    expected = finish(tmp_path / "whole", "smollm2-135m")
     seed = random.Random(1)
     for _ in range(20):
-        kill_when(start(tmp_path), tmp_path, seed.uniform(2, 40))
-    assert finish(tmp_path) == expected
+        kill_when(start(tmp_path / "run", "smollm2-135m"), tmp_path / "run", seed.uniform(2, 40))
+    assert finish(tmp_path / "run", "smollm2-135m") == expected

@@ -147,9 +147,34 @@ def _checked_sizes(sizes: list[int], rows: int) -> list[int]:
 
 def _check_names(judges: Sequence[tuple[str, Judge]]) -> None:
     "Judges of one name would write into one file."
+    if not judges:
+        raise UserError("judge: [] names no judge")
     for (a, _), (b, _) in combinations(judges, 2):
         if file_name(a) == file_name(b):
             raise UserError(f"judge: {a!r} and {b!r} need names that differ; give one a `name`")
+
+# %% ../nbs/06_recipe.ipynb #ae086eda
+def _checked_arms(arms: Mapping[str, Arm]) -> int:
+    "The number of rows that all arms have; `UserError` where they cannot be compared fairly."
+    rows = {a.rows for a in arms.values()}
+    if len(rows) > 1:
+        raise UserError(f"arms of different size {sorted(rows)} cannot be compared fairly")
+    if "base" in arms or not arms:
+        raise UserError("arms: name at least one, and none of them `base`")
+    for name in arms:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
+            raise UserError(f"arms: {name!r}: letters, digits, - and _ only")
+    for a, b in combinations(arms, 2):
+        if arms[a] == arms[b]:
+            raise UserError(f"arms: {b} is drawn as another arm is; give it another `seed`")
+    return rows.pop()
+
+# %% ../nbs/06_recipe.ipynb #f123a6c1
+def _same_rule(arms: Mapping[str, Arm]) -> list[str] | None:
+    "Two arms that differ in their seed only, `random` among them where it can be."
+    rules = {name: replace(arm, seed=0) for name, arm in arms.items()}
+    pairs = [[b, a] for a, b in combinations(rules, 2) if rules[a] == rules[b]]
+    return next((pair for pair in pairs if "random" in pair), pairs[0] if pairs else None)
 
 # %% ../nbs/06_recipe.ipynb #6e884c66
 @settings
@@ -192,29 +217,16 @@ class Recipe:
     def _judges(cls, value: Any) -> Judge | list[Judge]:
         if not isinstance(value, list):
             return _made(Judge, value, "judge")
-        if not value:
-            raise UserError("judge: [] names no judge")
         return [_made(Judge, one, f"judge {n}") for n, one in enumerate(value, 1)]
 
     def __post_init__(self) -> None:
-        rows = {a.rows for a in self.arms.values()}
-        if len(rows) > 1:
-            raise UserError(f"arms of different size {sorted(rows)} cannot be compared fairly")
-        if "base" in self.arms or not self.arms:
-            raise UserError("arms: name at least one, and none of them `base`")
-        for name in self.arms:
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
-                raise UserError(f"arms: {name!r}: letters, digits, - and _ only")
-        for a, b in combinations(self.arms, 2):
-            if self.arms[a] == self.arms[b]:
-                raise UserError(f"arms: {b} is drawn as another arm is; give it another `seed`")
+        rows = _checked_arms(self.arms)
         _check_names(self.judges)
         check_margin(self.margin)
-        self.sizes = _checked_sizes(self.sizes, min(rows))
+        self.sizes = _checked_sizes(self.sizes, rows)
         if not self.questions:
             raise UserError("questions: name at least one test set")
-        # a wrong setting is refused before any work
-        _ = self.training(0), self.generation, self.served_as("base", 0)
+        _ = self.training(0), self.generation, self.served_as("base", 0)  # refused before any work
 
     @property
     def judges(self) -> list[tuple[str, Judge]]:
@@ -225,9 +237,7 @@ class Recipe:
     @property
     def aa(self) -> list[str] | None:
         "Two arms that differ in their seed only, `random` among them where it can be."
-        rules = {name: replace(arm, seed=0) for name, arm in self.arms.items()}
-        pairs = [[b, a] for a, b in combinations(rules, 2) if rules[a] == rules[b]]
-        return next((pair for pair in pairs if "random" in pair), pairs[0] if pairs else None)
+        return _same_rule(self.arms)
 
     @property
     def curves(self) -> dict[str, dict[int, str]]:

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from ..core.files import UserError, dumps, json_sha256, say
 from ..core.run_folder import cost_of
 from .cache import Ask, Reply, Request
-from .client import Endpoint, EndpointConfig, estimate, failure
+from .client import Endpoint, EndpointConfig, commit, estimate, failure
 from .prices import BATCH_DISCOUNT
 from .rate_limits import Refused, Transient, Unsupported, backoff
 
@@ -278,7 +278,7 @@ def _reply(endpoint: Endpoint, line: Mapping[str, Any]) -> Reply:
     try:
         if status != 200:
             raise failure(endpoint, status, body, {})
-        return endpoint.commit(line["custom_id"], dumps(body), share=BATCH_DISCOUNT)
+        return commit(endpoint, line["custom_id"], dumps(body), share=BATCH_DISCOUNT)
     except Refused as e:
         return Reply("", "error", endpoint.model, error=str(e))
     except Unsupported as e:

@@ -142,15 +142,15 @@ def _opened(path: Path) -> sqlite3.Connection:
 # %% ../../nbs/endpoint/cache.ipynb #a6eee9ec
 LEASE = 10.0  # seconds that a claim holds without being renewed
 
-# %% ../../nbs/endpoint/cache.ipynb #8532126d
+# %% ../../nbs/endpoint/cache.ipynb #23dfaaa0
 def _limit(sent: str | None) -> int:
     "The limit of tokens among the fields that were sent."
     fields = json.loads(sent or "{}")
     return fields.get("max_completion_tokens") or fields.get("max_tokens") or 0
 
 
-class ReplyCache:
-    "Replies in SQLite, keyed by endpoint, model, messages, sampling parameters and vote."
+class _Database:
+    "The SQLite file."
 
     def __init__(
         self,
@@ -168,6 +168,92 @@ class ReplyCache:
         except sqlite3.DatabaseError as e:
             hint = "; run again to begin a new one" if _is_damage(e) else ""
             raise UserError(f"{self.path}: {e}{hint}") from None
+
+# %% ../../nbs/endpoint/cache.ipynb #20f5d45f
+class _Claims(_Database):
+    "Who asks for what now."
+
+    def claim(
+        self,
+        key: str,  # from `Endpoint.key`
+    ) -> bool:  # False: somebody is asking already; look again for the reply in a moment
+        "Say that this cache's user asks now; `renew` keeps the claim alive."
+        now = time.time()
+        self._run("DELETE FROM claims WHERE key = ? AND abs(since - ?) > ?", (key, now, LEASE))
+        sql = "INSERT OR IGNORE INTO claims VALUES (?, ?, ?) RETURNING key"
+        return bool(self._run(sql, (key, self._me, now)))
+
+    def renew(self) -> None:
+        "Say of all claims that their owner is still at work; as often as one likes."
+        now = time.time()
+        if abs(now - self._renewed) > LEASE / 5:
+            self._renewed = now
+            self._run("UPDATE claims SET since = ? WHERE owner = ?", (now, self._me))
+
+    def release(
+        self,
+        key: str,  # claimed before
+    ) -> None:
+        "Say that the asking is over."
+        self._run("DELETE FROM claims WHERE key = ? AND owner = ?", (key, self._me))
+
+# %% ../../nbs/endpoint/cache.ipynb #a204a3d5
+class _Notes(_Database):
+    "What was spent, learned and collected."
+
+    def spend(
+        self,
+        purpose: str,  # what it is paid for: the name of a file, say
+        usd: float,  # US dollars
+    ) -> None:
+        "Add to what was spent, so that a kill cannot lose it."
+        sql = (
+            "INSERT INTO spending VALUES (?, ?) ON CONFLICT DO UPDATE SET usd = usd + excluded.usd"
+        )
+        self._run(sql, (purpose, usd))
+
+    def spent(
+        self,
+        purpose: str,  # as in `spend`
+    ) -> float:  # US dollars
+        "What was spent for a purpose in all runs with this file."
+        found = self._run("SELECT usd FROM spending WHERE purpose = ?", (purpose,))
+        return found[0][0] if found else 0.0
+
+    def learned(
+        self,
+        base_url: str,  # the endpoint
+        model: str,  # the model that is asked for
+    ) -> dict[str, str]:  # name -> value
+        "What refusals have taught of a model at an address."
+        sql = "SELECT name, value FROM learned WHERE base_url = ? AND model = ?"
+        return dict(self._run(sql, (base_url, model)))
+
+    def learn(
+        self,
+        base_url: str,  # the endpoint
+        model: str,  # the model that is asked for
+        facts: Mapping[str, str],  # name -> value
+    ) -> None:
+        "Remember something of a model at an address, for this run and later ones."
+        for name, value in facts.items():
+            sql = "INSERT OR REPLACE INTO learned VALUES (?, ?, ?, ?)"
+            self._run(sql, (base_url, model, name, value))
+
+    def collected(self) -> set[str]:  # ids of batches
+        "The batches whose replies are all here."
+        return {row[0] for row in self._run("SELECT id FROM collected")}
+
+    def collect(
+        self,
+        batch_id: str,  # the server's
+    ) -> None:
+        "Note that nothing more is to be had from a batch."
+        self._run("INSERT OR IGNORE INTO collected VALUES (?)", (batch_id,))
+
+# %% ../../nbs/endpoint/cache.ipynb #7a5a72d9
+class ReplyCache(_Claims, _Notes):
+    "Replies in SQLite, keyed by endpoint, model, messages, sampling parameters and vote."
 
     def get(
         self,
@@ -201,49 +287,6 @@ class ReplyCache:
         sql = f"INSERT OR REPLACE INTO replies VALUES ({', '.join('?' * len(_COLUMNS))})"
         self._run(sql, (*values, moment(), raw, seconds, asked, dumps(dict(sent or {}))))
 
-    def claim(
-        self,
-        key: str,  # from `Endpoint.key`
-    ) -> bool:  # False: somebody is asking already; look again for the reply in a moment
-        "Say that this cache's user asks now; `renew` keeps the claim alive."
-        now = time.time()
-        self._run("DELETE FROM claims WHERE key = ? AND abs(since - ?) > ?", (key, now, LEASE))
-        sql = "INSERT OR IGNORE INTO claims VALUES (?, ?, ?) RETURNING key"
-        return bool(self._run(sql, (key, self._me, now)))
-
-    def renew(self) -> None:
-        "Say of all claims that their owner is still at work; as often as one likes."
-        now = time.time()
-        if abs(now - self._renewed) > LEASE / 5:
-            self._renewed = now
-            self._run("UPDATE claims SET since = ? WHERE owner = ?", (now, self._me))
-
-    def release(
-        self,
-        key: str,  # claimed before
-    ) -> None:
-        "Say that the asking is over."
-        self._run("DELETE FROM claims WHERE key = ? AND owner = ?", (key, self._me))
-
-    def spend(
-        self,
-        purpose: str,  # what it is paid for: the name of a file, say
-        usd: float,  # US dollars
-    ) -> None:
-        "Add to what was spent, so that a kill cannot lose it."
-        sql = (
-            "INSERT INTO spending VALUES (?, ?) ON CONFLICT DO UPDATE SET usd = usd + excluded.usd"
-        )
-        self._run(sql, (purpose, usd))
-
-    def spent(
-        self,
-        purpose: str,  # as in `spend`
-    ) -> float:  # US dollars
-        "What was spent for a purpose in all runs with this file."
-        found = self._run("SELECT usd FROM spending WHERE purpose = ?", (purpose,))
-        return found[0][0] if found else 0.0
-
     def means(
         self,
         base_url: str,  # the endpoint
@@ -257,34 +300,3 @@ class ReplyCache:
         )
         n, tokens, seconds = self._run(sql, (base_url, asked))[0]
         return n, tokens or 0.0, seconds or 0.0
-
-    def learned(
-        self,
-        base_url: str,  # the endpoint
-        model: str,  # the model that is asked for
-    ) -> dict[str, str]:  # name -> value
-        "What refusals have taught of a model at an address."
-        sql = "SELECT name, value FROM learned WHERE base_url = ? AND model = ?"
-        return dict(self._run(sql, (base_url, model)))
-
-    def learn(
-        self,
-        base_url: str,  # the endpoint
-        model: str,  # the model that is asked for
-        facts: Mapping[str, str],  # name -> value
-    ) -> None:
-        "Remember something of a model at an address, for this run and later ones."
-        for name, value in facts.items():
-            sql = "INSERT OR REPLACE INTO learned VALUES (?, ?, ?, ?)"
-            self._run(sql, (base_url, model, name, value))
-
-    def collected(self) -> set[str]:  # ids of batches
-        "The batches whose replies are all here."
-        return {row[0] for row in self._run("SELECT id FROM collected")}
-
-    def collect(
-        self,
-        batch_id: str,  # the server's
-    ) -> None:
-        "Note that nothing more is to be had from a batch."
-        self._run("INSERT OR IGNORE INTO collected VALUES (?)", (batch_id,))

@@ -146,9 +146,12 @@ class Sending:
 
     def obey(
         self,
-        field: str,  # of a call, that the server does not take
+        field: str,  # of a call, that the server does not take; `system` for the system turn
     ) -> str | None:  # what is done about it; None: it was not sent
         "Do without a field from now on, or send it by its other name."
+        if field == "system" and "system" not in self.learned:
+            self.learned["system"] = "merged"
+            return "takes no system turn, so its text is put into the first turn of the user"
         if field not in self.fields:
             return None
         name = next((n for n, to in self.learned.items() if to == field), field)

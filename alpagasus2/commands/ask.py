@@ -97,6 +97,13 @@ def _with_options(plan: Any, backend: str, options: dict[str, Any] | None) -> An
     told = {"template_options": options} if options else {}
     return replace(plan, settings={**plan.settings, **told})
 
+# %% ../../nbs/commands/ask.ipynb #76625028
+def _check_given(beside: str, options: Mapping[str, Any]) -> None:
+    "Refuse options that would change nothing."
+    for name, value in options.items():
+        if value:
+            raise UserError(f"{name} changes nothing with {beside}; leave it out")
+
 # %% ../../nbs/commands/ask.ipynb #fe5dbbce
 def rate(
     data: str,  # the rows: a file, a catalogued name or a hub id
@@ -108,7 +115,7 @@ def rate(
     prompt: str | None = None,  # a file with your own prompt: {instruction} {input} {response}
     low: float = 0.0,  # lowest score that your prompt asks for
     high: float = 5.0,  # highest score that your prompt asks for
-    template: Literal["alpaca", "chat"] = "chat",  # the text in which local signals read a row
+    template: Literal["alpaca", "chat"] | None = None,  # of local signals; default: chat
     template_options: dict[str, Any]
     | None = None,  # for a chat template: {"enable_thinking": false}
     merge_system: bool = False,  # put a system turn into the first turn of the user
@@ -121,9 +128,12 @@ def rate(
     from alpagasus2.endpoint.client import EndpointConfig
     from alpagasus2.judge import JudgeConfig, RatingPrompt, carry_out, load_prompt, rating_plan
 
+    asking = {"--prompt": prompt, "--base_url": base_url}
+    reading = {"--template": template, "--merge_system": merge_system}
+    _check_given(f"--rater {rater}", reading if rater == "llm" else asking)
     rows = rows_of(data)[0][:limit]
     if rater != "llm":
-        read = {"template": template, "template_options": template_options}
+        read = {"template": template or "chat", "template_options": template_options}
         form = template_of({**read, "merge_system": merge_system})
         _rate_locally(rows, output, rater, model or "smollm2-135m", form, dry_run)
         return

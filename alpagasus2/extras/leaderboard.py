@@ -83,6 +83,11 @@ class LeaderboardConfig:
     seed: int = 1234  # of the examples that are drawn for a prompt; lm-eval's default
     token_budget: int = Field(16384, gt=0)  # tokens a batch; changes speed and memory only
 
+    def __post_init__(self) -> None:
+        if self.template_options and not self.apply_chat_template:
+            raise UserError("template_options: they are for a chat template; add "
+                            "apply_chat_template")  # fmt: skip
+
     def recorded(self) -> dict[str, Any]:
         "The settings that change figures."
         return {k: v for k, v in asdict(self).items() if k != "token_budget"}

@@ -675,7 +675,8 @@ def analyse(
     deciding = prompts[(prompts["model_b"] == control) & (prompts["model_a"] == model_a)]
     unread = [float(x["verdict"] is None) for x in asked]
     health = judge_health(deciding if len(deciding) else prompts, canaries, unread)
-    claimed = claim(candidates, health, control, margin, same_rule)
+    persons = _label_statistics(prompts, labels) if labels else None
+    claimed = claim(candidates, health, control, margin, same_rule, persons or ())
     fields = ("id", "test_set", "model_a", "model_b", "replicate", "vote", "first", "status",
               "review")  # fmt: skip
     return {
@@ -686,7 +687,7 @@ def analyse(
         "canaries": {name: float(np.mean(x)) for name, x in (canaries or {}).items()},
         "ranking": None if claimed["verdict"] == NO_CLAIM else _rank_models(prompts),
         "aa": same_rule,
-        "labels": _label_statistics(prompts, labels) if labels else None,
+        "labels": persons,
         "warnings": _warnings(pairs, pooled),
         "failures": [{f: x.get(f) for f in fields} for x in asked if x["verdict"] is None],
     }

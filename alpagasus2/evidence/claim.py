@@ -148,6 +148,17 @@ def _missing_sentence(pair: PairStatistics, verdict: str, margin: float | None) 
     end = f"the interval would {'still begin' if stays else 'begin'} at {low:.1%}"
     return f"{said}, {end}."
 
+# %% ../../nbs/evidence/claim.ipynb #2cafb03a
+def _labels_sentence(labels: Mapping | None, bound: float) -> str:
+    "What the labels of the deciding pair say; empty where there are too few."
+    if not labels or labels["ppi_win_rate"] is None:
+        return ""
+    rate, (low, high) = labels["ppi_win_rate"], labels["ppi_win_rate_ci95"]
+    said = f"corrected by {labels['n']} labels of a person the win rate is {rate:.1%} "
+    opening = "The labels contradict the judge: " if rate <= bound else ""
+    found = f"{opening}{said}[{low:.1%}, {high:.1%}]."
+    return found if opening else f"{found[0].upper()}{found[1:]}"
+
 # %% ../../nbs/evidence/claim.ipynb #ee918cdc
 def _failed_checks(health: Mapping, status: str) -> str:
     "The checks that came out so, with the value and the limit of each."
@@ -173,6 +184,7 @@ def claim(
     control: str | None = "random",  # the arm that decides
     margin: float | None = None,  # non-inferiority margin in win rate; None: superiority
     aa: PairStatistics | None = None,  # the A/A arm's model_a, model_b, win_rate, win_rate_ci95
+    labels: Sequence[Mapping] = (),  # by pair: both models, n, ppi_win_rate, ppi_win_rate_ci95
 ) -> dict[str, str]:  # verdict, one of `VERDICTS`; reason
     "What the verdicts allow to be said, and why."
     if failed := _failed_checks(health, "fail"):
@@ -182,9 +194,14 @@ def claim(
         why = f"No comparison with the control arm {control!r}, so nothing can be claimed."
         return {"verdict": NO_CONTROL, "reason": why}
     verdict, undecided = decide(deciding, margin), _failed_checks(health, "not decided")
+    pair = deciding["model_a"], control
+    label = next((x for x in labels if (x["model_a"], x["model_b"]) == pair), None)
+    labelled = _labels_sentence(label, 0.5 - (margin or 0))
+    if verdict == "supported" and "contradict" in labelled:
+        verdict = "within noise"
     said = [
         _finding(deciding, verdict, margin), _noise_sentence(deciding), _aa_sentence(deciding, aa),
-        _missing_sentence(deciding, verdict, margin),
+        _missing_sentence(deciding, verdict, margin), labelled,
     ]  # fmt: skip
     if verdict == "within noise" and deciding.get("detectable_effect"):
         size = deciding["detectable_effect"]

@@ -291,8 +291,9 @@ def _inference(
         unknown = ("run_spread", "run_spread_bound", "sign_test_p", "detectable_effect")
         return {"replicates": 0, "holds_run_noise": False, **dict.fromkeys(unknown)}
     parts, decided = _parts(judged), counts["win"] + counts["lose"]
-    p: float | None = intervals.p_value(parts, 0.5, pooled)
-    if parts.runs == 1:
+    if parts.runs > 1:
+        p: float | None = intervals.p_value(parts, 0.5, pooled)
+    else:
         p = float(binomtest(counts["win"], decided).pvalue) if decided else None
     return {
         "replicates": parts.runs, "holds_run_noise": intervals.holds_run_noise(parts, pooled),
@@ -367,9 +368,7 @@ def _share_check(name: str, shares: Sequence[float]) -> dict[str, Any]:
     if not len(shares):
         return _check(name, None, None)
     parts = intervals.variance_parts(np.array(shares, float)[:, None], share=True)
-    half = intervals.half_width(parts, error=0.1)
-    bounds = np.clip([parts.mean - half, parts.mean + half], 0, 1).tolist()
-    return _check(name, float(np.mean(shares)), bounds)
+    return _check(name, float(np.mean(shares)), intervals.share_interval(parts, error=0.1))
 
 
 def _kappa_check(judged: pd.DataFrame) -> dict[str, Any]:

@@ -8,10 +8,11 @@ __all__ = ['Run', 'rate_pool', 'select_arms', 'train_arms', 'heldout_lines', 'me
            'run_recipe', 'summary_lines', 'quickstart_recipe']
 
 # %% ../nbs/06a_experiment.ipynb #77de68da
+import filecmp
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import groupby, product
+from itertools import combinations, groupby, product
 from pathlib import Path
 from typing import Any, cast
 
@@ -404,52 +405,63 @@ def _doubts(run: Run, selected: Mapping[str, Sequence[Example]]) -> Iterator[str
 def _check_runs_differ(run: Run) -> None:
     "Refuse replicates of an arm whose adapters are the same bytes: they are one run."
     for arm in run.arms:
-        made: dict[str, str] = {}
-        for replicate in range(run.recipe.replicates):
-            weights = run.adapter(arm, replicate) / "adapter_model.safetensors"
-            earlier = made.setdefault(file_sha256(weights), weights.parent.name)
-            if earlier != weights.parent.name:
+        folders = [run.adapter(arm, replicate) for replicate in range(run.recipe.replicates)]
+        for earlier, later in combinations(folders, 2):
+            name = "adapter_model.safetensors"
+            if filecmp.cmp(earlier / name, later / name, shallow=False):
                 raise UserError(
-                    f"{weights.parent}: the same bytes as {earlier}, so they are one training run "
+                    f"{later}: the same bytes as {earlier.name}, so they are one training run "
                     "and not two; delete the copy and run again"
                 )
 
 # %% ../nbs/06a_experiment.ipynb #f4b4b1fd
-def _seen_prompts(run: Run, selected: Mapping[str, Sequence[Example]]) -> set[tuple[str, str]]:
-    "Test set and id of the questions that the rows of an arm give away."
+def _seen_prompts(
+    run: Run, selected: Mapping[str, Sequence[Example]]
+) -> dict[str, list[dict]]:  # arm -> from `contamination`
+    "How much of each question stands in the rows of every arm and replicate."
     parts = [run.recipe.part(a, r) for r in range(run.recipe.replicates) for a in run.recipe.arms]
-    return {
-        (x["test_set"], x["id"])
-        for part in parts
-        for x in contamination(selected[part], run.questions)
-        if x["seen"] >= SEEN
-    }
+    return {part: contamination(selected[part], run.questions) for part in parts}
+
+
+def _known(seen: Mapping[str, list[dict]]) -> set[tuple[str, str]]:
+    "Test set and id of the questions that the rows of an arm give away."
+    found = (x for questions in seen.values() for x in questions)
+    return {(x["test_set"], x["id"]) for x in found if x["seen"] >= SEEN}
 
 # %% ../nbs/06a_experiment.ipynb #7719a1c7
-def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, list]) -> Results:
-    "The content of results.json, from the run's files."
-    fixed, recipe = run.claim, run.recipe
-    judgments, _ = load_judgments(run.dir / "judgments.jsonl")
-    canaries = canary_outcomes(run_folder.latest(run.dir / "canaries.jsonl"))
-    model_a, control, aa = fixed["model_a"], fixed["control"], fixed.get("aa")
-    terms = {"margin": recipe.margin, "control": control, "aa": aa}
-    seen = _seen_prompts(run, selected)
-    clean = [x for x in judgments if (x["test_set"], x["id"]) not in seen]
-    results, unseen = (analyse(x, model_a, canaries, **terms) for x in (judgments, clean))
+def _judged_results(
+    run: Run, selected: Mapping[str, list], known: set[tuple[str, str]]
+) -> Results:
+    "What the verdicts come to; `known`: questions that the rows of an arm give away."
+    fixed, path = run.claim, run.dir / "judgments.jsonl"
+    judgments, _ = load_judgments(path)
+    canaries = canary_outcomes(run_folder.latest(judge.canaries_path(path)))
+    terms = {"margin": run.recipe.margin, "control": fixed["control"], "aa": fixed.get("aa")}
+    results = analyse(judgments, fixed["model_a"], canaries, **terms)
     if len(run.judged) > 1:
-        add_judges(results, run.judged, model_a, **terms)
-    if seen and unseen:
-        results["claim"] = without_seen(results["claim"], unseen["claim"], len(seen))
+        add_judges(results, run.judged, fixed["model_a"], **terms)
+    clean = [x for x in judgments if (x["test_set"], x["id"]) not in known]
+    if known and clean:
+        unseen = analyse(clean, fixed["model_a"], canaries, **terms)["claim"]
+        results["claim"] = without_seen(results["claim"], unseen, len(known))
     doubts = " ".join(_doubts(run, selected))
     results["claim"]["reason"] = f"{results['claim']['reason']} {doubts}".strip()
+    return results
+
+# %% ../nbs/06a_experiment.ipynb #9765437a
+def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, list]) -> Results:
+    "The content of results.json, from the run's files."
+    seen = _seen_prompts(run, selected)
+    results = _judged_results(run, selected, _known(seen))
     measured, spent = run_folder.latest(run.dir / "heldout.jsonl"), run_cost(run)
     _add_heldout(run, results, measured)
+    manifest = {"claim_sha256": run.claim["sha256"], **run_folder.read_manifest(run.dir)}
     added: dict[str, Any] = {
         "checkable": checkable(run_folder.latest(run.dir / "responses.jsonl"), run.questions),
         **size_results(run, measured, spent),
-        "filter": _filter_results(run, scores, selected),
+        "filter": _filter_results(run, scores, selected, seen),
         "cost": spent,
-        "manifest": {"claim_sha256": fixed["sha256"], **run_folder.read_manifest(run.dir)},
+        "manifest": manifest,
     }
     return cast(Results, {**results, **added})
 
@@ -468,16 +480,16 @@ def _add_heldout(run: Run, results: Results, measured: Sequence[Mapping]) -> Non
 
 # %% ../nbs/06a_experiment.ipynb #f7fc9ce7
 def _filter_results(
-    run: Run, scores: Mapping[str, float], selected: Mapping[str, list]
-) -> dict[str, Any]:
+    run: Run, scores: Mapping[str, float], selected: Mapping[str, list],
+    seen: Mapping[str, list[dict]],
+) -> dict[str, Any]:  # fmt: skip
     "Who scored the rows, and what was kept of them by every arm and replicate."
     recipe, rater = run.recipe, run.recipe.rater
-    parts = [recipe.part(a, r) for r in range(recipe.replicates) for a in recipe.arms]
-    kept = {part: selected[part] for part in parts}
+    kept = {part: selected[part] for part in seen}
     return {
         "selector": rater.selector if scores else "none: the arms came as files",
         "model": (rater.model or recipe.base_model) if scores else None,
-        **filter_report(run.rows, scores, kept, run.questions),
+        **filter_report(run.rows, scores, kept, run.questions, seen),
     }
 
 # %% ../nbs/06a_experiment.ipynb #40127450

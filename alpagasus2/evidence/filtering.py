@@ -342,13 +342,15 @@ def filter_report(
     scores: Mapping[str, float],  # row id -> score
     selected: Mapping[str, Sequence[Example]],  # arm -> its rows, with ids
     questions: Sequence[Question] = (),  # of the test sets
+    seen: Mapping[str, list[dict]] | None = None,  # arm -> from `contamination`; default: made here
 ) -> dict[str, Any]:  # the `filter` of results.json
     "What the selector kept and lost, in every arm; its AUC where flaws are known."
     lengths = {
         arm: [len(response_of(r)) for r in kept] for arm, kept in {"all": rows, **selected}.items()
     }
     scored = [scores[r["id"]] for r in rows if r["id"] in scores]
-    seen = {arm: contamination(kept, questions) for arm, kept in selected.items() if questions}
+    if seen is None:
+        seen = {arm: contamination(kept, questions) for arm, kept in selected.items() if questions}
     return {
         "rows": len(rows),
         "scored": len(scored),

@@ -136,18 +136,20 @@ def half_width(
 def mean_interval(
     parts: VarianceParts,
     pooled: RunNoise | None = None,  # used for two runs
+    error: float = 0.05,  # 1 less the confidence level
 ) -> list[float]:  # low, high
-    "The 95% interval of the mean."
-    half = half_width(parts, pooled)
+    "The interval of the mean."
+    half = half_width(parts, pooled, error)
     return [parts.mean - half, parts.mean + half]
 
 
 def share_interval(
     parts: VarianceParts,  # of a table of shares
     pooled: RunNoise | None = None,  # used for two runs
+    error: float = 0.05,  # 1 less the confidence level
 ) -> list[float]:  # low, high, both in [0, 1]
-    "The 95% interval of a share."
-    return np.clip(mean_interval(parts, pooled), 0, 1).tolist()
+    "The interval of a share."
+    return np.clip(mean_interval(parts, pooled, error), 0, 1).tolist()
 
 # %% ../../nbs/evidence/intervals.ipynb #18aa757a
 def p_value(

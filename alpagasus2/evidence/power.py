@@ -169,10 +169,9 @@ def plan(
     for n in prompts:
         for r in runs:
             design = Design(n, r, sd, spread * sd)
-            found = {"power": power(design, effect), "detectable": smallest_effect(design)}
-            if r < 3:
-                found = dict.fromkeys(found)
-            rows.append({"prompts": n, "runs": r, **found, **_costs(n, r, arms, prices)})
+            found = (power(design, effect), smallest_effect(design)) if r > 2 else (None, None)
+            shown = dict(zip(("power", "detectable"), found, strict=True))
+            rows.append({"prompts": n, "runs": r, **shown, **_costs(n, r, arms, prices)})
     return rows
 
 # %% ../../nbs/evidence/power.ipynb #1552f33d

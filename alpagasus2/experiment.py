@@ -429,9 +429,7 @@ def _known(seen: Mapping[str, list[dict]]) -> set[tuple[str, str]]:
     return {(x["test_set"], x["id"]) for x in found if x["seen"] >= SEEN}
 
 # %% ../nbs/06a_experiment.ipynb #7719a1c7
-def _judged_results(
-    run: Run, selected: Mapping[str, list], known: set[tuple[str, str]]
-) -> Results:
+def _judged_results(run: Run, selected: Mapping[str, list], known: set[tuple[str, str]]) -> Results:
     "What the verdicts come to; `known`: questions that the rows of an arm give away."
     fixed, path = run.claim, run.dir / "judgments.jsonl"
     judgments, _ = load_judgments(path)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SMALL_MODEL', 'quiet_libraries', 'QuantLoraConfig', 'pick_device', 'compute_dtype', 'free_memory', 'small_model',
            'resolve_model', 'load_tokenizer', 'keep_trainable', 'load_config', 'expert_weights', 'load_base',
-           'weight_count', 'weights_held', 'adapter_parameters', 'LoraProduct', 'linear_layers', 'add_lora',
-           'load_adapters', 'as_arm']
+           'weight_count', 'weights_held', 'adapter_parameters', 'LoraProduct', 'in_one_step', 'linear_layers',
+           'add_lora', 'load_adapters', 'as_arm']
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
 import copy
@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from pydantic import Field
 from .core import families
 from .core.files import UserError, cache_dir, say, settings
 from .model.dropout import Dropout
+from .model.lora import lora_linear
 
 # %% ../nbs/01_quant_lora.ipynb #31382d00
 @contextmanager
@@ -311,6 +313,71 @@ def _quick(model: Any) -> Any:
                 module.lora_dropout[name] = Dropout(layer.p).train(layer.training)
         for layers in (module.lora_A, module.lora_B):
             layers.update({name: _product(layer) for name, layer in layers.items()})
+    return in_one_step(model) if model.device.type == "cuda" else model
+
+# %% ../nbs/01_quant_lora.ipynb #32bf7cdd
+def _weight(layer: torch.nn.Linear) -> torch.Tensor:
+    "(out, in) as the layer multiplies by it."
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return layer.weight
+
+
+def _type(layer: torch.nn.Linear) -> torch.dtype:
+    "Of what `_weight` gives."
+    packed = isinstance(layer, bnb.nn.Linear4bit)
+    return layer.weight.quant_state.dtype if packed else layer.weight.dtype
+
+
+def _plain(layer: Any, x: torch.Tensor) -> str | None:
+    "The one adapter that trains, if that is all there is to do."
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    off = layer.disable_adapters or layer.merged or layer.lora_variant
+    biased = any(part[n].bias is not None for part in (layer.lora_A, layer.lora_B) for n in names)
+    other = torch.is_autocast_enabled(x.device.type) or x.dtype != _type(layer.get_base_layer())
+    trains = torch.is_grad_enabled() and len(names) == 1
+    return names[0] if trains and not (off or biased or other) else None
+
+# %% ../nbs/01_quant_lora.ipynb #28d67c9a
+def _one_step(usual: Any) -> Any:
+    "A class of PEFT's layers that is one operation where it can be."
+
+    class OneStep(usual):
+        def forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+            "(..., in features) -> (..., out features)."
+            name = None if args or options else _plain(self, x)
+            if name is None:
+                return super().forward(x, *args, **options)
+            base, dropout, scale = (
+                self.get_base_layer(),
+                self.lora_dropout[name],
+                self.scaling[name],
+            )
+            kept = None
+            if isinstance(dropout, Dropout) and dropout.training and dropout.p:
+                kept, scale = dropout.kept(x), scale / (1 - dropout.p)
+                if kept is None:  # dropout that does not go by token
+                    return super().forward(x)
+            a, b = self.lora_A[name].weight, self.lora_B[name].weight
+            return lora_linear(x, a, b, partial(_weight, base), base.bias, scale, kept)
+
+    return OneStep
+
+
+_ONE_STEP = {c: _one_step(c) for c in (peft.tuners.lora.Linear, peft.tuners.lora.Linear4bit)}
+
+
+def in_one_step(
+    model: Any,  # a PeftModel
+) -> Any:  # the same
+    "Let its linear layers and their adapters be one operation while they train."
+    for module in model.modules():
+        usual = type(module)
+        if usual in _ONE_STEP and type(module.get_base_layer()) in (
+            torch.nn.Linear,
+            bnb.nn.Linear4bit,
+        ):
+            module.__class__ = _ONE_STEP[usual]
     return model
 
 # %% ../nbs/01_quant_lora.ipynb #2419c89c

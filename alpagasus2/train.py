@@ -47,12 +47,14 @@ from alpagasus2.model.forward import (
     plain_lm,
     target_nll,
 )
+from .model.gradients import Gradients, may_record
 from .model.likelihood import row_nll
 from alpagasus2.quant_lora import (
     QuantLoraConfig,
     adapter_parameters,
     add_lora,
     compute_dtype,
+    free_memory,
     load_base,
     load_tokenizer,
     pick_device,
@@ -80,7 +82,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm; 0: never
     optimizer: Literal["adamw", "paged_adamw"] = "adamw"  # paged: bitsandbytes', CUDA only
     gradient_checkpointing: bool = False  # less memory for a third more time
-    attention: Kernel | None = None  # by_row: a CPU's; padded: a GPU's; unpadded: not measured yet
+    attention: Kernel | None = None  # by_row: a CPU's; unpadded: a GPU's; padded: an older GPU's
     cutoff_len: int = Field(256, gt=0)  # tokens; a longer row loses its end, and its EOS
     train_on_prompt: bool = False  # also learn to write the instruction
     template: Template = "alpaca"  # the prompt: Alpaca's, or the tokenizer's chat template
@@ -278,23 +280,36 @@ def _refuse_no_number(step: int, loss: float, norm: float, batch: Sequence[Encod
         raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; rows {ids}")
 
 # %% ../nbs/02_train.ipynb #472b07b9
+def _add_gradient(
+    model: Any, rows: Sequence[Encoded], targets: int, scaler: torch.amp.GradScaler,
+    gradients: Gradients | None,
+) -> torch.Tensor:  # fmt: skip
+    "Of one micro-batch, and its part of the loss a target."
+    if gradients and gradients.is_on:
+        one = torch.ones((), device=model.device)
+        return gradients.add(rows, scaler.scale(one) / targets) / targets
+    with packed_attention(model):  # in the backward pass, too, for checkpointed layers
+        loss = target_nll(model, rows)[0].sum() / targets
+        scaler.scale(loss).backward()
+    return loss.detach()
+
+
 def _add_gradients(
     model: Any, batch: Sequence[Encoded], config: TrainConfig, step: int,
-    scaler: torch.amp.GradScaler,
+    scaler: torch.amp.GradScaler, gradients: Gradients | None,
 ) -> tuple[torch.Tensor, list[Encoded]]:  # fmt: skip
     "Of this process's micro-batches: their loss, and the rows of one that did not fit."
     targets = sum(e.n_targets for e in batch)
     total = torch.zeros((), device=model.device)
+    if gradients and gradients.is_on:
+        gradients.begin()
     for pack in _own_packs(model, batch, config):
         rows = [batch[i] for i in pack]
         torch.manual_seed(hash((config.seed, step)) % 2**63)
         try:
-            with packed_attention(model):  # in the backward pass, too, for checkpointed layers
-                loss = target_nll(model, rows)[0].sum() / targets
-                scaler.scale(loss).backward()
+            total += _add_gradient(model, rows, targets, scaler, gradients)
         except torch.OutOfMemoryError:
             return total, rows
-        total += loss.detach()
     return total, []
 
 
@@ -314,10 +329,11 @@ def training_step(
     config: TrainConfig,  # token_budget, micro_batch_size, max_grad_norm, seed
     step: int = 0,  # counts from 0; seeds the dropout
     scaling: LossScaling | None = None,  # for fp16
+    gradients: Gradients | None = None,  # what adds the gradients by recorded steps
 ) -> tuple[float, float]:  # loss a target token, gradient norm before clipping
     "Accumulate the gradient of a batch; too large, `OutOfMemoryError`, for one row `UserError`."
     scaling = scaling or LossScaling(torch.amp.GradScaler(enabled=False))
-    total, too_large = _add_gradients(model, batch, config, step, scaling.scaler)
+    total, too_large = _add_gradients(model, batch, config, step, scaling.scaler, gradients)
     if _any_process(bool(too_large)):
         _give_up(model, step, too_large)
     parameters = list(adapter_parameters(model).values())
@@ -342,14 +358,19 @@ def _smaller(model: Any, batch: Sequence[Encoded], config: TrainConfig) -> Train
 
 def _fitting_step(
     model: Any, batch: Sequence[Encoded], config: TrainConfig, step: int,
-    scaling: LossScaling | None = None,
+    scaling: LossScaling | None = None, gradients: Gradients | None = None,
 ) -> tuple[float, float, TrainConfig]:  # fmt: skip
     "`training_step`, again and smaller where memory runs out; and the settings that it took."
     while True:
         try:
-            return *training_step(model, batch, config, step, scaling), config
+            return *training_step(model, batch, config, step, scaling, gradients), config
         except torch.OutOfMemoryError as e:
             why = str(e)
+        if gradients and _any_process(gradients.is_on):
+            gradients.stop()
+            torch.cuda.empty_cache()
+            say(f"{why}; it is taken again, and training goes on, without recorded steps")
+            continue
         config = _smaller(model, batch, config)
         if accelerate.PartialState().is_main_process:
             say(
@@ -476,6 +497,19 @@ def _bar(batches: Sequence[Sequence[Encoded]], done: int, shown: bool) -> tqdm:
     return tqdm(total=total, initial=before, unit="row", disable=not shown)
 
 # %% ../nbs/02_train.ipynb #f9ba665a
+def _gradients_of(
+    model: Any, batches: Sequence[Sequence[Encoded]], config: TrainConfig
+) -> Gradients | None:
+    "What records the micro-batches of these steps on a GPU, where all of them are small."
+    if model.device.type != "cuda" or not batches:
+        return None
+    largest = max(map(computed_tokens, _heaviest(model, batches, config)))
+    taken = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    if _any_process(not may_record(model, largest, taken, free_memory(model.device))):
+        return None
+    return Gradients(model, max(len(e.ids) for batch in batches for e in batch))
+
+
 # called with the steps done, and the figures of the last
 After = Callable[[int, dict[str, Any]], None]
 
@@ -493,12 +527,14 @@ def own_steps(
     "Train on from a step by our own code."
     state = {} if state is None else state
     scaling = _loss_scaling(model, optimizer, state)
+    gradients = _gradients_of(model, batches[start:], config)
     for step in range(start, len(batches)):
         optimizer.param_groups[0]["lr"] = rates[step]
-        loss, norm, config = _fitting_step(model, batches[step], config, step, scaling)
+        loss, norm, config = _fitting_step(model, batches[step], config, step, scaling, gradients)
         scaling.step()
         state["token_budget"] = config.token_budget or TOKEN_BUDGET
         state["scaler"] = scaling.scaler.state_dict()
+        state["recordings"] = gradients.run.made if gradients and gradients.run else 0
         known = norm if math.isfinite(norm) else None  # of a step that was skipped
         after(step + 1, {"loss": loss, "learning_rate": rates[step], "grad_norm": known})
 
@@ -693,6 +729,7 @@ def _summary(
         "seconds": round(seconds, 2),
         "tokens_per_second": round(counts["tokens"] * config.num_epochs / seconds, 1),
         "token_budget": state.get("token_budget"),  # the last
+        "recordings": state.get("recordings", 0),  # of micro-batches, on a GPU
         "processes": accelerate.PartialState().num_processes,
         "device": str(model.device),
         "compute_dtype": str(model.dtype),

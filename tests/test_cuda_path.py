@@ -21,7 +21,14 @@ from alpagasus2.model.forward import (
     shared_prefix,
     target_nll,
 )
-from alpagasus2.quant_lora import QuantLoraConfig, adapter_parameters, add_lora
+from alpagasus2.model.gradients import Gradients
+from alpagasus2.quant_lora import (
+    QuantLoraConfig,
+    adapter_parameters,
+    add_lora,
+    in_one_step,
+    load_base,
+)
 from alpagasus2.train import TrainConfig, train, training_step
 
 ROWS = [Encoded(str(n), [*range(5), *range(50, 50 + n)], 7) for n in (9, 5, 30)]
@@ -246,3 +253,66 @@ def test_a_training_attends_as_it_is_told(tmp_path: Path) -> None:
     for kernel in KERNELS:
         assert losses[kernel] == pytest.approx(losses[None], abs=1e-4)
     assert losses[None][0] > losses[None][-1]
+
+
+def replayed(gradients: list[Gradients]) -> Any:
+    """Stands for CUDA graphs: takes the step again in place of replaying it."""
+
+    def record(step: Any, inputs: dict[str, torch.Tensor]) -> Any:
+        before = [x.clone() for x in gradients[0].sums]
+        with torch.random.fork_rng():  # recording itself changes nothing
+            result = step(**inputs).clone()
+        torch._foreach_copy_(gradients[0].sums, before)
+        return lambda: result.copy_(step(**inputs)), result
+
+    return record
+
+
+def test_one_operation_a_layer_and_recorded_steps_add_the_same_gradient(tmp_path: Path) -> None:
+    tiny_llama(tmp_path, num_key_value_heads=2, initializer_range=0.2)
+    config = QuantLoraConfig(lora_target_modules="all-linear", unpacked=False)
+    steps = [some(7, 9, 20)[i:] for i in (0, 1, 0, 2)]
+    found = {}
+    for way in ("usual", "one step", "recorded"):
+        with patch("alpagasus2.quant_lora.compute_dtype", lambda device=None: torch.float32):
+            model = add_lora(load_base(tmp_path, config), config)
+        attend_by(model, "unpadded")
+        for name, p in adapter_parameters(model).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(1))
+        made: list[Gradients] = []
+        if way != "usual":
+            in_one_step(model)
+        if way == "recorded":
+            made.append(Gradients(model, 60, replayed(made)))
+        gradients = []
+        for step, rows in enumerate(steps):
+            model.zero_grad()
+            training_step(model, rows, TrainConfig(), step, gradients=made[0] if made else None)
+            gradients.append(
+                torch.cat([p.grad.flatten() for p in adapter_parameters(model).values()])
+            )
+        found[way] = torch.stack(gradients)
+    assert made[0].run and made[0].run.made == 1 and made[0].compared
+    for way in ("one step", "recorded"):
+        error = (found[way] - found["usual"]).norm(dim=1) / found["usual"].norm(dim=1)
+        assert error.max() < 1e-5, (way, error)
+
+
+def test_a_recorded_step_asks_and_sends_nothing() -> None:
+    lm = on_meta("llama", torch.bfloat16)
+    seen: list[Counter[str]] = []
+
+    def record(step: Any, inputs: dict[str, torch.Tensor]) -> Any:
+        with OneDevice(), Operators() as operators:
+            result = step(**inputs)
+        seen.append(operators.seen)
+        return lambda: None, result
+
+    attend_by(lm, "unpadded")
+    gradients = Gradients(lm, 60, record)
+    gradients.compared = True  # there is nothing to compare on a device without numbers
+    gradients.begin()
+    for _ in range(2):
+        gradients.add(ROWS, torch.ones((), device="meta"))
+    assert seen[0]["mm"] and not (SLOW | {"sent", "_local_scalar_dense", "item"}) & seen[0].keys()

@@ -45,7 +45,7 @@ SHAPES = {
         "num_attention_heads": 40, "num_key_value_heads": 40,
     },
 }  # fmt: skip
-PART_SECONDS = 240  # after which a part that hangs is ended
+PART_SECONDS = 120  # after which a part that hangs is ended
 LOST = 75  # status of a process whose device no longer answers
 MODULES = {"liger": "liger_kernel", "unsloth": "unsloth"}  # what a group of parts needs
 
@@ -278,12 +278,12 @@ def installed(name: str) -> str | None:
         return None
 
 
-def configs(bench: Bench, preset: str) -> tuple[Any, Any]:
+def configs(bench: Bench, preset: str, attention: str | None = None) -> tuple[Any, Any]:
     "A preset's settings for one epoch; few rows a step when dry."
     from alpagasus2.train import preset_configs
 
     small = {"batch_size": 4} if bench.dry else {}
-    return preset_configs(preset, num_epochs=1, **small)
+    return preset_configs(preset, num_epochs=1, attention=attention, **small)
 
 
 def trained(bench: Bench, shape: str, n_rows: int, config: Any, quant_lora: Any) -> dict[str, Any]:
@@ -296,41 +296,112 @@ def trained(bench: Bench, shape: str, n_rows: int, config: Any, quant_lora: Any)
         return train(bench.model(shape), rows, out, config, quant_lora, progress=False)
 
 
-def tokens_of_steps(bench: Bench, shape: str, n_rows: int, config: Any) -> list[int]:
-    "The real tokens of each optimiser step."
+def rows_of(bench: Bench, shape: str, n_rows: int, config: Any) -> list[Any]:
+    "The first so many rows as tokens."
     from alpagasus2.quant_lora import load_tokenizer
-    from alpagasus2.train import batch_schedule, encode_rows
+    from alpagasus2.train import encode_rows
 
-    encoded, _ = encode_rows(bench.rows[:n_rows], load_tokenizer(bench.model(shape)), config)
-    lengths = [len(e.ids) for e in encoded]
-    return [sum(lengths[i] for i in step) for step in batch_schedule(len(lengths), config)]
+    return encode_rows(bench.rows[:n_rows], load_tokenizer(bench.model(shape)), config)[0]
 
 
-def ours(bench: Bench, shape: str, preset: str) -> dict[str, Any]:
-    "A preset: the token budget it takes, then speed and peak with this budget."
-    from alpagasus2.extras.estimate import Device, estimate
+def expected_gb(bench: Bench, shape: str, rows: Any, quant_lora: Any) -> float:
+    "What `estimate` says of a training whose heaviest micro-batch is known."
+    from alpagasus2.extras.estimate import STEPS, Device, estimate
     from alpagasus2.quant_lora import compute_dtype
 
-    config, quant_lora = configs(bench, preset)
-    chosen = trained(bench, shape, 8 if bench.dry else 256, config, quant_lora)["token_budget"]
+    device = Device(80e9, None, compute_dtype().itemsize, STEPS["cuda"])
+    model = bench.model(shape)
+    return estimate(model, device=device, micro_batch=rows, quant_lora=quant_lora).total / 1e9
+
+
+def ours(bench: Bench, shape: str, preset: str, attention: str | None = None) -> dict[str, Any]:
+    "A preset: the token budget it takes, then speed and peak with this budget."
+    from alpagasus2.extras.estimate import heaviest
+    from alpagasus2.train import batch_schedule
+
+    config, quant_lora = configs(bench, preset, attention)
+    n = 2 * config.batch_size
+    chosen = trained(bench, shape, n, config, quant_lora)["token_budget"]
     free()
-    config, n = replace(config, token_budget=chosen), 16 if bench.dry else 896
+    config, n = replace(config, token_budget=chosen), 4 * config.batch_size if bench.dry else 1024
     result = trained(bench, shape, n, config, quant_lora)
-    peak, tokens = memory(), tokens_of_steps(bench, shape, n, config)
-    expected = estimate(
-        bench.model(shape), batch_size=config.batch_size, token_budget=chosen, num_epochs=1,
-        cutoff_len=config.cutoff_len, rows=n, mean_tokens=sum(tokens) / n, quant_lora=quant_lora,
-        device=Device(80e9, bench.matrix_rate, compute_dtype().itemsize),
-    )  # fmt: skip
+    peak, encoded = memory(), rows_of(bench, shape, n, config)
+    lengths = [len(e.ids) for e in encoded]
+    tokens = [sum(lengths[i] for i in step) for step in batch_schedule(n, config)]
+    half = len(tokens) // 2  # the first half of the steps warms up
     return {
-        **speed(bench, shape, sum(tokens[1:]), sum(result["step_seconds"][1:])),
-        "step_seconds": statistics.median(result["step_seconds"][1:]),
+        **speed(bench, shape, sum(tokens[half:]), sum(result["step_seconds"][half:])),
+        "step_seconds": statistics.median(result["step_seconds"][half:]),
+        "first_half_seconds": sum(result["step_seconds"][:half]),
         "tokens_a_step": sum(tokens) / len(tokens),
         "token_budget": chosen,
+        "recordings": result["recordings"],
         **peak,
-        "estimate_gb": expected.total / 1e9,
+        "estimate_gb": expected_gb(bench, shape, heaviest(encoded, config), quant_lora),
         "loss": result["loss"][:4],
     }
+
+
+def unrecorded_steps(bench: Bench, shape: str, preset: str) -> dict[str, Any]:
+    "A preset without recorded steps, for what these are worth."
+    from unittest.mock import patch
+
+    with patch("alpagasus2.train.may_record", lambda *a: False):
+        return ours(bench, shape, preset)
+
+
+def same_training(bench: Bench, shape: str) -> dict[str, Any]:
+    "Of a tiny model: how far losses and adapters of recorded steps are from those of usual ones."
+    from safetensors.torch import load_file
+
+    from alpagasus2.train import preset_configs, train
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        make_checkpoint(base, TINY, [" ".join(map(str, r.values())) for r in bench.rows[:200]])
+        for way in ("recorded", "padded"):  # the kernel for padded rows is never recorded
+            attention = None if way == "recorded" else "padded"
+            config, quant_lora = preset_configs(
+                "strong", num_epochs=1, attention=attention, batch_size=8
+            )
+            out = Path(folder) / way
+            result = train(str(base), bench.rows[:256], out, config, quant_lora, progress=False)
+            found[way] = result, load_file(out / "adapter_model.safetensors")
+    (first, a), (second, b) = found.values()
+    losses = (abs(x - y) for x, y in zip(first["loss"], second["loss"], strict=True))
+    return {
+        "recordings": first["recordings"],
+        "steps": first["steps"],
+        "loss_difference": max(losses),
+        "loss": [first["loss"][0], first["loss"][-1]],
+        "adapter_difference": max((a[k] - b[k]).abs().max().item() for k in a),
+        "adapter_size": max(x.abs().max().item() for x in a.values()),
+        "draws_after_a_failure": drew_after_a_failure(),
+    }
+
+
+def drew_after_a_failure() -> bool | None:
+    "Whether PyTorch still draws after a step that cannot be recorded; None without a GPU."
+    import torch
+
+    from alpagasus2.model.recording import cuda_graph
+
+    if not torch.cuda.is_available():
+        return None
+    try:
+        cuda_graph(lambda x: x * x.sum().item(), {"x": torch.ones(3, device="cuda")}, warm=False)
+    except RuntimeError:
+        return torch.rand(3, device="cuda").sum().item() > 0
+    raise AssertionError("a step that waits for the device was recorded")
+
+
+def unfused(bench: Bench, shape: str, preset: str) -> dict[str, Any]:
+    "The same without Liger's layers, for what these are worth."
+    from unittest.mock import patch
+
+    with patch("alpagasus2.model.fused._functions", lambda device: None):
+        return ours(bench, shape, preset)
 
 
 def pairs(bench: Bench) -> Any:
@@ -343,7 +414,7 @@ def pairs(bench: Bench) -> Any:
     return Dataset.from_list([{"prompt": prompt(r), "completion": response_of(r)} for r in rows])
 
 
-def trl_settings(folder: str, packed: bool, **options: Any) -> Any:
+def trl_settings(folder: str, packed: bool, few: bool = False, **options: Any) -> Any:
     "TRL's settings as a careful user has them: no checkpointing, bf16 where the device has it."
     import torch
     from trl import SFTConfig
@@ -351,6 +422,7 @@ def trl_settings(folder: str, packed: bool, **options: Any) -> Any:
     cuda = torch.cuda.is_available()
     bf16 = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
     rows, steps, length = (4, 4, 1024) if packed else (16, 8, 256)
+    rows, steps = (2, 1) if few else (rows, steps)
     return SFTConfig(
         folder, per_device_train_batch_size=rows, gradient_accumulation_steps=steps,
         max_length=length, packing=packed, num_train_epochs=1, learning_rate=2e-5, bf16=bf16,
@@ -387,7 +459,8 @@ def timed_trl(bench: Bench, shape: str, trainer: Any) -> dict[str, Any]:
 
 
 def trl(
-    bench: Bench, shape: str, packed: bool, every_layer: bool = False, liger: bool = False
+    bench: Bench, shape: str, packed: bool, every_layer: bool = False, liger: bool = False,
+    few: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     "TRL's trainer on the same base and rows, with the adapter of seed-7b or strong."
     import peft
@@ -401,7 +474,8 @@ def trl(
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.SFTTrainer(
-            load_base(bench.model(shape)), trl_settings(folder, packed, use_liger_kernel=liger),
+            load_base(bench.model(shape)),
+            trl_settings(folder, packed, few, use_liger_kernel=liger),
             train_dataset=pairs(bench), processing_class=load_tokenizer(bench.model(shape)),
             peft_config=lora,
         )  # fmt: skip
@@ -499,7 +573,7 @@ def same_answers(bench: Bench, shape: str) -> dict[str, Any]:
         p.mul_(4.0 if p.dim() > 1 else 1.0)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     draw = random.Random(0)
-    n, new = (6, 8) if bench.dry else (40, 48)
+    n, new = (6, 8) if bench.dry else (24, 32)
     prompts = [[draw.randrange(3, 600) for _ in range(draw.randrange(4, 40))] for _ in range(n)]
     budget = cache_budget(model)
     found = {i: t for i, t, _ in decode(model, prompts, new, set(), chooser(0, 1, []), budget)}
@@ -545,27 +619,31 @@ def own_times(profile: Any, cuda: bool) -> dict[str, tuple[float, int]]:
     return found
 
 
-def profile(bench: Bench, shape: str, preset: str) -> dict[str, Any]:
+def profile(
+    bench: Bench, shape: str, preset: str, attention: str | None = None
+) -> dict[str, Any]:  # fmt: skip
     "One optimiser step of 128 rows, by kind of kernel; the kernels themselves go to a file."
     import torch
 
     from alpagasus2.model.check import checked
+    from alpagasus2.model.forward import attend_by
     from alpagasus2.quant_lora import add_lora, load_base, load_tokenizer
     from alpagasus2.train import encode_rows, training_step
 
-    config, quant_lora = configs(bench, preset)
+    config, quant_lora = configs(bench, preset, attention)
     ran = (x for x in bench.lines() if x["part"] == f"ours, {preset}" and "token_budget" in x)
     config = replace(config, token_budget=next(ran, {}).get("token_budget"))
     model = add_lora(load_base(bench.model(shape), quant_lora), quant_lora)
+    attend_by(model, attention)
     checked(model, gradient=True)
     size = 4 if bench.dry else 128
     tokenizer = load_tokenizer(bench.model(shape))
     rows, _ = encode_rows(bench.rows[: 2 * size], tokenizer, config)
     training_step(model, rows[:size], config)
     cuda = torch.cuda.is_available()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    activity = torch.profiler.ProfilerActivity
     synchronize()
-    with torch.profiler.profile(activities=activities[: 1 + cuda]) as seen:
+    with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as seen:
         start = time.perf_counter()
         training_step(model, rows[size:], config, 1)
         synchronize()
@@ -574,7 +652,8 @@ def profile(bench: Bench, shape: str, preset: str) -> dict[str, Any]:
     by_kind: Counter[str] = Counter()
     for name, (seconds, _) in times.items():
         by_kind[kind_of(name)] += 1000 * seconds
-    write_kernels(Path(bench.options.output) / f"profile-{preset}.txt", times)
+    name = "-".join(filter(None, ("profile", preset, attention)))
+    write_kernels(Path(bench.options.output) / f"{name}.txt", times)
     return {
         "wall_ms": 1000 * wall,
         "launches": sum(count for _, count in times.values()),
@@ -612,22 +691,30 @@ class Part:
 PARTS = [
     Part("device", device),
     Part("same answers as generate", same_answers),
+    Part("same training as without recording", same_training),
     Part("ours, seed-7b", partial(ours, preset="seed-7b")),
     Part("ours, strong", partial(ours, preset="strong")),
     Part("trl, packed", partial(trl, packed=True)),
     Part("trl, packed, all-linear", partial(trl, packed=True, every_layer=True)),
-    Part("trl, padded", partial(trl, packed=False)),
-    Part("trl, packed, liger", partial(trl, packed=True, liger=True), group="liger"),
     Part("unsloth, packed", unsloth, group="unsloth"),
     Part("answers, ours, 16 bits", partial(answering, unpacked=True, own=True)),
-    Part("answers, ours, 16 bits, steps not recorded", unrecorded),
-    Part("answers, ours, NF4", partial(answering, unpacked=False, own=True)),
     Part("answers, generate, 16 bits", partial(answering, unpacked=True, own=False)),
+    Part("answers, ours, NF4", partial(answering, unpacked=False, own=True)),
     Part("answers, generate, NF4", partial(answering, unpacked=False, own=False)),
-    Part("profile, seed-7b", partial(profile, preset="seed-7b")),
-    Part("profile, strong", partial(profile, preset="strong")),
     Part("ours, seed-7b", partial(ours, preset="seed-7b"), "13b"),
     Part("ours, strong", partial(ours, preset="strong"), "13b"),
+    Part("profile, seed-7b", partial(profile, preset="seed-7b")),
+    Part("profile, strong", partial(profile, preset="strong")),
+    Part("ours, seed-7b, padded", partial(ours, preset="seed-7b", attention="padded")),
+    Part("ours, strong, not recorded", partial(unrecorded_steps, preset="strong")),
+    Part(
+        "trl, packed, all-linear, 2,048 tokens a step",
+        partial(trl, packed=True, every_layer=True, few=True),
+    ),
+    Part("ours, seed-7b, not fused", partial(unfused, preset="seed-7b")),
+    Part("trl, packed, liger", partial(trl, packed=True, liger=True), group="liger"),
+    Part("answers, ours, 16 bits, steps not recorded", unrecorded),
+    Part("trl, padded", partial(trl, packed=False)),
 ]
 
 
@@ -733,7 +820,7 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="folder of the checkpoints: 13.5 GB and 26 GB")  # fmt: skip
     add("--memory", type=float, default=40, help="GB that may be used; 0: all")
     add("--seconds", type=float, default=480, help="after which no part begins")
-    add("--only", default="", help="a word: run only parts that have it in their name")
+    add("--only", nargs="*", default=[""], help="run only parts whose name has one of these")
     add("--unsloth_python", default=os.environ.get("UNSLOTH_PYTHON", sys.executable),
         help="the Python of an environment with unsloth")  # fmt: skip
     add("--commit", default="", help="of the code, where git does not know it")
@@ -757,7 +844,7 @@ def main() -> int:
     if bench.path.exists():
         print(f"{bench.path} is there already: choose another --output, or delete it")
         return 2
-    go_through(bench, [p for p in PARTS if options.only in p.key])
+    go_through(bench, [p for p in PARTS if any(word in p.key for word in options.only)])
     return int(any("error" in line for line in bench.lines()))
 
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'STEPS', 'DEVICES', 'SHARED', 'TOGETHER', 'load_config', 'Shape', 'shape_of', 'StepMemory', 'quantised',
-           'adapted', 'activation_bytes', 'Device', 'matrix_rate', 'find_device', 'weight_bits', 'MicroBatch',
+           'adapted', 'MicroBatch', 'activation_bytes', 'Device', 'matrix_rate', 'find_device', 'weight_bits',
            'heaviest', 'Estimate', 'estimate', 'advice', 'largest_fitting', 'report_lines', 'fitting_line']
 
 # %% ../../nbs/extras/estimate.ipynb #54b6b459
 import difflib
+import importlib.util
 import os
 import re
 import timeit
@@ -134,7 +135,10 @@ class StepMemory:
     unpacked: bool = False  # weights are held dequantised, in 16 bits, unless the config says not
     inputs_kept: bool = False  # frozen linear layers keep their input (always so in 8 bits)
     row_attention: bool = False  # attention row by row in fp32; its weights are not kept
+    unpadded: bool = False  # attention without padding; a row's keys stand behind the prefix
     lora_in_fp32: bool = False  # adapters cast their input to fp32; else they keep it as it is
+    one_step: bool = False  # a layer and its adapter are one operation, which keeps the input
+    fused: bool = False  # Liger's norms and SwiGLU, which keep 16-bit inputs alone
     logit_chunk: int | None = 256  # targets whose logits exist at once; None: all
     target_share: float = 0.5  # targets among the tokens; 52% of characters in Alpaca rows
     checkpoint_mapped: bool = False  # the checkpoint's linear weights stay mapped in memory
@@ -149,10 +153,14 @@ STEPS = {
         unpacked=True, row_attention=True, checkpoint_mapped=True, fragmentation=2.0,
         runtime=0.54e9,
     ),
-    # assumed: a CUDA context of 0.5 GB, 0.3 GB of workspaces, 5% in the allocator; 30% of the
-    # matrix rate, where on one H200 TRL took 25% packed, unsloth 33%, ours 15% at commit 345c04e
-    "cuda": StepMemory(fragmentation=1.05, runtime=0.8e9),
+    # assumed: a CUDA context of 0.5 GB, 0.3 GB of workspaces, 5% in the allocator; half of the
+    # matrix rate, of which one H200 reached 66% with a large micro-batch
+    "cuda": StepMemory(
+        unpadded=True, one_step=True, fused=importlib.util.find_spec("liger_kernel") is not None,
+        fragmentation=1.05, runtime=0.8e9, utilisation=0.5,
+    ),
 }  # fmt: skip
+STEPS["older cuda"] = replace(STEPS["cuda"], unpadded=False)  # before the A100
 
 # %% ../../nbs/extras/estimate.ipynb #8a99ebda
 def quantised(
@@ -181,25 +189,39 @@ def adapted(
         )
     return {key: n for key, n in shape.linear.items() if key[0] in wanted}
 
+# %% ../../nbs/extras/estimate.ipynb #cbd61ab0
+@dataclass(frozen=True)
+class MicroBatch:
+    "The size of a packed micro-batch."
+
+    tokens: int  # computed
+    padded: int  # rows times the longest row
+    keys: int  # with a copy of what the rows share for each of them
+
 # %% ../../nbs/extras/estimate.ipynb #0b02130f
-def _attention_bytes(shape: Shape, step: StepMemory, width: int) -> int:
-    "Kept by the attention of one layer for one token."
+def _attention_bytes(shape: Shape, step: StepMemory, width: int, rows: MicroBatch) -> float:
+    "Kept by the attention of one layer for one computed token."
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return 4 * (q + 2 * kv) if step.row_attention else 2 * width * (q + kv) + 4 * shape.heads
+    if step.row_attention:
+        return 4 * (q + 2 * kv)
+    queries, keys = (rows.tokens, rows.keys) if step.unpadded else (rows.padded, rows.padded)
+    kept = queries * (2 * width * q + 4 * shape.heads) + keys * 2 * width * kv
+    return kept / rows.tokens
 
 # %% ../../nbs/extras/estimate.ipynb #de582cea
 _READ_ALIKE = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # the same input
 
 
-def _lora_bytes(shape: Shape, quant_lora: QuantLoraConfig, width: int) -> int:
-    "Kept by all adapters for one token, which multiply in a type of so many bytes."
+def _lora_bytes(shape: Shape, quant_lora: QuantLoraConfig, step: StepMemory, width: int) -> int:
+    "Kept by all adapters for one token."
+    width = 4 if step.lora_in_fp32 else width
     targets = adapted(shape, quant_lora)
-    ranks = sum(n * width * quant_lora.lora_r for n in targets.values())
-    if quant_lora.lora_dropout or width == 4:
-        mask = 1 if quant_lora.lora_dropout else 0
-        return ranks + sum(n * i * (width + mask) for (_, i, _), n in targets.items())
+    mask = 1 if quant_lora.lora_dropout else 0
+    own = sum(n * (width * quant_lora.lora_r + mask * i) for (_, i, _), n in targets.items())
+    if width == 4 or (mask and not step.one_step):
+        return own + sum(n * i * width for (_, i, _), n in targets.items())
     inputs = {(_READ_ALIKE.get(name, name), i): n for (name, i, _), n in targets.items()}
-    return ranks + sum(n * i * width for (_, i), n in inputs.items())
+    return own + sum(n * i * width for (_, i), n in inputs.items())
 
 # %% ../../nbs/extras/estimate.ipynb #59577208
 def activation_bytes(
@@ -207,16 +229,16 @@ def activation_bytes(
     quant_lora: QuantLoraConfig,  # which layers have an adapter; dropout; 8 bits
     step: StepMemory,  # what is kept
     width: int = 2,  # bytes of the compute type: 2 in bf16 and fp16, 4 in fp32
-    padding: float = 1.0,  # positions in attention for each computed token
+    rows: MicroBatch = MicroBatch(1, 1, 1),  # padding and copies in attention
 ) -> int:  # bytes
     "Kept for the backward pass by one decoder layer for one token."
-    norms = 2 * (4 * shape.hidden + 4)
-    mlp = 3 * width * shape.ffn
-    lora = _lora_bytes(shape, quant_lora, 4 if step.lora_in_fp32 else width)
+    norms = 2 * ((width if step.fused else 4) * shape.hidden + 4)
+    mlp = (2 if step.fused else 3) * width * shape.ffn
+    lora = _lora_bytes(shape, quant_lora, step, width)
     in_8bit = quant_lora.load_in_8bit and quantised(quant_lora, step)
     inputs = width * (2 * shape.hidden + shape.ffn)  # of attention, of the MLP and inside it
     frozen = inputs if step.inputs_kept or in_8bit else 0
-    attention = _attention_bytes(shape, step, width) * (1 if step.row_attention else padding)
+    attention = _attention_bytes(shape, step, width, rows)
     return norms + round(attention) + mlp + frozen + round(lora / shape.layers)
 
 # %% ../../nbs/extras/estimate.ipynb #892e76c6
@@ -232,7 +254,9 @@ class Device:
 
 # NVIDIA's documents; "half" where they print the bf16 rate with 2:4 sparsity, which is twice ours
 DEVICES = {
-    "T4": Device(16e9, 65e12),  # T4 Tensor Core GPU Datasheet, mixed precision: it has fp16 only
+    "T4": Device(
+        16e9, 65e12, step=STEPS["older cuda"]
+    ),  # T4 Tensor Core GPU Datasheet, mixed precision: it has fp16 only
     "L4": Device(24e9, 121e12),  # L4 Tensor Core GPU Datasheet, half
     "A10": Device(24e9, 125e12),  # A10 Tensor Core GPU Datasheet
     "RTX 3090": Device(24e9, 71e12),  # Ampere GA102 GPU Architecture Whitepaper, fp32 accumulate
@@ -267,7 +291,8 @@ def _this_gpu() -> Device:
     known = [d for d in DEVICES if d.split("-")[0] in name]
     flops = DEVICES[max(known, key=len)].flops if known else None
     memory = torch.cuda.get_device_properties(0).total_memory
-    return Device(memory, flops, compute_dtype("cuda").itemsize)
+    step = STEPS["cuda" if torch.cuda.get_device_capability(0) >= (8, 0) else "older cuda"]
+    return Device(memory, flops, compute_dtype("cuda").itemsize, step)
 
 
 def find_device(
@@ -295,14 +320,6 @@ def weight_bits(
     return 8 if quant_lora.load_in_8bit else 16
 
 # %% ../../nbs/extras/estimate.ipynb #782cc499
-@dataclass(frozen=True)
-class MicroBatch:
-    "The size of a packed micro-batch."
-
-    tokens: int  # computed
-    padded: int  # rows times the longest row
-
-
 def heaviest(
     rows: Sequence[Encoded],  # of a training
     config: TrainConfig,  # token_budget, micro_batch_size, batch_size, seed
@@ -317,6 +334,7 @@ def heaviest(
     return MicroBatch(
         max(computed_tokens(pack) for pack in cut),
         max(len(pack) * max(len(e.ids) for e in pack) for pack in cut),
+        max(sum(len(e.ids) for e in pack) for pack in cut),
     )
 
 # %% ../../nbs/extras/estimate.ipynb #33394662
@@ -330,7 +348,8 @@ def _expected(budget: int, cutoff_len: int, mean_tokens: float, at_once: int) ->
     most = max(1, min(TOGETHER * at_once + more, at_once))  # rows that may come together
     tokens = min(max(budget, cutoff_len), max(cutoff_len, most * own))
     rows = max(1, min(most, tokens / own))
-    return MicroBatch(round(tokens), round(max(tokens, rows * cutoff_len)))
+    keys = tokens + rows * SHARED * mean_tokens
+    return MicroBatch(round(tokens), round(max(tokens, rows * cutoff_len)), round(keys))
 
 # %% ../../nbs/extras/estimate.ipynb #729de74d
 @dataclass(frozen=True)
@@ -378,7 +397,7 @@ def _kept(
 ) -> dict[str, float]:  # fmt: skip
     "The parts that grow with the micro-batch."
     tokens = rows.tokens
-    layer = activation_bytes(shape, quant_lora, step, width, rows.padded / tokens)
+    layer = activation_bytes(shape, quant_lora, step, width, rows)
     inputs = shape.layers * width * shape.hidden
     kept = inputs + layer if checkpointing else shape.layers * layer
     last_norm = 4 * shape.hidden

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TILE', 'CHUNK', 'Way', 'Encoded', 'encode', 'encode_response', 'shared_prefix', 'computed_tokens', 'packs',
-           'side_by_side', 'output_head', 'plain_lm', 'run_as', 'way_of', 'micro_batches', 'packed_attention',
-           'attend_by', 'kernel_of', 'hidden_at', 'own_logits', 'logits_at', 'target_nll', 'nll_by_row', 'evaluating']
+           'side_by_side', 'loss_chunk', 'output_head', 'token_losses', 'plain_lm', 'run_as', 'way_of', 'micro_batches',
+           'attends_by_ours', 'packed_attention', 'attend_by', 'kernel_of', 'laid_out', 'hidden_at', 'own_logits',
+           'logits_at', 'target_nll', 'nll_by_row', 'evaluating']
 
 # %% ../../nbs/model/forward.ipynb #77de68da
 from collections.abc import Callable, Iterator, Sequence
@@ -152,7 +153,10 @@ def _free(device: torch.device) -> float:
     return min(free + held - used, share * total - used)
 
 
-def _chunk(vocabulary: int, device: torch.device) -> int:
+def loss_chunk(
+    vocabulary: int,  # tokens in it
+    device: torch.device,  # where the logits will be
+) -> int:
     "How many targets at a time: 16 bytes a logit, in two types, with softmax and gradients."
     if device.type != "cuda":
         return CHUNK
@@ -201,6 +205,17 @@ def output_head(
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     return head
+
+
+def token_losses(
+    lm: Any,  # a causal LM without an adapter's wrapper
+    hidden: torch.Tensor,  # (n, width) last hidden states
+    targets: torch.Tensor,  # (n,) the token that follows each
+    chunk: int | None = None,  # logits of so many at a time; None: as the free memory says
+) -> torch.Tensor:  # (n,) fp32, natural log
+    "Negative log-probability of every token."
+    chunk = chunk or loss_chunk(lm.config.get_text_config().vocab_size, hidden.device)
+    return _TargetLoss.apply(hidden, targets, output_head(lm), chunk)
 
 # %% ../../nbs/model/forward.ipynb #87787d2e
 Way = Literal["packed", "padded", "single"]
@@ -260,6 +275,14 @@ def _own_attention(lm: Any) -> bool:
     return capped or not lm._can_set_attn_implementation()
 
 
+def attends_by_ours(
+    model: Any,  # a causal LM, with or without adapters
+) -> bool:
+    "Whether packed rows of this model attend by our kernels."
+    lm = plain_lm(model)
+    return way_of(lm) == "packed" and not _own_attention(lm)
+
+
 def _is_open(lm: Any) -> bool:
     return lm.config.get_text_config()._attn_implementation == ROWS
 
@@ -270,7 +293,7 @@ def packed_attention(
 ) -> Iterator[None]:
     "Our kernels for packed rows, until the end of the block; nested blocks are allowed."
     lm = plain_lm(model)
-    if _is_open(lm) or way_of(lm) != "packed" or _own_attention(lm):
+    if _is_open(lm) or not attends_by_ours(lm):
         yield
     else:
         with attending(lm, ROWS), fused(lm):
@@ -302,12 +325,16 @@ def _check_recomputed(lm: Any) -> None:
         raise RuntimeError("gradient checkpointing: keep `packed_attention` open until `backward`")
 
 # %% ../../nbs/model/forward.ipynb #a34f4bf6
-def _laid_out(pack: Sequence[Encoded], prefix: int) -> tuple[list[int], list[int], list[int]]:
+def laid_out(
+    pack: Sequence[Encoded],  # rows, sorted by `ids`
+    prefix: int,  # positions that they share
+    tile: int = TILE,  # filled up to a multiple, by one more row
+) -> tuple[list[int], list[int], list[int]]:
     "Rows end to end: tokens, their positions, and how many each row has behind the prefix."
     lengths = [len(e.ids) - prefix for e in pack]
     ids = [*pack[0].ids[:prefix], *(t for e in pack for t in e.ids[prefix:])]
     at = [*range(prefix), *(i for e in pack for i in range(prefix, len(e.ids)))]
-    filler = -len(ids) % TILE
+    filler = -len(ids) % tile
     if filler:
         lengths.append(filler)
     return [*ids, *[0] * filler], [*at, *range(filler)], lengths
@@ -322,7 +349,7 @@ def hidden_at(
     lm = plain_lm(model)
     own = _own_attention(lm)
     prefix = 0 if own else shared_prefix(pack)
-    ids, at, lengths = _laid_out(pack, prefix)
+    ids, at, lengths = laid_out(pack, prefix)
     starts = np.cumsum([0, *lengths]).tolist()
     wanted = [start + i for start, row in zip(starts, places, strict=False) for i in row]
     tokens = {
@@ -383,8 +410,7 @@ def target_nll(
     row_of = [i for i in order for _ in range(batch[i].n_targets)]
     if way_of(model) == "packed":
         lm, hidden = hidden_at(model, pack, places)
-        chunk = _chunk(lm.config.get_text_config().vocab_size, device)
-        nll = _TargetLoss.apply(hidden, targets, output_head(lm), chunk)
+        nll = token_losses(lm, hidden, targets)
     else:
         logits = own_logits(model, pack, places).float()
         nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")

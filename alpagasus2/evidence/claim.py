@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Number', 'UNTESTED', 'UNDECIDED', 'NO_CONTROL', 'NO_CLAIM', 'VERDICTS', 'PairStatistics', 'noise_floor',
-           'check_margin', 'decide', 'claim', 'with_post_hoc', 'without_seen', 'heldout_finding', 'read_claim']
+           'check_margin', 'decide', 'claim', 'question', 'all_must_hold', 'with_post_hoc', 'without_seen',
+           'heldout_finding', 'read_claim']
 
 # %% ../../nbs/evidence/claim.ipynb #355de085
 from collections.abc import Mapping, Sequence
@@ -73,8 +74,11 @@ VERDICTS = ("supported", "not supported", "within noise", UNTESTED, UNDECIDED, N
 # %% ../../nbs/evidence/claim.ipynb #09f6145a
 def check_margin(
     margin: float | None,  # of non-inferiority, in win rate; None: superiority
+    equivalence: bool = False,  # whether it is the margin of equivalence
 ) -> None:
     "Refuse a margin that no win rate could have."
+    if equivalence and not margin:
+        raise UserError("equivalence needs a `margin` above 0: the smallest effect that matters")
     if margin is not None and not 0 <= margin < 0.5:
         raise UserError(f"margin={margin}: in win rate, at least 0 and below 0.5, such as 0.05")
 
@@ -82,30 +86,40 @@ def check_margin(
 def decide(
     pair: PairStatistics,  # win_rate_ci95, win_rate_bounds, holds_run_noise of model_a and control
     margin: float | None = None,  # of non-inferiority, in win rate; None: superiority
+    equivalence: bool = False,  # whether the margin must hold in both directions
 ) -> str:  # supported, not supported, within noise or `UNTESTED`
-    "Hold the interval against one half less the margin."
-    check_margin(margin)
+    "Hold the interval against one half less the margin, and for equivalence plus the margin."
+    check_margin(margin, equivalence)
     bound, (low, high) = 0.5 - (margin or 0), pair["win_rate_ci95"]
+    upper = 0.5 + (margin or 0) if equivalence else 1.1  # no win rate is as high
     if not pair["holds_run_noise"]:
         return UNTESTED
-    if low > bound and pair["win_rate_bounds"][0] > bound:
+    least, most = pair["win_rate_bounds"]
+    if bound < min(low, least) and max(high, most) < upper:
         return "supported"
-    return "not supported" if high < bound else "within noise"
+    return "not supported" if high < bound or low > upper else "within noise"
 
 # %% ../../nbs/evidence/claim.ipynb #56ab7a67
-def _finding(pair: PairStatistics, verdict: str, margin: float | None) -> str:
+def _finding(
+    pair: PairStatistics, verdict: str, margin: float | None, equivalence: bool = False
+) -> str:
     "What was held against what."
     a, b, (low, high) = pair["model_a"], pair["model_b"], pair["win_rate_ci95"]
-    points = f"by more than {100 * (margin or 0):g} points"
-    better = f"is not worse than {b} {points}" if margin else f"is better than {b}"
-    worse = f"is worse than {b} {points}" if margin else f"is not better than {b}"
+    points = f"{100 * (margin or 0):g} points"
+    better, worse = f"is better than {b}", f"is not better than {b}"
+    bounds = f"a bound of {0.5 - (margin or 0):.1%}"
+    if equivalence:
+        better, worse = f"is within {points} of {b}", f"is not within {points} of {b}"
+        bounds = f"bounds of {0.5 - (margin or 0):.1%} and {0.5 + (margin or 0):.1%}"
+    elif margin:
+        better, worse = (f"is {x} than {b} by more than {points}" for x in ("not worse", "worse"))
     opening = {
         "supported": f"{a} {better}", "not supported": f"{a} {worse}",
         UNTESTED: f"Whether {a} {better} was not tested against the noise between training runs",
     }.get(verdict, f"Whether {a} {better} cannot be told from noise")  # fmt: skip
     return (
         f"{opening}: its win rate is {pair['win_rate']:.1%} [{low:.1%}, {high:.1%}] over "
-        f"{pair['n']} prompts, against a bound of {0.5 - (margin or 0):.1%}."
+        f"{pair['n']} prompts, against {bounds}."
     )
 
 # %% ../../nbs/evidence/claim.ipynb #b0b1f68f
@@ -149,13 +163,13 @@ def _missing_sentence(pair: PairStatistics, verdict: str, margin: float | None) 
     return f"{said}, {end}."
 
 # %% ../../nbs/evidence/claim.ipynb #2cafb03a
-def _labels_sentence(labels: Mapping | None, bound: float) -> str:
+def _labels_sentence(labels: Mapping | None, bound: float, upper: float = 1.1) -> str:
     "What the labels of the deciding pair say; empty where there are too few."
     if not labels or labels["ppi_win_rate"] is None:
         return ""
     rate, (low, high) = labels["ppi_win_rate"], labels["ppi_win_rate_ci95"]
     said = f"corrected by {labels['n']} labels of a person the win rate is {rate:.1%} "
-    opening = "The labels contradict the judge: " if rate <= bound else ""
+    opening = "" if bound < rate < upper else "The labels contradict the judge: "
     found = f"{opening}{said}[{low:.1%}, {high:.1%}]."
     return found if opening else f"{found[0].upper()}{found[1:]}"
 
@@ -185,6 +199,7 @@ def claim(
     margin: float | None = None,  # non-inferiority margin in win rate; None: superiority
     aa: PairStatistics | None = None,  # the A/A arm's model_a, model_b, win_rate, win_rate_ci95
     labels: Sequence[Mapping] = (),  # by pair: both models, n, ppi_win_rate, ppi_win_rate_ci95
+    equivalence: bool = False,  # whether the margin must hold in both directions
 ) -> dict[str, str]:  # verdict, one of `VERDICTS`; reason
     "What the verdicts allow to be said, and why."
     if failed := _failed_checks(health, "fail"):
@@ -193,17 +208,19 @@ def claim(
     if deciding is None or deciding["win_rate_ci95"] is None:
         why = f"No comparison with the control arm {control!r}, so nothing can be claimed."
         return {"verdict": NO_CONTROL, "reason": why}
-    verdict, undecided = decide(deciding, margin), _failed_checks(health, "not decided")
+    verdict = decide(deciding, margin, equivalence)
+    undecided = _failed_checks(health, "not decided")
     pair = deciding["model_a"], control
     label = next((x for x in labels if (x["model_a"], x["model_b"]) == pair), None)
-    labelled = _labels_sentence(label, 0.5 - (margin or 0))
+    upper = 0.5 + (margin or 0) if equivalence else 1.1
+    labelled = _labels_sentence(label, 0.5 - (margin or 0), upper)
     if verdict == "supported" and "contradict" in labelled:
         verdict = "within noise"
     said = [
-        _finding(deciding, verdict, margin), _noise_sentence(deciding), _aa_sentence(deciding, aa),
-        _missing_sentence(deciding, verdict, margin), labelled,
+        _finding(deciding, verdict, margin, equivalence), _noise_sentence(deciding),
+        _aa_sentence(deciding, aa), _missing_sentence(deciding, verdict, margin), labelled,
     ]  # fmt: skip
-    if verdict == "within noise" and deciding.get("detectable_effect"):
+    if verdict == "within noise" and not equivalence and deciding.get("detectable_effect"):
         size = deciding["detectable_effect"]
         said.append(f"An effect of {100 * size:.1f} points would be found with 80% power.")
     said.append(few_prompts_warning(deciding["n"]) or "")
@@ -211,6 +228,42 @@ def claim(
         verdict = UNDECIDED
         said.insert(0, f"Too few known cases to call the judge fit: {undecided}")
     return {"verdict": verdict, "reason": " ".join(filter(None, said))}
+
+# %% ../../nbs/evidence/claim.ipynb #962fc7dd
+_WEAKEST_FIRST = (
+    NO_CLAIM, NO_CONTROL, UNTESTED, "not supported", "within noise", UNDECIDED, "supported"
+)  # fmt: skip
+
+
+def question(
+    model_a: str,  # the arm that the claim is about
+    controls: Sequence[str],  # the arms that it is held against
+    margin: float | None = None,  # in win rate
+    equivalence: bool = False,  # whether the margin must hold in both directions
+) -> str:
+    "What a claim answers."
+    points, all_of_them = f"{100 * (margin or 0):g} points", " and ".join(controls)
+    if equivalence:
+        return f"Is {model_a} within {points} of {all_of_them}?"
+    if margin:
+        return f"Is {model_a} not worse than {all_of_them} by more than {points}?"
+    return f"Is {model_a} better than {all_of_them}?"
+
+# %% ../../nbs/evidence/claim.ipynb #0349e0d5
+def all_must_hold(
+    found: Mapping[str, Mapping[str, Any]],  # what each is ("Against random") -> from `claim`
+    opening: str = "",  # a sentence before them
+) -> dict[str, Any]:  # verdict, reason; `parts`: the verdict of each, where there are several
+    "The claim that stands only where each of its parts does: an intersection-union test."
+    first, *others = found.values()
+    if not others:
+        return dict(first)
+    said = [f"{name}: {x['verdict']}. {x['reason']}" for name, x in found.items()]
+    if all(x["reason"] == first["reason"] for x in others):  # of the judge, not of a comparison
+        said = [first["reason"]]
+    parts = {name: x["verdict"] for name, x in found.items()}
+    verdict = min(parts.values(), key=_WEAKEST_FIRST.index)
+    return {"verdict": verdict, "reason": " ".join(filter(None, (opening, *said))), "parts": parts}
 
 # %% ../../nbs/evidence/claim.ipynb #7b72b532
 def with_post_hoc(

@@ -668,6 +668,8 @@ class Results(TypedDict, total=False):
     heldout: Any  # arm: loss on reference answers, ci95, difference to model_a's
     checkable: Any  # arm: [right, asked]
     filter: Any  # how the scores tell rows apart, from `filter_report`
+    arms: Any  # what every arm was trained on and answered, from `arm_table`
+    rates: Any  # of several learning rates: rate, claim, pooled, judge_health, heldout, arms, cost
     sizes: Any  # held-out loss at each number of rows
     sizes_summary: str
     judges: Any  # of several: name, decides, verdict, pooled, judge_health, canaries, cost

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Number', 'UNTESTED', 'UNDECIDED', 'NO_CONTROL', 'NO_CLAIM', 'VERDICTS', 'PairStatistics', 'noise_floor',
-           'check_margin', 'decide', 'claim', 'question', 'all_must_hold', 'with_post_hoc', 'without_seen',
-           'heldout_finding', 'read_claim']
+           'check_margin', 'decide', 'claim', 'question', 'all_must_hold', 'at_every_rate', 'at_one_rate',
+           'with_post_hoc', 'without_seen', 'heldout_finding', 'read_claim', 'fixed_terms']
 
 # %% ../../nbs/evidence/claim.ipynb #355de085
 from collections.abc import Mapping, Sequence
@@ -242,7 +242,9 @@ def question(
     equivalence: bool = False,  # whether the margin must hold in both directions
 ) -> str:
     "What a claim answers."
-    points, all_of_them = f"{100 * (margin or 0):g} points", " and ".join(controls)
+    *most, last = controls
+    all_of_them = f"{', '.join(most)} and {last}" if most else last
+    points = f"{100 * (margin or 0):g} points"
     if equivalence:
         return f"Is {model_a} within {points} of {all_of_them}?"
     if margin:
@@ -264,6 +266,30 @@ def all_must_hold(
     parts = {name: x["verdict"] for name, x in found.items()}
     verdict = min(parts.values(), key=_WEAKEST_FIRST.index)
     return {"verdict": verdict, "reason": " ".join(filter(None, (opening, *said))), "parts": parts}
+
+# %% ../../nbs/evidence/claim.ipynb #a31f4114
+def at_every_rate(
+    found: Mapping[float, Mapping[str, Any]],  # learning rate -> from `claim` or `all_must_hold`
+) -> dict[str, Any]:  # as the first, with the verdict and the reason of all
+    "The claim that holds at every learning rate; else its reason says at which it holds."
+    held = [f"{rate:g}" for rate, x in found.items() if x["verdict"] == "supported"]
+    opening = ""
+    if 0 < len(held) < len(found):
+        opening = f"It holds at a learning rate of {' and '.join(held)} only."
+    each = {f"At a learning rate of {rate:g}": x for rate, x in found.items()}
+    first = next(iter(found.values()))
+    return {**first, **all_must_hold(each, opening)}
+
+
+def at_one_rate(
+    claim: Mapping[str, Any],  # from `claim` or `all_must_hold`
+    rates: Sequence[float],  # the learning rates of the comparison that it is a part of; []: none
+) -> dict[str, Any]:
+    "The claim with the word that it is one of several."
+    if not rates:
+        return dict(claim)
+    said = f"This is one of {len(rates)} learning rates, and the claim is that of all of them."
+    return {**claim, "reason": f"{claim['reason']} {said}"}
 
 # %% ../../nbs/evidence/claim.ipynb #7b72b532
 def with_post_hoc(
@@ -327,3 +353,15 @@ def read_claim(
     if json_sha256(plan) != content.get("sha256"):
         raise UserError(f"{path}: not what was written before the run; a claim cannot be changed")
     return content
+
+# %% ../../nbs/evidence/claim.ipynb #7c2b9fbf
+def fixed_terms(
+    claim: Mapping[str, Any],  # from `read_claim`
+) -> dict[str, Any]:  # model_a, control, aa, margin, equivalence: as `analyse` takes them
+    "What was fixed before the run, of what a report could choose."
+    recipe = claim.get("recipe") or {}
+    return {
+        "model_a": claim.get("model_a"), "control": claim.get("controls") or claim.get("control"),
+        "aa": claim.get("aa"), "margin": recipe.get("margin"),
+        "equivalence": recipe.get("equivalence", False),
+    }  # fmt: skip

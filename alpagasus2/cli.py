@@ -256,7 +256,9 @@ def _over_rates(judgments: str, terms: Mapping[str, Any], claim: Mapping[str, An
         own = folder / "rates" / f"{further:g}" / "judgments.jsonl"
         unjudged = {"claim": {"verdict": NO_CONTROL, "reason": f"{own} is not there yet."}}
         lines = load_judgments(own)[0] if own.exists() else []
-        found[further] = (analyse(lines, canaries=_canaries(str(own)), **terms) or unjudged)["claim"]
+        found[further] = (analyse(lines, canaries=_canaries(str(own)), **terms) or unjudged)[
+            "claim"
+        ]
     return at_every_rate(found) if others else found[first]
 
 # %% ../nbs/07_cli.ipynb #0ffab8de

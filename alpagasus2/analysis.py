@@ -20,7 +20,7 @@ from .evidence import intervals, power
 from .evidence.claim import NO_CLAIM, PairStatistics, claim, noise_floor
 from .evidence.labels import label_statistics
 from .evidence.ranking import ranking
-from .evidence.verdicts import PAIR, SIGNS, outcome, variance_of
+from .evidence.verdicts import PAIR, SIGNS, outcome, points_of
 from .generate import Response
 from .judge import Judgment, read_scores
 
@@ -138,7 +138,7 @@ def _verdict_table(lines: Sequence[Judgment]) -> pd.DataFrame:
     "One row a verdict: its sign, and by how much model_a's answer is better scored and longer."
     scores = [(x.get("score_a"), x.get("score_b")) for x in lines]
     return pd.DataFrame({
-        **{k: [x.get(k) for x in lines] for k in (*PAIR, "category", "first")},
+        **{k: [x.get(k) for x in lines] for k in (*PAIR, "category", "cluster", "first")},
         "replicate": [x.get("replicate", 0) for x in lines],
         "sign": [SIGNS.get(x["verdict"], np.nan) for x in lines],
         "score": [np.nan if a is None else a - b for a, b in scores],
@@ -149,7 +149,7 @@ def _verdict_table(lines: Sequence[Judgment]) -> pd.DataFrame:
 def prompt_table(
     lines: Sequence[Judgment],  # from `orient`
 ) -> pd.DataFrame:  # one row a prompt, pair of models and replicate
-    "d1, d2 (-1, 0, 1), outcome, differences of score and length; NaN: failed."
+    "d1, d2 (-1, 0, 1), outcome, differences of score and length, unit; NaN: failed."
     table, keys = _verdict_table(lines), [*PAIR, "replicate"]
     sums = table.groupby([*keys, "first"], sort=False)["sign"].sum(min_count=1).unstack("first")
     grouped = table.groupby(keys, sort=False)
@@ -157,10 +157,11 @@ def prompt_table(
         "d1": np.sign(sums["a"]) if "a" in sums else np.nan,
         "d2": np.sign(sums["b"]) if "b" in sums else np.nan,
         "score": grouped["score"].sum(min_count=1), "longer": grouped["longer"].mean(),
-        "category": grouped["category"].first(),
+        "category": grouped["category"].first(), "cluster": grouped["cluster"].first(),
     })  # fmt: skip
     prompts["outcome"] = outcome(prompts["d1"], prompts["d2"])
-    return prompts.reindex(grouped.size().index).reset_index()
+    prompts = prompts.reindex(grouped.size().index).reset_index()
+    return prompts.assign(unit=intervals.units(prompts["id"], prompts["cluster"]))
 
 # %% ../nbs/05_analysis.ipynb #f1abd670
 def winning_score(
@@ -206,9 +207,18 @@ def _tally(outcomes: pd.Series, judged: pd.DataFrame) -> list[float]:
     return [round(x) if abs(x - round(x)) < 1e-9 else x for x in counted]
 
 
+def _clusters(prompts: pd.DataFrame) -> int | None:
+    "How many clusters there are, a prompt in none counted as one; None without any."
+    there = bool(prompts["cluster"].notna().any())
+    return len(prompts[["test_set", "unit"]].drop_duplicates()) if there else None
+
+
 def _bounds(prompts: pd.DataFrame, pooled: intervals.RunNoise | None) -> list[float]:
     "The interval of the win rate if all failed prompts were lost, and if all were won."
-    low, high = (variance_of(prompts.assign(outcome=prompts["outcome"].fillna(x))) for x in (-1, 1))
+    low, high = (
+        points_of(prompts.assign(outcome=prompts["outcome"].fillna(x))).parts for x in (-1, 1)
+    )
+    assert low and high  # nothing is missing now
     return [
         intervals.share_interval(low, pooled)[0], intervals.share_interval(high, pooled)[1]
     ]  # fmt: skip
@@ -223,7 +233,7 @@ def _counts(
     judged = prompts.dropna(subset="outcome")
     counts = dict(zip(("win", "tie", "lose"), _tally(judged["outcome"], judged), strict=True))
     n, failed = len(judged.groupby(["test_set", "id"])), len(prompts) - len(judged)
-    found: dict[str, Any] = {"n": n, **counts, "failed": failed}
+    found: dict[str, Any] = {"n": n, "clusters": _clusters(judged), **counts, "failed": failed}
     if parts is None:
         names = ("winning_score", "winning_score_ci95", "win_rate", "win_rate_ci95")
         return found | dict.fromkeys((*names, "win_rate_bounds"))
@@ -242,7 +252,7 @@ def _category_table(judged: pd.DataFrame) -> list[dict[str, Any]]:
     fields = ("n", "win", "tie", "lose", "win_rate", "win_rate_ci95")
     table = []
     for category, prompts in judged.groupby(judged["category"].fillna("no category"), sort=False):
-        counts = _counts(prompts, variance_of(prompts))
+        counts = _counts(prompts, points_of(prompts).parts)
         table.append({"category": category, **{f: counts[f] for f in fields}})
     return table
 
@@ -281,7 +291,7 @@ def _inference(
         unknown = ("run_spread", "run_spread_bound", "sign_test_p", "detectable_effect")
         return {"replicates": 0, "holds_run_noise": False, **dict.fromkeys(unknown)}
     decided = counts["win"] + counts["lose"]
-    if parts.runs > 1:
+    if parts.runs > 1 or counts["clusters"]:
         p: float | None = intervals.p_value(parts, 0.5, pooled)
     else:
         p = float(binomtest(counts["win"], decided).pvalue) if decided else None
@@ -317,11 +327,10 @@ def each_pair(
 ) -> list[PairStatistics]:  # without test_set
     "The statistics of each pair of models over these prompts."
     pairs = dict(list(prompts.groupby(["model_a", "model_b"], sort=False)))
-    judged = {names: rows.dropna(subset="outcome") for names, rows in pairs.items()}
-    parts = {names: variance_of(rows) for names, rows in judged.items() if len(rows)}
-    trained = [p for names, p in parts.items() if "base" not in names]  # which is not trained
+    parts = {names: points_of(rows).parts for names, rows in pairs.items()}
+    trained = [p for names, p in parts.items() if p and "base" not in names]  # which is not trained
     noise = intervals.pooled_noise(trained)
-    return [pair_statistics(rows, parts.get(names), noise) for names, rows in pairs.items()]
+    return [pair_statistics(rows, parts[names], noise) for names, rows in pairs.items()]
 
 # %% ../nbs/05_analysis.ipynb #c0cf05a9
 _KNOWN = {"gold_right": ("gold", "a"), "null_wins": ("null", "a"), "itself_tied": ("itself", "tie")}
@@ -377,8 +386,8 @@ def _share_check(name: str, shares: Sequence[float]) -> dict[str, Any]:
 def _kappa_check(judged: pd.DataFrame) -> dict[str, Any]:
     if not len(judged):
         return _check("kappa", None, None)
-    prompts = len(judged.groupby(["test_set", "id", "model_a", "model_b"]))
-    kappa, bounds = intervals.kappa_with_interval(judged["d1"], judged["d2"], prompts, 0.1)
+    drawn = len(judged.groupby(["test_set", "unit", "model_a", "model_b"]))
+    kappa, bounds = intervals.kappa_with_interval(judged["d1"], judged["d2"], drawn, 0.1)
     if kappa is not None:
         return _check("kappa", kappa, bounds)
     only_ties = bool((judged["outcome"] == 0).all())
@@ -388,7 +397,7 @@ def _kappa_check(judged: pd.DataFrame) -> dict[str, Any]:
 def _slot_p(judged: pd.DataFrame) -> float | None:
     "Sign test over prompts of one slot against the other; None where none leans either way."
     lean = judged["d1"] - judged["d2"]  # 2: both verdicts went to the first slot; -2: to the second
-    net = lean.groupby([judged["test_set"], judged["id"]]).sum()
+    net = lean.groupby([judged["test_set"], judged["unit"]]).sum()
     first, second = int((net > 0).sum()), int((net < 0).sum())
     return float(binomtest(first, first + second).pvalue) if first + second else None
 
@@ -476,7 +485,7 @@ def checkable(
 def _rank_models(prompts: pd.DataFrame) -> list[dict[str, Any]] | None:
     "Bradley-Terry over all verdicts; None where models were never compared, even through others."
     pair, names = pd.factorize(pd.MultiIndex.from_frame(prompts[["model_a", "model_b"]]))
-    question, keys = pd.factorize(pd.MultiIndex.from_frame(prompts[["test_set", "id"]]))
+    question, keys = pd.factorize(pd.MultiIndex.from_frame(prompts[["test_set", "unit", "id"]]))
     models = sorted({m for both in names for m in both})
     links = np.zeros((len(models), len(models)))
     for a, b in names[np.unique(pair[prompts["outcome"].notna()])]:
@@ -488,7 +497,8 @@ def _rank_models(prompts: pd.DataFrame) -> list[dict[str, Any]] | None:
     points[question, pair, run] = (prompts["outcome"] + 1) / 2
     if len(set(prompts.groupby(pair)["replicate"].nunique())) > 1:  # no common runs
         points = np.nanmean(points, axis=2, keepdims=True)
-    return ranking(list(names), points, np.array([k[0] for k in keys]))
+    drawn, _ = pd.factorize(pd.MultiIndex.from_tuples([k[:2] for k in keys]))
+    return ranking(list(names), points, np.array([k[0] for k in keys]), drawn)
 
 # %% ../nbs/05_analysis.ipynb #dcef61bc
 LENGTH_SHIFT = 0.1  # of win rate
@@ -496,9 +506,10 @@ LENGTH_SHIFT = 0.1  # of win rate
 
 def _warnings(pairs: Sequence[PairStatistics], pooled: Sequence[PairStatistics]) -> list[str]:
     "What a reader must know before believing the figures."
-    few = [p for p in pairs if 0 < p["n"] and intervals.few_prompts_warning(p["n"])]
+    drawn = [p["clusters"] or p["n"] for p in pairs]
+    few = [p for p, n in zip(pairs, drawn, strict=True) if n and intervals.few_prompts_warning(n)]
     named = "; ".join(f"{p['model_a']} against {p['model_b']}, {p['test_set']}" for p in few)
-    worst = intervals.few_prompts_warning(min(p["n"] for p in few)) if few else None
+    worst = intervals.few_prompts_warning(min(filter(None, drawn))) if few else None
     found = [f"{worst} This concerns: {named}."] if few else []
     for p in pooled:
         adjusted = p["length_adjusted_win_rate"]

@@ -233,7 +233,8 @@ def heldout_lines(
     "What heldout.jsonl is to hold: a line for every model and reference answer."
     references = [q for q in run.questions if q.get("reference")]
     return [
-        {"id": q["id"], "test_set": q["test_set"], "model": model, "replicate": replicate}
+        {f: q[f] for f in ("id", "test_set", "cluster") if f in q}
+        | {"model": model, "replicate": replicate}
         for replicate in range(run.recipe.replicates)
         for model in ("base", *run.arms)
         for q in references

@@ -426,7 +426,8 @@ def _by_question(responses: Iterable[Response]) -> dict[tuple, dict[str, Respons
 def _pair(a: Response, b: Response) -> Pair:
     "The answers of two models to one question in one replicate."
     fields = ("id", "test_set", "category", "instruction", "input")
-    pair = {f: a.get(f) for f in fields} | {"model_a": a["model"], "model_b": b["model"]}
+    pair = {f: a.get(f) for f in fields} | {f: a[f] for f in ("cluster",) if f in a}
+    pair |= {"model_a": a["model"], "model_b": b["model"]}
     pair |= {"replicate": a.get("replicate", 0)}
     return cast(Pair, pair | {"response_a": a["response"], "response_b": b["response"]})
 

@@ -24,7 +24,8 @@ class PairStatistics(TypedDict, total=False):
     test_set: str  # absent where it is over all of them
     model_a: str  # the arm whose wins are counted
     model_b: str
-    n: int  # prompts judged in both orders
+    n: int  # prompts with an outcome
+    clusters: Number  # of these prompts, which are the unit of every interval; None without any
     failed: int  # prompts that were not; of several runs each is counted
     win: float  # prompts; of several runs the mean
     tie: float
@@ -93,6 +94,12 @@ def decide(
     return "not supported" if high < bound else "within noise"
 
 # %% ../../nbs/evidence/claim.ipynb #56ab7a67
+def _counted(pair: PairStatistics) -> str:
+    "As in: 80 prompts, or 80 prompts in 20 clusters."
+    clusters = pair.get("clusters")
+    return f"{pair['n']} prompts" + (f" in {clusters} clusters" if clusters else "")
+
+
 def _finding(pair: PairStatistics, verdict: str, margin: float | None) -> str:
     "What was held against what."
     a, b, (low, high) = pair["model_a"], pair["model_b"], pair["win_rate_ci95"]
@@ -105,7 +112,7 @@ def _finding(pair: PairStatistics, verdict: str, margin: float | None) -> str:
     }.get(verdict, f"Whether {a} {better} cannot be told from noise")  # fmt: skip
     return (
         f"{opening}: its win rate is {pair['win_rate']:.1%} [{low:.1%}, {high:.1%}] over "
-        f"{pair['n']} prompts, against a bound of {0.5 - (margin or 0):.1%}."
+        f"{_counted(pair)}, against a bound of {0.5 - (margin or 0):.1%}."
     )
 
 # %% ../../nbs/evidence/claim.ipynb #b0b1f68f
@@ -206,7 +213,7 @@ def claim(
     if verdict == "within noise" and deciding.get("detectable_effect"):
         size = deciding["detectable_effect"]
         said.append(f"An effect of {100 * size:.1f} points would be found with 80% power.")
-    said.append(few_prompts_warning(deciding["n"]) or "")
+    said.append(few_prompts_warning(deciding.get("clusters") or deciding["n"]) or "")
     if undecided and verdict == "supported":
         verdict = UNDECIDED
         said.insert(0, f"Too few known cases to call the judge fit: {undecided}")

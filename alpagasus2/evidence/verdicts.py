@@ -6,6 +6,7 @@
 __all__ = ['SIGNS', 'PAIR', 'outcome', 'Points', 'points_of']
 
 # %% ../../nbs/evidence/verdicts.ipynb #2131398b
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,20 @@ class Points:
             return None
         test_sets, drawn = self.test_sets[known], self.drawn[known]
         return variance_parts(self.points[known], test_sets, share=True, clusters=drawn)
+
+    def filled(
+        self,
+        value: float,  # 1: won, 0: lost
+        planned: Mapping[str, Any] | None = None,  # `questions` of each test set, and `runs`
+    ) -> "Points":
+        "The table as if model_a got this wherever nothing is known, also where a row is missing."
+        asked = (planned or {}).get("questions", {})
+        lacking = [s for s, n in asked.items() for _ in range(n - int((self.test_sets == s).sum()))]
+        (rows, runs), more = self.points.shape, len(lacking)
+        points = np.full((rows + more, max(runs, (planned or {}).get("runs", 1))), float(value))
+        points[:rows, :runs] = np.where(np.isnan(self.points), value, self.points)
+        drawn = np.append(self.drawn, 1 + self.drawn.max(initial=-1) + np.arange(more))
+        return Points(points, np.append(self.test_sets, lacking), drawn.astype(int))
 
 
 def points_of(

@@ -22,13 +22,10 @@ from tqdm import tqdm
 from . import judge, local
 from alpagasus2.analysis import (
     Results,
-    add_judges,
-    agreement_line,
     analyse,
     canary_outcomes,
     checkable,
     load_judgments,
-    named_verdicts,
 )
 from .core import run_folder
 from .core.files import UserError, file_sha256, read_json, write_json
@@ -46,6 +43,7 @@ from alpagasus2.evidence.claim import (
     at_one_rate,
     fixed_terms,
     heldout_finding,
+    without_questions,
     without_seen,
 )
 from alpagasus2.evidence.filtering import (
@@ -66,6 +64,7 @@ from alpagasus2.generate import (
     generate,
     server_ask,
 )
+from .judges import add_judges, agreement_line, named_verdicts
 from .model.check import checked
 from .model.likelihood import heldout_nll
 from .quant_lora import as_arm, load_tokenizer
@@ -101,7 +100,7 @@ class Run:
                 f"sizes are compared by held-out loss, but no question of {asked} has a "
                 "`reference`; add a test set that has them, or leave out `sizes`"
             )
-        self.claim = fix_claim(recipe, self.dir, self.rows, rates)
+        self.claim = fix_claim(recipe, self.dir, self.rows, self.test_sets, rates)
         self.models = local.Models(recipe.base_model, recipe.training(0)[1])
         self.judged = judge.judge_files(self.dir, [name for name, _ in recipe.judges])
         for name, who in recipe.judges:
@@ -308,7 +307,8 @@ def heldout_lines(
     "What heldout.jsonl is to hold: a line for every model and reference answer."
     references = [q for q in run.questions if q.get("reference")]
     return [
-        {"id": q["id"], "test_set": q["test_set"], "model": model, "replicate": replicate}
+        {f: q[f] for f in ("id", "test_set", "cluster") if f in q}
+        | {"model": model, "replicate": replicate}
         for replicate in range(run.recipe.replicates)
         for model in ("base", *run.arms)
         for q in references
@@ -426,6 +426,8 @@ def _ask_judge(run: Run, who: Judge, output: Path) -> None:
     judged = {q["id"] for test_set in run.test_sets for q in test_set[: who.questions]}
     responses = [r for r in run_folder.latest(run.dir / "responses.jsonl") if r["id"] in judged]
     pairs = [p for a, b in _compared(run.recipe) for p in judge.pair_arms(responses, a, b)]
+    for told in judge.missing_answers(pairs):
+        run.say(told)
     config = judge.JudgeConfig(protocol=who.protocol, **who.parameters)
     name = who.model or run.recipe.base_model
     asked = {output: pairs, judge.canaries_path(output): judge.canary_pairs(responses, model_a)}
@@ -436,7 +438,10 @@ def _ask_judge(run: Run, who: Judge, output: Path) -> None:
     ask = run.ask(who, config, plans)
     for path, plan in plans.items():
         run.say(f"Judging {len(plan.lines) // 2} pairs in both orders with {name}")
-        judge.carry_out(plan, ask, path, False, run.progress)
+        said = judge.carry_out(plan, ask, path, False, run.progress)
+        if unread := sum(x["status"] in judge.UNREAD for x in said):
+            run.say(f"{unread} replies could not be read; asking once more")
+            judge.carry_out(plan, ask, path, True, run.progress)
 
 # %% ../nbs/06a_experiment.ipynb #2f07cb8e
 def size_results(
@@ -541,17 +546,20 @@ def _known(seen: Mapping[str, list[dict]]) -> set[tuple[str, str]]:
     return {(x["test_set"], x["id"]) for x in found if x["seen"] >= SEEN}
 
 # %% ../nbs/06a_experiment.ipynb #7719a1c7
-def _judged_results(run: Run, selected: Mapping[str, list], known: set[tuple[str, str]]) -> Results:
+def _judged_results(
+    run: Run, judged: Mapping[str, list], selected: Mapping[str, list],
+    known: set[tuple[str, str]],
+) -> Results:  # fmt: skip
     "What the verdicts come to; `known`: questions that the rows of an arm give away."
-    fixed, path = fixed_terms(run.claim), run.dir / "judgments.jsonl"
-    model_a = fixed.pop("model_a")
-    judgments, _ = load_judgments(path)
+    fixed, judgments = fixed_terms(run.claim), next(iter(judged.values()))
+    model_a, path = fixed.pop("model_a"), next(iter(run.judged.values()))
     canaries = canary_outcomes(run_folder.latest(judge.canaries_path(path)))
     results = analyse(judgments, model_a, canaries, **fixed)
-    if len(run.judged) > 1:
-        add_judges(results, run.judged, model_a, **fixed)
+    if len(judged) > 1:
+        add_judges(results, judged, run.judged, model_a, **fixed)
     clean = [x for x in judgments if (x["test_set"], x["id"]) not in known]
     if known and clean:
+        fixed["planned"] = without_questions(fixed["planned"], known)
         unseen = analyse(clean, model_a, canaries, **fixed)["claim"]
         results["claim"] = without_seen(results["claim"], unseen, len(known))
     doubts = " ".join(_doubts(run, selected))
@@ -560,10 +568,13 @@ def _judged_results(run: Run, selected: Mapping[str, list], known: set[tuple[str
     return results
 
 # %% ../nbs/06a_experiment.ipynb #9765437a
-def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, list]) -> Results:
-    "The content of results.json, from the run's files; of several learning rates at the first."
+def run_results(
+    run: Run, judged: Mapping[str, list], scores: Mapping[str, float],
+    selected: Mapping[str, list],
+) -> Results:  # fmt: skip
+    "The content of results.json, from each judge's verdicts and the run's files."
     seen = _seen_prompts(run, selected)
-    results = _judged_results(run, selected, _known(seen))
+    results = _judged_results(run, judged, selected, _known(seen))
     measured, spent = run_folder.latest(run.dir / "heldout.jsonl"), run_cost(run)
     _add_heldout(run, results, measured)
     manifest = {"claim_sha256": run.claim["sha256"], **run_folder.read_manifest(run.dir)}
@@ -701,11 +712,12 @@ def report_run(
     output = run.dir / "report"
     if run_folder.is_complete(output, inputs):
         return read_json(output / "results.json")
-    results = run_results(run, scores, selected)
+    judged = {name: load_judgments(path)[0] for name, path in run.judged.items()}
+    results = run_results(run, judged, scores, selected)
     results["warnings"] += _whole_pool(run, scores, selected)
     _add_rates(run, results, {rate: read_json(path) for rate, path in further.items()})
     figures = run_figures(run, scores, results, selected)
-    decides, *others = named_verdicts(run.judged, run.claim["model_a"])
+    decides, *others = named_verdicts(judged, run.claim["model_a"])
     beside = [line for lines in others for line in lines]
     responses = run_folder.latest(run.dir / "responses.jsonl")
     write_report(results, output, decides, responses, figures, others=beside)

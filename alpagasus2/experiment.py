@@ -772,7 +772,9 @@ def summary_lines(
     arms = dict.fromkeys([*results["heldout"], *results["checkable"], *judged])
     lines += [_arm_line(results, arm) for arm in arms]
     agreed = [agreement_line(x) for x in results.get("judge_agreement") or []]
-    said = [*agreed, claim.get("heldout"), results.get("sizes_summary")]
+    each = [f"{s}: {x['verdict']}" for s, x in (claim.get("selectors") or {}).items()]
+    said = [*agreed, claim.get("heldout"), results.get("sizes_summary"), *each]
+    said.append(claim.get("question", ""))
     return [*lines, *filter(None, said), f"{claim['verdict']}. {claim['reason']}"]
 
 # %% ../nbs/06a_experiment.ipynb #b6692ea5

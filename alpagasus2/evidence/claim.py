@@ -305,7 +305,12 @@ def at_every_rate(
         opening = f"It holds at a learning rate of {' and '.join(held)} only."
     each = {f"At a learning rate of {rate:g}": x for rate, x in found.items()}
     first = next(iter(found.values()))
-    return {**first, **all_must_hold(each, opening)}
+    selectors = {
+        name: at_every_rate({r: (x.get("selectors") or {}).get(name, x) for r, x in found.items()})
+        for name in first.get("selectors") or {}
+    }
+    more = {"selectors": selectors} if selectors else {}
+    return {**first, **all_must_hold(each, opening), **more}
 
 
 def at_one_rate(
@@ -327,7 +332,8 @@ def after_holm(
     p_values: Mapping[str, float | None],  # selector -> one-sided, of its weakest comparison
 ) -> dict[str, dict[str, Any]]:  # selector -> its claim, with p and holm_p
     "Each selector's claim, which is supported only if it stands after Holm's correction."
-    corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    counted = [1.0 if p is None else p for p in p_values.values()]  # a test not made counts too
+    corrected = dict(zip(p_values, holm(counted), strict=True))
     return {name: _after_holm(found, p_values[name], corrected[name], len(claims))
             for name, found in claims.items()}  # fmt: skip
 
@@ -365,6 +371,10 @@ def without_seen(
     "The claim, with what remains of it without the prompts that an arm was trained on."
     changed = found["verdict"] == "supported" != clean["verdict"]
     opening = f"{seen} prompts stand in the rows of an arm; without them: {clean['verdict']}."
+    if selectors := found.get("selectors"):
+        pairs = {name: (x, clean["selectors"][name]) for name, x in selectors.items()}
+        each = {name: without_seen(*both, seen) for name, both in pairs.items()}
+        found = {**found, "selectors": each}
     if not changed:
         return {**found, "reason": f"{found['reason']} {opening}"}
     return {**found, "verdict": clean["verdict"], "reason": f"{opening} {clean['reason']}"}

@@ -151,6 +151,15 @@ def test_each_learning_rate_has_its_adapters_and_the_same_rows(at_two_rates):
     assert "Learning rates" in (folder / "report/index.html").read_text()
 
 
+def test_unequal_text_is_said_where_no_arm_is_matched_to_it(at_two_rates):
+    _, folder, results = at_two_rates
+    targets = {x["arm"]: x["target_tokens"] for x in results["arms"]}
+    alike = 0.9 < targets["filtered"] / targets["random"] < 1.1
+    said = "no token_matched arm says what that alone does" in results["claim"]["reason"]
+    assert said != alike
+    assert "What each arm was given, and gave" in (folder / "report/index.html").read_text()
+
+
 def test_a_second_run_at_all_rates_changes_nothing(at_two_rates):
     recipe, folder, results = at_two_rates
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}

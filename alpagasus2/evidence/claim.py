@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Number', 'UNTESTED', 'UNDECIDED', 'NO_CONTROL', 'NO_CLAIM', 'VERDICTS', 'PairStatistics', 'noise_floor',
            'check_margin', 'decide', 'claim', 'question', 'all_must_hold', 'at_every_rate', 'at_one_rate',
-           'with_post_hoc', 'without_seen', 'without_questions', 'heldout_finding', 'read_claim', 'write_claim',
-           'claim_beside', 'fixed_terms']
+           'with_post_hoc', 'without_claim', 'without_seen', 'without_questions', 'heldout_finding', 'read_claim',
+           'write_claim', 'claim_beside', 'fixed_terms']
 
 # %% ../../nbs/evidence/claim.ipynb #355de085
 from collections import Counter
@@ -233,7 +233,8 @@ def claim(
         return {"verdict": NO_CLAIM, "reason": f"{health['summary']} {failed}".strip()}
     deciding = next((p for p in pairs if p["model_b"] == control), None)
     if deciding is None or deciding["win_rate_ci95"] is None:
-        why = f"No comparison with the control arm {control!r}, so nothing can be claimed."
+        arm = f"the control arm {control!r}" if control else "a control arm, such as `random`"
+        why = f"No comparison with {arm}, so nothing can be claimed."
         return {"verdict": NO_CONTROL, "reason": why}
     verdict = decide(deciding, margin, equivalence)
     undecided = _failed_checks(health, "not decided")
@@ -329,6 +330,16 @@ def with_post_hoc(
     later = {k: later[k] for k in ("verdict", "reason")} | {"terms": terms}
     return {**fixed, "reason": f"{fixed['reason']} {said}", "post_hoc": later}
 
+# %% ../../nbs/evidence/claim.ipynb #d5778b96
+def without_claim(
+    found: Mapping[str, Any],  # from `claim`, by terms that nothing fixed
+) -> dict[str, Any]:
+    "The claim, marked as post hoc where it says anything of the arms."
+    if found["verdict"] not in ("supported", "not supported", "within noise"):
+        return dict(found)
+    said = "Post hoc: no claim.json beside these verdicts fixed the terms before they were seen."
+    return {**found, "reason": f"{found['reason']} {said}"}
+
 # %% ../../nbs/evidence/claim.ipynb #4455c2c1
 def without_seen(
     found: Mapping[str, Any],  # from `claim`, over all prompts
@@ -416,7 +427,9 @@ def claim_beside(
     if claim.exists():
         return read_claim(claim)
     if manifest_entry(claim):
-        raise UserError(f"{claim.parent}: claim.json is gone, which manifest.json names; put it back")
+        raise UserError(
+            f"{claim.parent}: claim.json is gone, which manifest.json names; put it back"
+        )
     return None
 
 # %% ../../nbs/evidence/claim.ipynb #7c2b9fbf

@@ -372,7 +372,7 @@ def report(
     decides, *beside = shown
     page = write_report(results, output, decides, answers, figures, others=[*chain(*beside)])
     if lines:
-        print(f"{results['claim']['verdict']}. {results['judge_health']['summary']}")
+        print(f"{results['claim']['verdict']}. {results['claim']['reason']}")
     print(page)
 
 # %% ../nbs/07_cli.ipynb #11b4d0b5

@@ -273,3 +273,20 @@ def test_the_rows_of_an_arm_stay_as_many_as_the_claim_fixed(tmp_path):
     write_json(tmp_path / "selected/random.json", chosen["random"][:3])
     with pytest.raises(UserError, match=r"3 rows, but claim\.json fixed 4"):
         select_arms(run, {})
+
+
+def test_terminal_and_page_say_why(tmp_path, capsys):
+    """A judge that only prefers a slot is called unfit, with the figure and its limit."""
+    run = judged_run(tmp_path / "run", 45)
+    said = [{**x, "verdict": x["first"]} for x in lines(run / "judgments.jsonl")]
+    write(run / "judgments.jsonl", said)
+    claim = claimed(run)
+    assert claim["verdict"] == "judge unfit: no claim"
+    told = capsys.readouterr().out
+    assert "the answer shown first wins 360 of 360" in told
+    assert "Agreement between the two orders (Cohen's kappa) is 0 [" in told
+    assert "needed at least 0.2" in told
+    results = json.loads((run / "page/results.json").read_text())
+    assert results["ranking"] is None
+    page = (run / "page/index.html").read_text()
+    assert "needed at least 0.2" in page and 'id="ranking"' not in page

@@ -17,7 +17,7 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
 
 from alpagasus2.analysis import analyse
-from alpagasus2.evidence.claim import NO_CLAIM, UNTESTED, VERDICTS
+from alpagasus2.evidence.claim import NO_CLAIM, UNTESTED, VERDICTS, decide
 from alpagasus2.evidence.filtering import auc_with_interval
 from alpagasus2.evidence.intervals import (
     heldout_summary,
@@ -386,6 +386,73 @@ def test_missing_verdicts_can_take_the_claim_away():
     assert few["pooled"][0]["win_rate_bounds"][0] < few["pooled"][0]["win_rate_ci95"][0]
     assert "could not be judged" in few["claim"]["reason"]
     assert many["pooled"][0]["win_rate_bounds"][0] < few["pooled"][0]["win_rate_bounds"][0]
+
+
+# ---- what is missing, and questions that belong together
+
+
+def passages(
+    rng: np.random.Generator, clusters: int, runs: int, spread: float, shift: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    "[questions, runs] outcomes of one to six questions on each passage, and their passages."
+    of = np.repeat(np.arange(clusters), rng.integers(1, 7, clusters))
+    latent = shift + rng.normal(size=clusters)[of, None] + 0.7 * rng.normal(size=(len(of), 1))
+    latent = latent + spread * rng.normal(size=(1, runs)) + 0.5 * rng.normal(size=(len(of), runs))
+    seen = (latent + 0.5 * rng.normal(size=latent.shape) for _ in "ab")
+    one, other = (np.where(abs(x) > 0.3, np.sign(x), 0.0) for x in seen)
+    return (np.sign(one + other) + 1) / 2, of
+
+
+@pytest.mark.parametrize(
+    ("experiments", "covered", "most"),
+    [(250, 0.90, 0.04), pytest.param(6000, 0.93, 0.03, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize(("clusters", "runs"), [(20, 1), (20, 3), (120, 1), (120, 3)])
+def test_intervals_over_clusters(clusters, runs, experiments, covered, most):
+    "Questions on one passage are no more evidence than the passage; by prompts it would be wrong."
+    rng, error = np.random.default_rng(clusters + runs), np.sqrt(most * (1 - most) / experiments)
+    made = [passages(rng, clusters, runs, 0.1 * (runs > 1)) for _ in range(experiments)]
+    by_cluster, by_prompt = (
+        np.array([share_interval(variance_parts(x, share=True, clusters=of if use else None))
+                  for x, of in made]) for use in (True, False)
+    )  # fmt: skip
+    held, naive = (((e[:, 0] <= 0.5) & (0.5 <= e[:, 1])).mean() for e in (by_cluster, by_prompt))
+    false = (by_cluster[:, 0] > 0.5).mean()
+    print(
+        f"{clusters} clusters, {runs} runs: {held:.3f}, false {false:.3f}; by prompts {naive:.3f}"
+    )
+    assert held >= covered and false <= most + 2 * error
+    assert naive < held
+
+
+def test_a_control_that_fails_to_answer_gives_no_claim():
+    "Where nothing is there, a server that loses a fifth of random's answers must not win for x."
+    rng, said, supported = np.random.default_rng(6), [], 0
+    failed = {"status": "unanswered", "response_b": None, "verdict": "a"}
+    for _ in range(12):
+        judged = [x for r in range(3) for x in lines(verdicts(rng, 100), "x", "random", r)]
+        judged = [{**x, **failed} if int(x["id"]) % 5 == 0 else x for x in judged]
+        results = analyse(judged, "x")
+        supported += decide({**results["pooled"][0], "win_rate_bounds": [1.0, 1.0]}) == "supported"
+        said.append(results["claim"]["verdict"])
+    assert supported > 6, "counted as losses alone they would win"
+    assert "supported" not in said
+
+
+def test_verdicts_that_are_missing_on_one_side_give_no_claim():
+    "Half of what x lost is not in the file; the claim knows how many pairs there must be."
+    rng, said, kept = np.random.default_rng(7), [], []
+    planned = {"questions": {"t": 120}, "runs": 3}
+    for _ in range(8):
+        judged = [x for r in range(3) for x in lines(verdicts(rng, 120), "x", "random", r)]
+        lost = {(x["id"], x["replicate"]) for x in judged if x["verdict"] == "b"}
+        gone = {x for x in lost if int(x[0]) % 2}
+        left = [x for x in judged if (x["id"], x["replicate"]) not in gone]
+        said.append(analyse(left, "x", planned=planned)["claim"]["verdict"])
+        pair = analyse(left, "x")["pooled"][0]
+        kept.append(pair["win_rate_ci95"][0] > 0.5)
+    assert np.mean(kept) > 0.5, "what is left looks like an effect"
+    assert "supported" not in said
 
 
 MANY = """

@@ -25,7 +25,7 @@ WORTH = {g["good"]: 1000 for g in GOLD} | {g["bad"]: 0 for g in GOLD} | {NULL_AN
 
 
 class Fair(BaseHTTPRequestHandler):
-    """A judge that prefers more words in either order, but for padding, and knows the gold pairs."""
+    """A judge that prefers more words, but no padding, in either order; it knows the gold pairs."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

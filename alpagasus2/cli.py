@@ -284,7 +284,9 @@ def report(
     margin: float | None = None,  # non-inferiority margin in win rate, if one was fixed
 ) -> None:
     "Make the page and results.json from verdicts or answers."
-    from alpagasus2.analysis import add_judges, load_labels, named_verdicts, orient
+    from alpagasus2.analysis import orient
+    from alpagasus2.evidence.labels import load_labels
+    from alpagasus2.judges import add_judges, named_verdicts
     from alpagasus2.report.formats import without_orders
     from alpagasus2.report.page import write_report
     from alpagasus2.report.plots import plot_outcomes, plot_slots
@@ -303,10 +305,12 @@ def report(
         lines, judgments or "", model_a, margin, canaries=canaries, labels=said
     )
     results = without_orders(results) if copied else results
-    shown, others = [orient(lines, terms["model_a"])], _judges(judgments or "")
-    if len(others) > 1:
-        add_judges(results, others, **terms)
-        shown = named_verdicts(others, terms["model_a"])
+    shown, files = [orient(lines, terms["model_a"])], _judges(judgments or "")
+    if len(files) > 1:
+        first, *others = files
+        judged = {first: lines} | {name: latest(files[name]) for name in others}
+        add_judges(results, judged, files, **terms)
+        shown = named_verdicts(judged, terms["model_a"])
     answers = [x for path in responses or [] for x in read_jsonl(path)]
     figures = {"Verdicts in both orders": plot_outcomes(results["pairs"])} if lines else {}
     if lines and not copied:

@@ -22,13 +22,10 @@ from tqdm import tqdm
 from . import judge, local
 from alpagasus2.analysis import (
     Results,
-    add_judges,
-    agreement_line,
     analyse,
     canary_outcomes,
     checkable,
     load_judgments,
-    named_verdicts,
 )
 from .core import run_folder
 from .core.files import UserError, file_sha256, read_json, write_json
@@ -60,6 +57,7 @@ from alpagasus2.generate import (
     generate,
     server_ask,
 )
+from .judges import add_judges, agreement_line, named_verdicts
 from .model.check import checked
 from .model.likelihood import heldout_nll
 from .quant_lora import as_arm
@@ -429,15 +427,18 @@ def _known(seen: Mapping[str, list[dict]]) -> set[tuple[str, str]]:
     return {(x["test_set"], x["id"]) for x in found if x["seen"] >= SEEN}
 
 # %% ../nbs/06a_experiment.ipynb #7719a1c7
-def _judged_results(run: Run, selected: Mapping[str, list], known: set[tuple[str, str]]) -> Results:
+def _judged_results(
+    run: Run, judged: Mapping[str, list], selected: Mapping[str, list],
+    known: set[tuple[str, str]],
+) -> Results:  # fmt: skip
     "What the verdicts come to; `known`: questions that the rows of an arm give away."
-    fixed, path = run.claim, run.dir / "judgments.jsonl"
-    judgments, _ = load_judgments(path)
+    fixed, judgments = run.claim, next(iter(judged.values()))
+    path = next(iter(run.judged.values()))
     canaries = canary_outcomes(run_folder.latest(judge.canaries_path(path)))
     terms = {"margin": run.recipe.margin, "control": fixed["control"], "aa": fixed.get("aa")}
     results = analyse(judgments, fixed["model_a"], canaries, **terms)
-    if len(run.judged) > 1:
-        add_judges(results, run.judged, fixed["model_a"], **terms)
+    if len(judged) > 1:
+        add_judges(results, judged, run.judged, fixed["model_a"], **terms)
     clean = [x for x in judgments if (x["test_set"], x["id"]) not in known]
     if known and clean:
         unseen = analyse(clean, fixed["model_a"], canaries, **terms)["claim"]
@@ -447,10 +448,13 @@ def _judged_results(run: Run, selected: Mapping[str, list], known: set[tuple[str
     return results
 
 # %% ../nbs/06a_experiment.ipynb #9765437a
-def run_results(run: Run, scores: Mapping[str, float], selected: Mapping[str, list]) -> Results:
-    "The content of results.json, from the run's files."
+def run_results(
+    run: Run, judged: Mapping[str, list], scores: Mapping[str, float],
+    selected: Mapping[str, list],
+) -> Results:  # fmt: skip
+    "The content of results.json, from the run's files; `judged`: each judge's verdicts."
     seen = _seen_prompts(run, selected)
-    results = _judged_results(run, selected, _known(seen))
+    results = _judged_results(run, judged, selected, _known(seen))
     measured, spent = run_folder.latest(run.dir / "heldout.jsonl"), run_cost(run)
     _add_heldout(run, results, measured)
     manifest = {"claim_sha256": run.claim["sha256"], **run_folder.read_manifest(run.dir)}
@@ -532,9 +536,10 @@ def report_run(run: Run, scores: Mapping[str, float], selected: Mapping[str, lis
     output = run.dir / "report"
     if run_folder.is_complete(output, inputs):
         return read_json(output / "results.json")
-    results = run_results(run, scores, selected)
+    judged = {name: load_judgments(path)[0] for name, path in run.judged.items()}
+    results = run_results(run, judged, scores, selected)
     figures = run_figures(run, scores, results, selected)
-    decides, *others = named_verdicts(run.judged, run.claim["model_a"])
+    decides, *others = named_verdicts(judged, run.claim["model_a"])
     beside = [line for lines in others for line in lines]
     responses = run_folder.latest(run.dir / "responses.jsonl")
     write_report(results, output, decides, responses, figures, others=beside)

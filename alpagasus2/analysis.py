@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from .core.files import UserError, read_json
-from .core.run_folder import latest
+from .core.run_folder import UNANSWERED, latest
 from .data import Question
 from .evidence import intervals, power
 from .evidence.claim import NO_CLAIM, PairStatistics, claim, noise_floor
 from .evidence.labels import label_statistics
 from .evidence.length import LENGTH_SHIFT, length_statistics
 from .evidence.ranking import ranking
-from .evidence.verdicts import PAIR, SIGNS, outcome, points_of, variance_of
+from .evidence.verdicts import PAIR, SIGNS, Points, outcome, points_of
 from .generate import Response
 from .judge import Judgment, read_scores
 
@@ -136,19 +136,22 @@ def _turned(line: Judgment) -> Judgment:
 def _verdict_table(lines: Sequence[Judgment]) -> pd.DataFrame:
     "One row a verdict: its sign, and by how much model_a's answer is better scored and longer."
     scores = [(x.get("score_a"), x.get("score_b")) for x in lines]
+    answers = [(x["response_a"], x["response_b"]) for x in lines]
+    signs = [SIGNS.get(x["verdict"], np.nan) for x in lines]
+    judged = [x.get("status") != UNANSWERED for x in lines]
     return pd.DataFrame({
-        **{k: [x.get(k) for x in lines] for k in (*PAIR, "category", "first")},
+        **{k: [x.get(k) for x in lines] for k in (*PAIR, "category", "cluster", "first")},
         "replicate": [x.get("replicate", 0) for x in lines],
-        "sign": [SIGNS.get(x["verdict"], np.nan) for x in lines],
+        "sign": np.where(judged, signs, np.nan), "unasked": np.where(judged, np.nan, signs),
         "score": [np.nan if a is None else a - b for a, b in scores],
-        "longer": [len(x["response_a"]) - len(x["response_b"]) for x in lines],
+        "longer": [np.nan if None in (a, b) else len(a) - len(b) for a, b in answers],
     })  # fmt: skip
 
 # %% ../nbs/05_analysis.ipynb #17ba0791
 def prompt_table(
     lines: Sequence[Judgment],  # from `orient`
 ) -> pd.DataFrame:  # one row a prompt, pair of models and replicate
-    "d1, d2 (-1, 0, 1), outcome, differences of score and length; NaN: failed."
+    "d1, d2 (-1, 0, 1), unasked, outcome, differences of score and length, unit; NaN: failed."
     table, keys = _verdict_table(lines), [*PAIR, "replicate"]
     sums = table.groupby([*keys, "first"], sort=False)["sign"].sum(min_count=1).unstack("first")
     grouped = table.groupby(keys, sort=False)
@@ -156,10 +159,12 @@ def prompt_table(
         "d1": np.sign(sums["a"]) if "a" in sums else np.nan,
         "d2": np.sign(sums["b"]) if "b" in sums else np.nan,
         "score": grouped["score"].sum(min_count=1), "longer": grouped["longer"].mean(),
-        "category": grouped["category"].first(),
+        "unasked": grouped["unasked"].first(),
+        "category": grouped["category"].first(), "cluster": grouped["cluster"].first(),
     })  # fmt: skip
-    prompts["outcome"] = outcome(prompts["d1"], prompts["d2"])
-    return prompts.reindex(grouped.size().index).reset_index()
+    prompts["outcome"] = outcome(prompts["d1"], prompts["d2"]).fillna(prompts["unasked"])
+    prompts = prompts.reindex(grouped.size().index).reset_index()
+    return prompts.assign(unit=intervals.units(prompts["id"], prompts["cluster"]))
 
 # %% ../nbs/05_analysis.ipynb #f1abd670
 def winning_score(
@@ -178,11 +183,11 @@ def _length(judged: pd.DataFrame, pooled: intervals.RunNoise | None) -> dict[str
     "Who won, the longer or the shorter answer, and the win rate at equal length."
     decided = judged[(judged["outcome"] != 0) & (judged["longer"] != 0)]
     same = np.sign(decided["longer"]) == decided["outcome"]
-    points, test_sets = points_of(judged)
-    longer = judged.pivot(index=["test_set", "id"], columns="replicate", values="longer")
+    table, keys = points_of(judged), ["test_set", "unit", "id"]
+    longer = judged.pivot(index=keys, columns="replicate", values="longer").to_numpy(float)
     return {
         "longer_wins": float(same.mean()) if len(decided) else None,
-        **length_statistics(points, longer.to_numpy(float), test_sets, pooled),
+        **length_statistics(table.points, longer, table.test_sets, pooled, table.drawn),
     }
 
 # %% ../nbs/05_analysis.ipynb #ca97f5b7
@@ -193,12 +198,10 @@ def _tally(outcomes: pd.Series, judged: pd.DataFrame) -> list[float]:
     return [round(x) if abs(x - round(x)) < 1e-9 else x for x in counted]
 
 
-def _bounds(prompts: pd.DataFrame, pooled: intervals.RunNoise | None) -> list[float]:
-    "The interval of the win rate if all failed prompts were lost, and if all were won."
-    low, high = (variance_of(prompts.assign(outcome=prompts["outcome"].fillna(x))) for x in (-1, 1))
-    return [
-        intervals.share_interval(low, pooled)[0], intervals.share_interval(high, pooled)[1]
-    ]  # fmt: skip
+def _clusters(prompts: pd.DataFrame) -> int | None:
+    "How many clusters there are, a prompt in none counted as one; None without any."
+    there = bool(prompts["cluster"].notna().any())
+    return len(prompts[["test_set", "unit"]].drop_duplicates()) if there else None
 
 # %% ../nbs/05_analysis.ipynb #39f38d2f
 def _counts(
@@ -210,16 +213,35 @@ def _counts(
     judged = prompts.dropna(subset="outcome")
     counts = dict(zip(("win", "tie", "lose"), _tally(judged["outcome"], judged), strict=True))
     n, failed = len(judged.groupby(["test_set", "id"])), len(prompts) - len(judged)
-    found: dict[str, Any] = {"n": n, **counts, "failed": failed}
+    found: dict[str, Any] = {"n": n, **counts, "failed": failed, "clusters": _clusters(judged)}
     if parts is None:
         names = ("winning_score", "winning_score_ci95", "win_rate", "win_rate_ci95")
-        return found | dict.fromkeys((*names, "win_rate_bounds"))
+        return found | dict.fromkeys(names)
     score, ends = winning_score(**counts), intervals.share_interval(parts, pooled)
     return found | {
         "winning_score": score, "winning_score_ci95": [2 * x for x in ends],
         "win_rate": score / 2, "win_rate_ci95": ends,
-        "win_rate_bounds": _bounds(prompts, pooled) if failed else ends,
     }  # fmt: skip
+
+# %% ../nbs/05_analysis.ipynb #7210c860
+def _missing(
+    prompts: pd.DataFrame, points: Points, pooled: intervals.RunNoise | None,
+    planned: Mapping[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    "What no judge has decided, and the interval's ends if all of it was lost, and if it was won."
+    unasked = prompts["unasked"]
+    found: dict[str, Any] = {
+        "missing": points.filled(0, planned).points.size - len(prompts),
+        "unanswered_a": int((unasked <= 0).sum()), "unanswered_b": int((unasked >= 0).sum()),
+    }  # fmt: skip
+    if points.parts is None:
+        return found | {"win_rate_bounds": None}
+    if unasked.notna().any():
+        points = points_of(prompts.assign(outcome=prompts["outcome"].where(unasked.isna())))
+    low, high = (points.filled(x, planned).parts for x in (0, 1))
+    assert low and high  # nothing is unknown now
+    ends = intervals.share_interval(low, pooled)[0], intervals.share_interval(high, pooled)[1]
+    return found | {"win_rate_bounds": [*ends]}
 
 # %% ../nbs/05_analysis.ipynb #cd064578
 def _category_table(judged: pd.DataFrame) -> list[dict[str, Any]]:
@@ -229,7 +251,7 @@ def _category_table(judged: pd.DataFrame) -> list[dict[str, Any]]:
     fields = ("n", "win", "tie", "lose", "win_rate", "win_rate_ci95")
     table = []
     for category, prompts in judged.groupby(judged["category"].fillna("no category"), sort=False):
-        counts = _counts(prompts, variance_of(prompts))
+        counts = _counts(prompts, points_of(prompts).parts)
         table.append({"category": category, **{f: counts[f] for f in fields}})
     return table
 
@@ -249,12 +271,14 @@ def _between_orders(judged: pd.DataFrame) -> dict[str, Any]:
 # %% ../nbs/05_analysis.ipynb #69c1b86c
 def _rules(judged: pd.DataFrame) -> dict[str, list[float] | None]:
     "Win, tie, lose by each rule; None where a verdict has no score."
-    scored = len(judged) > 0 and bool(judged["score"].notna().all())
+    known = judged["unasked"]  # without an answer there is one rule
+    scored = len(judged) > 0 and bool((judged["score"].notna() | known.notna()).all())
     strict = judged["d1"].where(judged["d1"] == judged["d2"], 0)
+    mean_score = np.sign(judged["score"]).where(known.isna(), known)
     return {
         "alpagasus": _tally(judged["outcome"], judged),
-        "strict": _tally(strict, judged),
-        "mean_score": _tally(np.sign(judged["score"]), judged) if scored else None,
+        "strict": _tally(strict.where(known.isna(), known), judged),
+        "mean_score": _tally(mean_score, judged) if scored else None,
     }
 
 # %% ../nbs/05_analysis.ipynb #d1440f51
@@ -268,7 +292,7 @@ def _inference(
         unknown = ("run_spread", "run_spread_bound", "sign_test_p", "detectable_effect")
         return {"replicates": 0, "holds_run_noise": False, **dict.fromkeys(unknown)}
     decided = counts["win"] + counts["lose"]
-    if parts.runs > 1:
+    if parts.runs > 1 or counts["clusters"]:
         p: float | None = intervals.p_value(parts, 0.5, pooled)
     else:
         p = float(binomtest(counts["win"], decided).pvalue) if decided else None
@@ -282,16 +306,19 @@ def _inference(
 # %% ../nbs/05_analysis.ipynb #72cc7056
 def pair_statistics(
     prompts: pd.DataFrame,  # rows of `prompt_table` for one pair of models
-    parts: intervals.VarianceParts | None,  # of its judged rows; None where there is none
+    points: Points,  # of `points_of`
     pooled: intervals.RunNoise | None = None,  # between runs, over all pairs of trained arms
+    planned: Mapping[str, Any] | None = None,  # as in `analyse`
 ) -> PairStatistics:  # without test_set
     "Counts, scores, intervals, and what they say of the judge."
-    judged, counts = prompts.dropna(subset="outcome"), _counts(prompts, parts, pooled)
+    judged, counts = prompts.dropna(subset="outcome"), _counts(prompts, points.parts, pooled)
+    read = judged[judged["unasked"].isna()]
     found: dict[str, Any] = {
         "model_a": prompts["model_a"].iloc[0], "model_b": prompts["model_b"].iloc[0], **counts,
-        **_inference(counts, parts, pooled),
-        **_between_orders(judged),
-        **_length(judged, pooled),
+        **_missing(prompts, points, pooled, planned),
+        **_inference(counts, points.parts, pooled),
+        **_between_orders(read),
+        **_length(read, pooled),
         "categories": _category_table(judged),
         "rules": _rules(judged),
     }  # fmt: skip
@@ -300,14 +327,16 @@ def pair_statistics(
 # %% ../nbs/05_analysis.ipynb #923fd113
 def each_pair(
     prompts: pd.DataFrame,  # from `prompt_table`
+    planned: Mapping[str, Any] | None = None,  # as in `analyse`
 ) -> list[PairStatistics]:  # without test_set
     "The statistics of each pair of models over these prompts."
     pairs = dict(list(prompts.groupby(["model_a", "model_b"], sort=False)))
-    judged = {names: rows.dropna(subset="outcome") for names, rows in pairs.items()}
-    parts = {names: variance_of(rows) for names, rows in judged.items() if len(rows)}
-    trained = [p for names, p in parts.items() if "base" not in names]  # which is not trained
-    noise = intervals.pooled_noise(trained)
-    return [pair_statistics(rows, parts.get(names), noise) for names, rows in pairs.items()]
+    points = {names: points_of(rows) for names, rows in pairs.items()}
+    trained = [p.parts for names, p in points.items() if "base" not in names]  # it is not trained
+    noise = intervals.pooled_noise([p for p in trained if p])
+    return [
+        pair_statistics(rows, points[names], noise, planned) for names, rows in pairs.items()
+    ]  # fmt: skip
 
 # %% ../nbs/05_analysis.ipynb #c0cf05a9
 _KNOWN = {  # the arm that is model_a, and what each verdict of it counts
@@ -367,8 +396,8 @@ def _share_check(name: str, shares: Sequence[float]) -> dict[str, Any]:
 def _kappa_check(judged: pd.DataFrame) -> dict[str, Any]:
     if not len(judged):
         return _check("kappa", None, None)
-    prompts = len(judged.groupby(["test_set", "id", "model_a", "model_b"]))
-    kappa, bounds = intervals.kappa_with_interval(judged["d1"], judged["d2"], prompts, 0.1)
+    drawn = len(judged.groupby(["test_set", "unit", "model_a", "model_b"]))
+    kappa, bounds = intervals.kappa_with_interval(judged["d1"], judged["d2"], drawn, 0.1)
     if kappa is not None:
         return _check("kappa", kappa, bounds)
     only_ties = bool((judged["outcome"] == 0).all())
@@ -378,7 +407,7 @@ def _kappa_check(judged: pd.DataFrame) -> dict[str, Any]:
 def _slot_p(judged: pd.DataFrame) -> float | None:
     "Sign test over prompts of one slot against the other; None where none leans either way."
     lean = judged["d1"] - judged["d2"]  # 2: both verdicts went to the first slot; -2: to the second
-    net = lean.groupby([judged["test_set"], judged["id"]]).sum()
+    net = lean.groupby([judged["test_set"], judged["unit"]]).sum()
     first, second = int((net > 0).sum()), int((net < 0).sum())
     return float(binomtest(first, first + second).pvalue) if first + second else None
 
@@ -403,6 +432,7 @@ def judge_health(
     unread: Sequence[float] | None = None,  # of each verdict 1 or 0; default: of each prompt
 ) -> dict[str, Any]:  # summary, fit (True or False), slot_p, checks
     "Hold the judge's behaviour against the limits."
+    prompts = prompts[prompts["unasked"].isna()]
     judged, canaries = prompts.dropna(subset="outcome"), canaries or {}
     orders, p = _between_orders(judged), _slot_p(judged)
     slots = {name: orders[name] for name in ("first_slot_wins", "second_slot_wins")}
@@ -451,15 +481,14 @@ def checkable(
     responses: Iterable[Response],
     questions: Iterable[Question],  # some with `answer`
 ) -> dict[str, list[int]]:  # arm -> [right, n]
-    "How many checkable questions each arm answered right."
+    "How many checkable questions each arm answered right; one it did not answer is not right."
     answers = {(q["test_set"], q["id"]): q["answer"] for q in questions if q.get("answer")}
     counts: dict[str, list[int]] = {}
     for r in responses:
-        if r.get("finish_reason") == "error":
-            continue
         if answer := answers.get((r["test_set"], r["id"])):
             total = counts.setdefault(r["model"], [0, 0])
-            total[0] += is_right(answer, r["response"])
+            there = r.get("finish_reason") != "error"
+            total[0] += there and is_right(answer, r["response"])
             total[1] += 1
     return counts
 
@@ -467,7 +496,7 @@ def checkable(
 def _rank_models(prompts: pd.DataFrame) -> list[dict[str, Any]] | None:
     "Bradley-Terry over all verdicts; None where models were never compared, even through others."
     pair, names = pd.factorize(pd.MultiIndex.from_frame(prompts[["model_a", "model_b"]]))
-    question, keys = pd.factorize(pd.MultiIndex.from_frame(prompts[["test_set", "id"]]))
+    question, keys = pd.factorize(pd.MultiIndex.from_frame(prompts[["test_set", "unit", "id"]]))
     models = sorted({m for both in names for m in both})
     links = np.zeros((len(models), len(models)))
     for a, b in names[np.unique(pair[prompts["outcome"].notna()])]:
@@ -479,14 +508,16 @@ def _rank_models(prompts: pd.DataFrame) -> list[dict[str, Any]] | None:
     points[question, pair, run] = (prompts["outcome"] + 1) / 2
     if len(set(prompts.groupby(pair)["replicate"].nunique())) > 1:  # no common runs
         points = np.nanmean(points, axis=2, keepdims=True)
-    return ranking(list(names), points, np.array([k[0] for k in keys]))
+    drawn, _ = pd.factorize(pd.MultiIndex.from_tuples([k[:2] for k in keys]))
+    return ranking(list(names), points, np.array([k[0] for k in keys]), drawn)
 
 # %% ../nbs/05_analysis.ipynb #dcef61bc
 def _warnings(pairs: Sequence[PairStatistics], pooled: Sequence[PairStatistics]) -> list[str]:
     "What a reader must know before believing the figures."
-    few = [p for p in pairs if 0 < p["n"] and intervals.few_prompts_warning(p["n"])]
+    drawn = [p["clusters"] or p["n"] for p in pairs]
+    few = [p for p, n in zip(pairs, drawn, strict=True) if n and intervals.few_prompts_warning(n)]
     named = "; ".join(f"{p['model_a']} against {p['model_b']}, {p['test_set']}" for p in few)
-    worst = intervals.few_prompts_warning(min(p["n"] for p in few)) if few else None
+    worst = intervals.few_prompts_warning(min(filter(None, drawn))) if few else None
     found = [f"{worst} This concerns: {named}."] if few else []
     for p in pooled:
         adjusted = p["length_adjusted_win_rate"]
@@ -503,16 +534,24 @@ def _warnings(pairs: Sequence[PairStatistics], pooled: Sequence[PairStatistics])
     return found
 
 # %% ../nbs/05_analysis.ipynb #00ff7a60
+def _part_of(planned: Mapping[str, Any] | None, test_set: Any) -> dict[str, Any] | None:
+    "What is planned of one test set."
+    if planned is None:
+        return None
+    questions = {test_set: planned["questions"].get(test_set, 0)}
+    return {"questions": questions, "runs": planned["runs"]}
+
+
 def _pairs_and_pooled(
-    prompts: pd.DataFrame,
+    prompts: pd.DataFrame, planned: Mapping[str, Any] | None
 ) -> tuple[list[PairStatistics], list[PairStatistics]]:
     "The statistics of each pair of models on each test set, and over all of them."
     pairs = [
         cast(PairStatistics, {"test_set": test_set, **found})
         for test_set, of_it in prompts.groupby("test_set", sort=False)
-        for found in each_pair(of_it)
+        for found in each_pair(of_it, _part_of(planned, test_set))
     ]
-    pooled = each_pair(prompts)
+    pooled = each_pair(prompts, planned)
     for family in (pairs, pooled):
         corrected = intervals.holm([p["sign_test_p"] for p in family])
         for p, p_value in zip(family, corrected, strict=True):
@@ -529,6 +568,18 @@ def _aa_pair(pooled: Sequence[PairStatistics], aa: Sequence[str] | None) -> Pair
             found = {k: p.get(k) for k in kept} | {"noise_floor": noise_floor(p)} | nothing
             return cast(PairStatistics, found)
     return None
+
+# %% ../nbs/05_analysis.ipynb #441e2c7a
+def _refuse_two_texts(judgments: Iterable[Judgment]) -> None:
+    "One id of a test set must be one question."
+    asked: dict[tuple, str] = {}
+    for x in judgments:
+        text, key = x.get("instruction"), (x.get("test_set"), x["id"])
+        if text and asked.setdefault(key, text) != text:
+            raise UserError(
+                f"{x['id']} of {x.get('test_set')} is two questions, {asked[key][:60]!r} and "
+                f"{text[:60]!r}; judge the answers to one, or give one another id"
+            )
 
 # %% ../nbs/05_analysis.ipynb #56509549
 class Results(TypedDict, total=False):
@@ -563,14 +614,17 @@ def analyse(
     control: str | None = "random",  # the arm that decides the claim
     aa: Sequence[str] | None = None,  # the two arms of the A/A pair
     labels: Sequence[Mapping] | None = None,  # a person's labels, from `load_labels`
+    planned: Mapping[str, Any] | None = None,  # claim.json's `pairs`: questions by test set, runs
 ) -> Results:
     "Statistics of all verdicts: each pair of models on each test set, and pooled."
     if not judgments:
         return {}
     judgments = orient(judgments, model_a)
+    _refuse_two_texts(judgments)
     prompts = prompt_table(judgments)
-    pairs, pooled = _pairs_and_pooled(prompts)
+    pairs, pooled = _pairs_and_pooled(prompts, planned)
     asked = [x for x in judgments if not x.get("copied")]  # not the other order's stand-in
+    asked = [x for x in asked if x.get("status") != UNANSWERED]
     same_rule = _aa_pair(pooled, aa)
     others = [p for p in pooled if {p["model_a"], p["model_b"]} != set(aa or ())]
     candidates = [p for p in others if p["model_a"] == (model_a or p["model_a"])]

@@ -233,7 +233,7 @@ def _terms(judgments: str | None) -> dict[str, Any] | None:
         return None
     fixed = read_claim(claim)
     kept = {k: fixed.get(k) for k in ("model_a", "control", "aa")}
-    return {**kept, "margin": fixed["recipe"].get("margin")}
+    return {**kept, "margin": fixed["recipe"].get("margin"), "planned": fixed.get("pairs")}
 
 
 def _control(models: set[str], model_a: str | None) -> str | None:

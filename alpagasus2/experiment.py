@@ -38,7 +38,7 @@ from alpagasus2.data import (
     template_settings,
 )
 from .endpoint.cache import Ask
-from .evidence.claim import heldout_finding, without_seen
+from .evidence.claim import heldout_finding, without_questions, without_seen
 from alpagasus2.evidence.filtering import (
     SEEN,
     contamination,
@@ -91,7 +91,7 @@ class Run:
                 f"sizes are compared by held-out loss, but no question of {asked} has a "
                 "`reference`; add a test set that has them, or leave out `sizes`"
             )
-        self.claim = fix_claim(recipe, self.dir, self.rows)
+        self.claim = fix_claim(recipe, self.dir, self.rows, self.test_sets)
         self.models = local.Models(recipe.base_model, recipe.training(0)[1])
         self.judged = judge.judge_files(self.dir, [name for name, _ in recipe.judges])
         for name, who in recipe.judges:
@@ -233,7 +233,8 @@ def heldout_lines(
     "What heldout.jsonl is to hold: a line for every model and reference answer."
     references = [q for q in run.questions if q.get("reference")]
     return [
-        {"id": q["id"], "test_set": q["test_set"], "model": model, "replicate": replicate}
+        {f: q[f] for f in ("id", "test_set", "cluster") if f in q}
+        | {"model": model, "replicate": replicate}
         for replicate in range(run.recipe.replicates)
         for model in ("base", *run.arms)
         for q in references
@@ -341,6 +342,8 @@ def _ask_judge(run: Run, who: Judge, output: Path) -> None:
     if run.recipe.aa and model_a not in run.recipe.aa:
         again, control = run.recipe.aa
         pairs += judge.pair_arms(responses, again, [control])
+    for told in judge.missing_answers(pairs):
+        run.say(told)
     config = judge.JudgeConfig(protocol=who.protocol, **who.parameters)
     name = who.model or run.recipe.base_model
     asked = {output: pairs, judge.canaries_path(output): judge.canary_pairs(responses, model_a)}
@@ -351,7 +354,10 @@ def _ask_judge(run: Run, who: Judge, output: Path) -> None:
     ask = run.ask(who, config, plans)
     for path, plan in plans.items():
         run.say(f"Judging {len(plan.lines) // 2} pairs in both orders with {name}")
-        judge.carry_out(plan, ask, path, False, run.progress)
+        said = judge.carry_out(plan, ask, path, False, run.progress)
+        if unread := sum(x["status"] in judge.UNREAD for x in said):
+            run.say(f"{unread} replies could not be read; asking once more")
+            judge.carry_out(plan, ask, path, True, run.progress)
 
 # %% ../nbs/06a_experiment.ipynb #2f07cb8e
 def size_results(
@@ -435,12 +441,14 @@ def _judged_results(
     fixed, judgments = run.claim, next(iter(judged.values()))
     path = next(iter(run.judged.values()))
     canaries = canary_outcomes(run_folder.latest(judge.canaries_path(path)))
-    terms = {"margin": run.recipe.margin, "control": fixed["control"], "aa": fixed.get("aa")}
+    terms = {"margin": run.recipe.margin, "control": fixed["control"], "aa": fixed.get("aa"),
+             "planned": fixed.get("pairs")}  # fmt: skip
     results = analyse(judgments, fixed["model_a"], canaries, **terms)
     if len(judged) > 1:
         add_judges(results, judged, run.judged, fixed["model_a"], **terms)
     clean = [x for x in judgments if (x["test_set"], x["id"]) not in known]
     if known and clean:
+        terms["planned"] = without_questions(fixed.get("pairs"), known)
         unseen = analyse(clean, fixed["model_a"], canaries, **terms)["claim"]
         results["claim"] = without_seen(results["claim"], unseen, len(known))
     doubts = " ".join(_doubts(run, selected))

@@ -35,7 +35,7 @@ def _beside(name: str, results: Results, decides: bool) -> dict[str, Any]:
 
 def _outcomes(lines: Sequence[Judgment], model_a: str | None) -> pd.Series:
     "The outcome of every pair and replicate whose two orders could be read: -1, 0 or 1."
-    judged = prompt_table(orient(lines, model_a)).dropna(subset="outcome")
+    judged = prompt_table(orient(lines, model_a)).dropna(subset=["d1", "d2"])
     return judged.set_index([*PAIR, "replicate"])["outcome"]
 
 
@@ -59,6 +59,7 @@ def several_judges(
 ) -> dict[str, Any]:  # judges and judge_agreement of results.json
     "Each judge's statistics and checks beside the others', and how far every two agree."
     first, *others = (name for name, lines in judged.items() if lines)
+    terms.pop("planned", None)  # of the first one; another may be asked fewer questions
     found = {n: analyse(judged[n], model_a, canaries.get(n), **terms) for n in others}
     outcomes = {n: _outcomes(judged[n], model_a) for n in (first, *others)}
     groups = [*combinations(outcomes, 2)] + ([tuple(outcomes)] if len(others) > 1 else [])

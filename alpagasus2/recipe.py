@@ -10,6 +10,7 @@ __all__ = ['BY_SCORE', 'Share', 'Rater', 'Arm', 'Judge', 'Server', 'Recipe', 'lo
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, replace
 from itertools import combinations
@@ -31,6 +32,7 @@ from alpagasus2.core.files import (
 from alpagasus2.data import (
     AnyTemplate,
     Example,
+    Question,
     Template,
     load_examples,
     template_of,
@@ -377,6 +379,8 @@ def _changed_key(old: dict, plan: dict) -> str | None:
     old = {**old, "recipe": _claimed(old["recipe"])}
     if "pool_share" not in old["recipe"]:  # every replicate sees the whole pool; it stays so
         plan = {**plan, "recipe": {k: v for k, v in plan["recipe"].items() if k != "pool_share"}}
+    if "pairs" not in old:  # nor did a claim count its pairs
+        plan = {k: v for k, v in plan.items() if k != "pairs"}
     return next((k for k in plan if old.get(k) != plan[k]), None)
 
 # %% ../nbs/06_recipe.ipynb #3364895b
@@ -392,7 +396,17 @@ def _pool_hash(pool: Path, rows: Sequence[Example]) -> str:
     return hashlib.sha256("".join(r["id"] for r in rows).encode()).hexdigest()
 
 # %% ../nbs/06_recipe.ipynb #712cac84
-def _plan(recipe: Recipe, rows: Sequence[Example]) -> dict[str, Any]:
+def _pairs(recipe: Recipe, test_sets: Sequence[Sequence[Question]]) -> dict[str, Any]:
+    "How many pairs of answers the deciding judge sees of any two arms."
+    _, decides = recipe.judges[0]
+    asked = Counter(q["test_set"] for x in test_sets for q in x[: decides.questions])
+    return {"questions": dict(asked), "runs": recipe.replicates,
+            "number": asked.total() * recipe.replicates}  # fmt: skip
+
+
+def _plan(
+    recipe: Recipe, rows: Sequence[Example], test_sets: Sequence[Sequence[Question]]
+) -> dict[str, Any]:
     "What a claim says, but for its hash."
     model_a, arm = next(iter(recipe.arms.items()))
     plan = {
@@ -403,6 +417,7 @@ def _plan(recipe: Recipe, rows: Sequence[Example]) -> dict[str, Any]:
         "rows": arm.rows,
         "steps": recipe.steps(arm.rows),
         "seeds": [recipe.seed + r for r in range(recipe.replicates)],
+        "pairs": _pairs(recipe, test_sets),
         "pool": {"rows": len(rows), "sha256": _pool_hash(Path(recipe.data), rows)},
         "files": {p: file_sha256(p) for p in _files(recipe)},
     }
@@ -419,10 +434,11 @@ def fix_claim(
     recipe: Recipe,  # what will be run
     output_dir: Path,  # the run's folder
     rows: Sequence[Example],  # the pool, checked
+    test_sets: Sequence[Sequence[Question]] = (),  # what will be asked
 ) -> dict:  # the content of claim.json
     "Write claim.json, or check that the one that is there says the same."
     check_sizes(recipe, rows)
-    plan, path = _plan(recipe, rows), output_dir / "claim.json"
+    plan, path = _plan(recipe, rows, test_sets), output_dir / "claim.json"
     if not path.exists():
         check_pool(recipe, rows)
         content = {**plan, "sha256": json_sha256(plan)}

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Number', 'UNTESTED', 'UNDECIDED', 'UNEQUAL', 'NO_CONTROL', 'NO_CLAIM', 'VERDICTS', 'PairStatistics', 'noise_floor',
-           'check_margin', 'decide', 'claim', 'with_post_hoc', 'without_seen', 'heldout_finding', 'read_claim']
+           'check_margin', 'decide', 'claim', 'with_post_hoc', 'without_seen', 'without_questions', 'heldout_finding',
+           'read_claim']
 
 # %% ../../nbs/evidence/claim.ipynb #355de085
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -24,8 +26,12 @@ class PairStatistics(TypedDict, total=False):
     test_set: str  # absent where it is over all of them
     model_a: str  # the arm whose wins are counted
     model_b: str
-    n: int  # prompts judged in both orders
-    failed: int  # prompts that were not; of several runs each is counted
+    n: int  # prompts with an outcome
+    clusters: Number  # of these prompts, which are the unit of every interval; None without any
+    failed: int  # without a readable verdict; of several runs each is counted, as in the next
+    missing: int  # without any verdict, where one was to be
+    unanswered_a: int  # questions that model_a did not answer: its losses
+    unanswered_b: int
     win: float  # prompts; of several runs the mean
     tie: float
     lose: float
@@ -33,7 +39,7 @@ class PairStatistics(TypedDict, total=False):
     winning_score_ci95: Any  # [low, high], or None
     win_rate: Number  # half of the winning score: a tie is half a win
     win_rate_ci95: Any  # [low, high], or None
-    win_rate_bounds: Any  # its ends if model_a lost, and if it won, all that was not judged
+    win_rate_bounds: Any  # its ends if model_a lost, and if it won, all that no judge decided
     holds_run_noise: bool  # whether the interval speaks of other training runs too
     run_spread: Number  # standard deviation of one run's effect on the win rate
     run_spread_bound: Number  # the upper end of its 70% bound
@@ -97,6 +103,12 @@ def decide(
     return "not supported" if high < bound else "within noise"
 
 # %% ../../nbs/evidence/claim.ipynb #56ab7a67
+def _counted(pair: PairStatistics) -> str:
+    "As in: 80 prompts, or 80 prompts in 20 clusters."
+    clusters = pair.get("clusters")
+    return f"{pair['n']} prompts" + (f" in {clusters} clusters" if clusters else "")
+
+
 def _finding(pair: PairStatistics, verdict: str, margin: float | None) -> str:
     "What was held against what."
     a, b, (low, high) = pair["model_a"], pair["model_b"], pair["win_rate_ci95"]
@@ -110,7 +122,7 @@ def _finding(pair: PairStatistics, verdict: str, margin: float | None) -> str:
     }.get(verdict, f"Whether {a} {better} cannot be told from noise")  # fmt: skip
     return (
         f"{opening}: its win rate is {pair['win_rate']:.1%} [{low:.1%}, {high:.1%}] over "
-        f"{pair['n']} prompts, against a bound of {0.5 - (margin or 0):.1%}."
+        f"{_counted(pair)}, against a bound of {0.5 - (margin or 0):.1%}."
     )
 
 # %% ../../nbs/evidence/claim.ipynb #b0b1f68f
@@ -143,15 +155,29 @@ def _aa_sentence(pair: PairStatistics, aa: PairStatistics | None) -> str:
     return f"{said}{', which the interval calls no chance: look for the cause' if apart else ''}."
 
 # %% ../../nbs/evidence/claim.ipynb #ecdb10eb
+def _undecided(pair: PairStatistics) -> list[str]:
+    "What no judge has decided; each run of a prompt is counted."
+    a, b = pair["model_a"], pair["model_b"]
+    counted = {
+        "{} prompts could not be judged": pair["failed"],
+        "{} that were to be judged have no verdict": pair.get("missing"),
+        f"{{}} questions have no answer of {b}, which count as its losses": (
+            pair.get("unanswered_b")
+        ),
+        f"{{}} have no answer of {a}, which count as its losses": pair.get("unanswered_a"),
+    }
+    return [text.format(n) for text, n in counted.items() if n]
+
+
 def _missing_sentence(pair: PairStatistics, verdict: str, margin: float | None) -> str:
-    "What the failed prompts could change; empty where there are none."
+    "What no judge has decided could change; empty where there is nothing."
     low, bound = pair["win_rate_bounds"][0], 0.5 - (margin or 0)
-    if not pair["failed"]:
+    said = " and ".join(_undecided(pair))
+    if not said:
         return ""
-    said = f"{pair['failed']} prompts could not be judged; had {pair['model_a']} lost them all"
     stays = verdict == "supported" or low > bound
     end = f"the interval would {'still begin' if stays else 'begin'} at {low:.1%}"
-    return f"{said}, {end}."
+    return f"{said[0].upper()}{said[1:]}; had {pair['model_a']} lost all of them, {end}."
 
 # %% ../../nbs/evidence/claim.ipynb #3c22c24e
 def _length_sentence(pair: PairStatistics, bound: float) -> str:
@@ -229,7 +255,7 @@ def claim(
     if verdict == "within noise" and deciding.get("detectable_effect"):
         size = deciding["detectable_effect"]
         said.append(f"An effect of {100 * size:.1f} points would be found with 80% power.")
-    said.append(few_prompts_warning(deciding["n"]) or "")
+    said.append(few_prompts_warning(deciding.get("clusters") or deciding["n"]) or "")
     if undecided and verdict == "supported":
         verdict = UNDECIDED
         said.insert(0, f"Too few known cases to call the judge fit: {undecided}")
@@ -258,6 +284,18 @@ def without_seen(
     if not changed:
         return {**found, "reason": f"{found['reason']} {opening}"}
     return {**found, "verdict": clean["verdict"], "reason": f"{opening} {clean['reason']}"}
+
+# %% ../../nbs/evidence/claim.ipynb #022a7112
+def without_questions(
+    planned: Mapping[str, Any] | None,  # claim.json's `pairs`; None: an older claim
+    known: Collection[tuple[str, str]],  # test set and id of what is left out
+) -> dict[str, Any] | None:
+    "What remains of the planned pairs."
+    if planned is None:
+        return None
+    gone = Counter(test_set for test_set, _ in known)
+    questions = {name: n - gone[name] for name, n in planned["questions"].items()}
+    return {**planned, "questions": questions, "number": sum(questions.values()) * planned["runs"]}
 
 # %% ../../nbs/evidence/claim.ipynb #1a878920
 def heldout_finding(

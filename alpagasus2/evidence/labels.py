@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core.files import UserError, read_json
 from . import intervals
-from .verdicts import PAIR, SIGNS, variance_of
+from .verdicts import PAIR, SIGNS, points_of
 
 # %% ../../nbs/evidence/labels.ipynb #61e9b127
 import numpy as np
@@ -53,14 +53,14 @@ def _person_signs(labels: Sequence[Mapping], pairs: set[tuple[str, str]]) -> pd.
     return pd.Series(np.sign(list(signs.values())), index, float)
 
 # %% ../../nbs/evidence/labels.ipynb #098f4131
-FEW_LABELS = 20  # prompts
+FEW_LABELS = 20  # prompts, or clusters of them
 
 
 def _corrected(pair: pd.DataFrame) -> dict[str, Any]:
-    "The judge's win rate, corrected by the labels; the unit is the prompt."
-    question, both = ["test_set", "id"], pair.dropna(subset="person")
-    points = (both.groupby(question)[["person", "judge"]].mean() + 1) / 2
-    of_all = (pair.groupby(question)["judge"].mean() + 1) / 2
+    "The judge's win rate, corrected by the labels; the unit is the prompt or its cluster."
+    drawn, both = ["test_set", "unit"], pair.dropna(subset="person")
+    points = (both.groupby(drawn)[["person", "judge"]].mean() + 1) / 2
+    of_all = (pair.groupby(drawn)["judge"].mean() + 1) / 2
     found = {"ppi_win_rate": None, "ppi_win_rate_ci95": None, "judge_win_rate": of_all.mean()}
     if len(points) < FEW_LABELS:
         return found
@@ -68,8 +68,9 @@ def _corrected(pair: pd.DataFrame) -> dict[str, Any]:
     win_rate, (low, high) = intervals.prediction_powered_mean(
         points["person"].to_numpy(), points["judge"].to_numpy(), rest
     )
-    runs = intervals.run_part(variance_of(pair.assign(outcome=pair["judge"])))
-    half = float(np.hypot((high - low) / 2, runs))
+    parts = points_of(pair.rename(columns={"judge": "outcome"})).parts
+    assert parts  # every row has an outcome
+    half = float(np.hypot((high - low) / 2, intervals.run_part(parts)))
     ends = np.clip([win_rate - half, win_rate + half], 0, 1).tolist()
     return found | {"ppi_win_rate": win_rate, "ppi_win_rate_ci95": ends}
 
@@ -86,9 +87,10 @@ def _agreement(pair: pd.DataFrame) -> dict[str, Any]:
 # %% ../../nbs/evidence/labels.ipynb #fe6ed789
 def label_statistics(prompts: pd.DataFrame, labels: Sequence[Mapping]) -> list[dict[str, Any]]:
     "An entry for each pair of models that has a label; `UserError` when no label fits."
-    judge = prompts.dropna(subset="outcome").set_index([*PAIR, "replicate"])["outcome"]
+    judged = prompts.dropna(subset="outcome").set_index([*PAIR, "replicate"])
     signs = _person_signs(labels, set(zip(prompts["model_a"], prompts["model_b"], strict=True)))
-    table = pd.DataFrame({"judge": judge, "person": signs.reindex(judge.index)}).reset_index()
+    table = judged[["unit"]].assign(judge=judged["outcome"], person=signs.reindex(judged.index))
+    table = table.reset_index()
     if table["person"].isna().all():
         raise UserError("no label is of a pair that was judged; do the labels belong to this run?")
     return [

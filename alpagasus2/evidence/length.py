@@ -57,18 +57,21 @@ def _with_added(points: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _interval(
-    points: np.ndarray, x: np.ndarray, test_sets: np.ndarray | None, pooled: RunNoise | None
-) -> tuple[float, float]:
+    points: np.ndarray, x: np.ndarray, test_sets: np.ndarray | None, clusters: np.ndarray | None,
+    pooled: RunNoise | None,
+) -> tuple[float, float]:  # fmt: skip
     "Low and high end of the rate at equal length, over prompts and runs."
     cells, at = _with_added(points, x)
     known = ~np.isnan(cells)
     moved = np.full_like(cells, np.nan)
     moved[known] = _moved(at[known], cells[known], cells.shape[1])
-    codes = None
-    if test_sets is not None:
-        codes = np.unique(test_sets, return_inverse=True)[1]
-        codes = np.append(codes, [np.bincount(codes).argmax()] * 2)
-    low, high = share_interval(variance_parts(moved, codes), pooled)
+    strata, n = test_sets, len(points)
+    if strata is not None:
+        sets, counts = np.unique(strata, return_counts=True)
+        strata = np.append(strata, [sets[counts.argmax()]] * 2)
+    units = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    units = np.append(units, units.max() + np.array([1, 2]))
+    low, high = share_interval(variance_parts(moved, strata, clusters=units), pooled)
     return low, high
 
 # %% ../../nbs/evidence/length.ipynb #66522379
@@ -77,6 +80,7 @@ def length_statistics(
     longer: np.ndarray,  # [prompts, runs] characters by which model_a's answer is longer
     test_sets: np.ndarray | None = None,  # [prompts] test set of each; None: one
     pooled: RunNoise | None = None,  # used for two runs
+    clusters: np.ndarray | None = None,  # [prompts] what is drawn as one; None: each prompt
 ) -> dict[str, Any]:  # length_overlap, length_adjusted_win_rate and its interval, _ci95
     "The win rate at equal length; None without a verdict, and where the lengths do not overlap."
     there = ~np.isnan(points)
@@ -89,6 +93,6 @@ def length_statistics(
     x = np.tanh(longer / spread) if spread else np.zeros_like(points)
     mean = float(points[there].mean())
     rate = mean if mean in (0, 1) else float(expit(_fitted(x[there], points[there], 1.0)[0]))
-    low, high = _interval(points, x, test_sets, pooled)
+    low, high = _interval(points, x, test_sets, clusters, pooled)
     ends = [min(low, rate), max(high, rate)]
     return found | {"length_adjusted_win_rate": rate, "length_adjusted_win_rate_ci95": ends}

@@ -109,11 +109,14 @@ def detectable_effect(
 ) -> float | None:  # in win rate; None where no effect would be found
     "The effect that such an experiment finds with a power of 80%."
     whole = max(parts.prompt - parts.rest, 0.0) / parts.runs
-    variance = min(whole + parts.rest, 0.25)
+    seen = whole + parts.rest
+    variance, n = min(seen, 0.25), parts.n - 2
+    if seen > 0.25 and n > 2:  # clusters of unequal size say as much as so many equal ones
+        n = max(round(n * 0.25 / seen), 2)
     repeated = min(whole / variance, 1.0) if variance else 1.0
     spread = spread_bound(parts, pooled)
     return smallest_effect(
-        Design(max(parts.n - 2, 2), parts.runs, float(np.sqrt(variance)), spread, repeated)
+        Design(max(n, 2), parts.runs, float(np.sqrt(variance)), spread, repeated)
     )
 
 # %% ../../nbs/evidence/power.ipynb #0ea99e4a

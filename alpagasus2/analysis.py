@@ -533,6 +533,16 @@ def _warnings(pairs: Sequence[PairStatistics], pooled: Sequence[PairStatistics])
             )
     return found
 
+
+def _label_warnings(persons: Sequence[Mapping[str, Any]]) -> list[str]:
+    "Labels of prompts that somebody chose, which correct nothing."
+    return [
+        f"The labels of {x['model_a']} against {x['model_b']} are not of the random sample that "
+        "the page draws: they are shown, and correct nothing."
+        for x in persons
+        if not x["random"]
+    ]
+
 # %% ../nbs/05_analysis.ipynb #00ff7a60
 def _part_of(planned: Mapping[str, Any] | None, test_set: Any) -> dict[str, Any] | None:
     "What is planned of one test set."
@@ -644,6 +654,6 @@ def analyse(
         "ranking": None if claimed["verdict"] == NO_CLAIM else _rank_models(prompts),
         "aa": same_rule,
         "labels": persons,
-        "warnings": _warnings(pairs, pooled),
+        "warnings": [*_warnings(pairs, pooled), *_label_warnings(persons or ())],
         "failures": [{f: x.get(f) for f in fields} for x in asked if x["verdict"] is None],
     }

@@ -194,10 +194,24 @@ def _length_sentence(pair: PairStatistics, bound: float) -> str:
     return f"At equal length the win rate would be {rate:.1%} [{low:.1%}, {high:.1%}]."
 
 # %% ../../nbs/evidence/claim.ipynb #2cafb03a
+def _uncorrected(labels: Mapping) -> str:
+    "Why these labels correct nothing; empty where it is not known."
+    if labels.get("random") is False:
+        return (
+            f"The prompts of the {labels['n']} labels are not the random sample that the page "
+            "draws, so they correct nothing."
+        )
+    if (prompts := labels.get("prompts")) is None:
+        return ""
+    return f"{prompts} prompts have a label, too few to correct the judge: 20 are needed."
+
+
 def _labels_sentence(labels: Mapping | None, bound: float) -> str:
     "What the labels of the deciding pair say; empty where there are too few."
-    if not labels or labels["ppi_win_rate"] is None:
+    if not labels:
         return ""
+    if labels["ppi_win_rate"] is None:
+        return _uncorrected(labels)
     rate, (low, high) = labels["ppi_win_rate"], labels["ppi_win_rate_ci95"]
     said = f"corrected by {labels['n']} labels of a person the win rate is {rate:.1%} "
     opening = "The labels contradict the judge: " if rate <= bound else ""

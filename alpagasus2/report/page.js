@@ -255,7 +255,8 @@ function enter() {
   $("label-note").textContent = `The ${all} prompts come in a random order (seed `
     + `${labelling.seed}). ${all < labelling.least ? "So few cannot correct the judge"
       : `From ${labelling.least} labels on they correct the judge`}; `
-    + `${labelling.needed} show an effect of the size in question.`;
+    + (labelling.needed ? `${labelling.needed} show an effect of the size in question.`
+      : "an effect as small as the one in question would need more prompts than there are.");
   document.body.classList.add("labelling");
   $("labelling-choices").hidden = false;
   $("label").setAttribute("aria-pressed", "true");
@@ -277,7 +278,7 @@ function current() {
 }
 
 function showNext() {
-  const { items, needed } = labelling, item = current();
+  const { items } = labelling, needed = labelling.needed ?? items.length, item = current();
   const done = items.filter(x => labels.get(x.name)).length;
   const skipped = items.filter(x => labels.get(x.name) === null).length;
   $("progress").max = needed;

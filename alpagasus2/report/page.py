@@ -307,14 +307,14 @@ def _frames(pairs: Sequence[Mapping]) -> dict[tuple, dict[tuple, list[tuple]]]:
 UNKNOWN_EFFECT = 0.1  # of win rate
 
 
-def _needed(results: Results, models: tuple, prompts: int) -> int:
-    "Labels that confirm the effect of two models; all prompts, where no fewer would do."
+def _needed(results: Results, models: tuple, prompts: int) -> int | None:
+    "Labels that show the effect of two models; None where all prompts would be too few."
     compared = [*(results.get("pooled") or []), *(results.get("pairs") or [])]
     p: Any = next((p for p in compared if (p["model_a"], p["model_b"]) == models), {})
     if p.get("win_rate") is None:
-        return labels_needed(prompts, UNKNOWN_EFFECT) or prompts
+        return labels_needed(prompts, UNKNOWN_EFFECT)
     sd = prompt_sd(p["tie"] / p["n"])
-    return labels_needed(prompts, abs(p["win_rate"] - 0.5), sd) or prompts
+    return labels_needed(prompts, abs(p["win_rate"] - 0.5), sd)
 
 
 def label_samples(

@@ -349,7 +349,7 @@ def test_several_arms_and_the_canaries_in_one_command(tmp_path):
     status, said = run(*words, "--model_a", "best", cwd=tmp_path)
     assert status == 0, said
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert set(results["canaries"]) == {"gold_right", "null_wins", "itself_tied"}
+    assert set(results["canaries"]) == {"gold_right", "null_wins", "itself_tied", "padded_wins"}
 
 
 def test_batches_behind_the_same_command(tmp_path):

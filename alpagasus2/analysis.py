@@ -16,7 +16,14 @@ from .core.files import UserError, read_json
 from .core.run_folder import UNANSWERED, latest
 from .data import Question
 from .evidence import intervals, power
-from .evidence.claim import NO_CLAIM, PairStatistics, claim, noise_floor
+from alpagasus2.evidence.claim import (
+    NO_CLAIM,
+    PairStatistics,
+    all_must_hold,
+    claim,
+    noise_floor,
+    question,
+)
 from .evidence.labels import label_statistics
 from .evidence.length import LENGTH_SHIFT, length_statistics
 from .evidence.ranking import ranking
@@ -591,11 +598,28 @@ def _refuse_two_texts(judgments: Iterable[Judgment]) -> None:
                 f"{text[:60]!r}; judge the answers to one, or give one another id"
             )
 
+# %% ../nbs/05_analysis.ipynb #9ec1e7a5
+def _claim(
+    pairs: Sequence[PairStatistics], health: Mapping, controls: Sequence[str | None],
+    margin: float | None, equivalence: bool, aa: PairStatistics | None, labels: Sequence[Mapping],
+) -> dict[str, Any]:  # fmt: skip
+    "The claim against each control, or against the only one; and the question it answers."
+    found = {
+        f"Against {c}": claim(
+            pairs, health, c, margin, None if k else aa, labels, equivalence
+        )
+        for k, c in enumerate(controls)
+    }  # fmt: skip
+    named = [c for c in controls if c]
+    asked = question(pairs[0]["model_a"], named, margin, equivalence) if pairs and named else ""
+    return {**all_must_hold(found, f"{asked} Each must hold."), "question": asked,
+            "margin": margin, "equivalence": equivalence}  # fmt: skip
+
 # %% ../nbs/05_analysis.ipynb #56509549
 class Results(TypedDict, total=False):
     "The content of results.json; what is not known is absent, None or empty."
 
-    claim: Any  # verdict, one of `VERDICTS`; reason, margin, heldout
+    claim: Any  # verdict, one of `VERDICTS`; reason, question, margin, equivalence, heldout
     pairs: list[PairStatistics]  # one a pair of arms and test set
     pooled: list[PairStatistics]  # one a pair of arms
     judge_health: Any  # fit, summary, checks
@@ -608,6 +632,8 @@ class Results(TypedDict, total=False):
     heldout: Any  # arm: loss on reference answers, ci95, difference to model_a's
     checkable: Any  # arm: [right, asked]
     filter: Any  # how the scores tell rows apart, from `filter_report`
+    arms: Any  # what every arm was trained on and answered, from `arm_table`
+    rates: Any  # of several learning rates: rate, claim, pooled, judge_health, heldout, arms, cost
     sizes: Any  # held-out loss at each number of rows
     sizes_summary: str
     judges: Any  # of several: name, decides, verdict, pooled, judge_health, canaries, cost
@@ -621,9 +647,10 @@ def analyse(
     model_a: str | None = None,  # the arm whose wins are counted
     canaries: Mapping[str, Sequence[float]] | None = None,  # from `canary_outcomes`
     margin: float | None = None,  # non-inferiority margin, if one was fixed
-    control: str | None = "random",  # the arm that decides the claim
+    control: str | Sequence[str] | None = "random",  # the arm that decides the claim, or arms
     aa: Sequence[str] | None = None,  # the two arms of the A/A pair
     labels: Sequence[Mapping] | None = None,  # a person's labels, from `load_labels`
+    equivalence: bool = False,  # whether the margin must hold in both directions
     planned: Mapping[str, Any] | None = None,  # claim.json's `pairs`: questions by test set, runs
 ) -> Results:
     "Statistics of all verdicts: each pair of models on each test set, and pooled."
@@ -638,15 +665,17 @@ def analyse(
     same_rule = _aa_pair(pooled, aa)
     others = [p for p in pooled if {p["model_a"], p["model_b"]} != set(aa or ())]
     candidates = [p for p in others if p["model_a"] == (model_a or p["model_a"])]
-    deciding = prompts[(prompts["model_b"] == control) & (prompts["model_a"] == model_a)]
+    controls = [control] if isinstance(control, str) or control is None else [*control]
+    deciding = prompts[prompts["model_b"].isin(controls) & (prompts["model_a"] == model_a)]
     unread = [float(x["verdict"] is None) for x in asked]
     health = judge_health(deciding if len(deciding) else prompts, canaries, unread)
     persons = label_statistics(prompts, labels) if labels else None
-    claimed = claim(candidates, health, control, margin, same_rule, persons or ())
+    said = persons or ()
+    claimed = _claim(candidates, health, controls, margin, equivalence, same_rule, said)
     fields = ("id", "test_set", "model_a", "model_b", "replicate", "vote", "first", "status",
               "review")  # fmt: skip
     return {
-        "claim": {**claimed, "margin": margin},
+        "claim": claimed,
         "pairs": pairs,
         "pooled": pooled,
         "judge_health": health,

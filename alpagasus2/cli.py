@@ -224,16 +224,14 @@ def _verdicts(judgments: str) -> tuple[list[Any], bool]:
 
 # %% ../nbs/07_cli.ipynb #1b2c039b
 def _terms(judgments: str | None) -> dict[str, Any] | None:
-    "What the claim of a run's folder fixed: model_a, control, aa and margin; None without one."
-    from alpagasus2.evidence.claim import read_claim
+    "What the claim of a run's folder fixed, as `analyse` takes it; None without one."
+    from alpagasus2.evidence.claim import fixed_terms, read_claim
 
     path = Path(judgments or "")
     claim = (path if path.is_dir() else path.parent) / "claim.json"
     if not judgments or not claim.exists():
         return None
-    fixed = read_claim(claim)
-    kept = {k: fixed.get(k) for k in ("model_a", "control", "aa")}
-    return {**kept, "margin": fixed["recipe"].get("margin"), "planned": fixed.get("pairs")}
+    return fixed_terms(read_claim(claim))
 
 
 def _control(models: set[str], model_a: str | None) -> str | None:
@@ -242,6 +240,26 @@ def _control(models: set[str], model_a: str | None) -> str | None:
     if model_a and len(others) == 1:
         return others.pop()
     return "random" if "random" in models or not model_a else None
+
+# %% ../nbs/07_cli.ipynb #ee013822
+def _over_rates(judgments: str, terms: Mapping[str, Any], claim: Mapping[str, Any]) -> Any:
+    "What a run's folder claims over all learning rates that its recipe names."
+    from alpagasus2.analysis import analyse, load_judgments
+    from alpagasus2.evidence.claim import NO_CONTROL, at_every_rate, at_one_rate, read_claim
+
+    path = Path(judgments)
+    folder = path if path.is_dir() else path.parent
+    fixed = read_claim(folder / "claim.json")
+    first, *others = fixed["recipe"].get("rates") or [None]
+    found = {first: at_one_rate(claim, fixed.get("rates") or [])}
+    for further in others:
+        own = folder / "rates" / f"{further:g}" / "judgments.jsonl"
+        unjudged = {"claim": {"verdict": NO_CONTROL, "reason": f"{own} is not there yet."}}
+        lines = load_judgments(own)[0] if own.exists() else []
+        found[further] = (analyse(lines, canaries=_canaries(str(own)), **terms) or unjudged)[
+            "claim"
+        ]
+    return at_every_rate(found) if others else found[first]
 
 # %% ../nbs/07_cli.ipynb #0ffab8de
 def _analysed(
@@ -255,6 +273,8 @@ def _analysed(
     given = {"model_a": model_a, "control": _control(models, model_a), "margin": margin}
     fixed = _terms(judgments)
     results = analyse(lines, **(fixed or given), **more)
+    if fixed:
+        results["claim"] = _over_rates(judgments, fixed, results["claim"])
     asked = {k: v for k, v in (("model_a", model_a), ("margin", margin)) if v is not None}
     if fixed and any(fixed[k] != v for k, v in asked.items()):
         terms = fixed | asked
@@ -358,14 +378,10 @@ def plan(
 # %% ../nbs/07_cli.ipynb #a026340b
 def _run(recipe: Any, output_dir: str, dry_run: bool) -> None:
     from alpagasus2.experiment import run_recipe, summary_lines
+    from alpagasus2.recipe import plan_of
 
     if dry_run:
-        arms = ", ".join(f"{n} ({a.rows:,} rows)" for n, a in recipe.arms.items())
-        asked = ", ".join(recipe.questions)
-        print(f"{recipe.replicates} x {arms}; preset {recipe.preset}; questions {asked}")
-        if recipe.sizes:
-            sizes = ", ".join(f"{k:,}" for k in recipe.sizes)
-            print(f"{recipe.replicates} x {' and '.join(recipe.curves)} at {sizes} rows, too")
+        print("\n".join(plan_of(recipe)))
         return
     results = run_recipe(recipe, output_dir)
     print("\n".join(summary_lines(results)))

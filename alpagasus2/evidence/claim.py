@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Number', 'UNTESTED', 'UNDECIDED', 'UNEQUAL', 'NO_CONTROL', 'NO_CLAIM', 'VERDICTS', 'PairStatistics', 'noise_floor',
-           'check_margin', 'decide', 'claim', 'with_post_hoc', 'without_seen', 'without_questions', 'heldout_finding',
-           'read_claim']
+           'check_margin', 'decide', 'claim', 'question', 'all_must_hold', 'at_every_rate', 'at_one_rate',
+           'with_post_hoc', 'without_seen', 'without_questions', 'heldout_finding', 'read_claim', 'write_claim',
+           'claim_beside', 'fixed_terms']
 
 # %% ../../nbs/evidence/claim.ipynb #355de085
 from collections import Counter
@@ -13,7 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ..core.files import UserError, json_sha256, read_json
+from ..core.files import UserError, json_sha256, read_json, write_json
+from ..core.run_folder import annotate, manifest_entry
 from .intervals import few_prompts_warning
 
 # %% ../../nbs/evidence/claim.ipynb #335dc82a
@@ -83,8 +85,11 @@ VERDICTS = ("supported", "not supported", "within noise", UNTESTED, UNDECIDED, U
 # %% ../../nbs/evidence/claim.ipynb #09f6145a
 def check_margin(
     margin: float | None,  # of non-inferiority, in win rate; None: superiority
+    equivalence: bool = False,  # whether it is the margin of equivalence
 ) -> None:
     "Refuse a margin that no win rate could have."
+    if equivalence and not margin:
+        raise UserError("equivalence needs a `margin` above 0: the smallest effect that matters")
     if margin is not None and not 0 <= margin < 0.5:
         raise UserError(f"margin={margin}: in win rate, at least 0 and below 0.5, such as 0.05")
 
@@ -92,15 +97,18 @@ def check_margin(
 def decide(
     pair: PairStatistics,  # win_rate_ci95, win_rate_bounds, holds_run_noise of model_a and control
     margin: float | None = None,  # of non-inferiority, in win rate; None: superiority
+    equivalence: bool = False,  # whether the margin must hold in both directions
 ) -> str:  # supported, not supported, within noise or `UNTESTED`
-    "Hold the interval against one half less the margin."
-    check_margin(margin)
+    "Hold the interval against one half less the margin, and for equivalence plus the margin."
+    check_margin(margin, equivalence)
     bound, (low, high) = 0.5 - (margin or 0), pair["win_rate_ci95"]
+    upper = 0.5 + (margin or 0) if equivalence else 1.1  # no win rate is as high
     if not pair["holds_run_noise"]:
         return UNTESTED
-    if low > bound and pair["win_rate_bounds"][0] > bound:
+    least, most = pair["win_rate_bounds"]
+    if bound < min(low, least) and max(high, most) < upper:
         return "supported"
-    return "not supported" if high < bound else "within noise"
+    return "not supported" if high < bound or low > upper else "within noise"
 
 # %% ../../nbs/evidence/claim.ipynb #56ab7a67
 def _counted(pair: PairStatistics) -> str:
@@ -109,12 +117,19 @@ def _counted(pair: PairStatistics) -> str:
     return f"{pair['n']} prompts" + (f" in {clusters} clusters" if clusters else "")
 
 
-def _finding(pair: PairStatistics, verdict: str, margin: float | None) -> str:
+def _finding(
+    pair: PairStatistics, verdict: str, margin: float | None, equivalence: bool = False
+) -> str:
     "What was held against what."
     a, b, (low, high) = pair["model_a"], pair["model_b"], pair["win_rate_ci95"]
-    points = f"by more than {100 * (margin or 0):g} points"
-    better = f"is not worse than {b} {points}" if margin else f"is better than {b}"
-    worse = f"is worse than {b} {points}" if margin else f"is not better than {b}"
+    points = f"{100 * (margin or 0):g} points"
+    better, worse = f"is better than {b}", f"is not better than {b}"
+    bounds = f"a bound of {0.5 - (margin or 0):.1%}"
+    if equivalence:
+        better, worse = f"is within {points} of {b}", f"is not within {points} of {b}"
+        bounds = f"bounds of {0.5 - (margin or 0):.1%} and {0.5 + (margin or 0):.1%}"
+    elif margin:
+        better, worse = (f"is {x} than {b} by more than {points}" for x in ("not worse", "worse"))
     opening = {
         "supported": f"{a} {better}", "not supported": f"{a} {worse}",
         UNTESTED: f"Whether {a} {better} was not tested against the noise between training runs",
@@ -122,7 +137,7 @@ def _finding(pair: PairStatistics, verdict: str, margin: float | None) -> str:
     }.get(verdict, f"Whether {a} {better} cannot be told from noise")  # fmt: skip
     return (
         f"{opening}: its win rate is {pair['win_rate']:.1%} [{low:.1%}, {high:.1%}] over "
-        f"{_counted(pair)}, against a bound of {0.5 - (margin or 0):.1%}."
+        f"{_counted(pair)}, against {bounds}."
     )
 
 # %% ../../nbs/evidence/claim.ipynb #b0b1f68f
@@ -180,10 +195,10 @@ def _missing_sentence(pair: PairStatistics, verdict: str, margin: float | None) 
     return f"{said[0].upper()}{said[1:]}; had {pair['model_a']} lost all of them, {end}."
 
 # %% ../../nbs/evidence/claim.ipynb #3c22c24e
-def _length_sentence(pair: PairStatistics, bound: float) -> str:
+def _length_sentence(pair: PairStatistics, bound: float, upper: float = 1.1) -> str:
     "What stands against a claim at equal length; empty where nothing does."
     ends = pair.get("length_adjusted_win_rate_ci95")
-    if pair.get("length_overlap") is None or (ends and ends[0] > bound):
+    if pair.get("length_overlap") is None or (ends and bound < ends[0] and ends[1] < upper):
         return ""
     if ends is None:
         return (
@@ -206,7 +221,7 @@ def _uncorrected(labels: Mapping) -> str:
     return f"{prompts} prompts have a label, too few to correct the judge: 20 are needed."
 
 
-def _labels_sentence(labels: Mapping | None, bound: float) -> str:
+def _labels_sentence(labels: Mapping | None, bound: float, upper: float = 1.1) -> str:
     "What the labels of the deciding pair say; empty where there are too few."
     if not labels:
         return ""
@@ -214,7 +229,7 @@ def _labels_sentence(labels: Mapping | None, bound: float) -> str:
         return _uncorrected(labels)
     rate, (low, high) = labels["ppi_win_rate"], labels["ppi_win_rate_ci95"]
     said = f"corrected by {labels['n']} labels of a person the win rate is {rate:.1%} "
-    opening = "The labels contradict the judge: " if rate <= bound else ""
+    opening = "" if bound < rate < upper else "The labels contradict the judge: "
     found = f"{opening}{said}[{low:.1%}, {high:.1%}]."
     return found if opening else f"{found[0].upper()}{found[1:]}"
 
@@ -244,6 +259,7 @@ def claim(
     margin: float | None = None,  # non-inferiority margin in win rate; None: superiority
     aa: PairStatistics | None = None,  # the A/A arm's model_a, model_b, win_rate, win_rate_ci95
     labels: Sequence[Mapping] = (),  # by pair: both models, n, ppi_win_rate, ppi_win_rate_ci95
+    equivalence: bool = False,  # whether the margin must hold in both directions
 ) -> dict[str, str]:  # verdict, one of `VERDICTS`; reason
     "What the verdicts allow to be said, and why."
     if failed := _failed_checks(health, "fail"):
@@ -252,21 +268,23 @@ def claim(
     if deciding is None or deciding["win_rate_ci95"] is None:
         why = f"No comparison with the control arm {control!r}, so nothing can be claimed."
         return {"verdict": NO_CONTROL, "reason": why}
-    verdict, undecided = decide(deciding, margin), _failed_checks(health, "not decided")
+    verdict = decide(deciding, margin, equivalence)
+    undecided = _failed_checks(health, "not decided")
     pair = deciding["model_a"], control
     label = next((x for x in labels if (x["model_a"], x["model_b"]) == pair), None)
-    bound = 0.5 - (margin or 0)
-    labelled = _labels_sentence(label, bound)
+    bound, upper = 0.5 - (margin or 0), 0.5 + (margin or 0) if equivalence else 1.1
+    labelled = _labels_sentence(label, bound, upper)
     if verdict == "supported" and "contradict" in labelled:
         verdict = "within noise"
-    of_length = _length_sentence(deciding, bound)
+    of_length = _length_sentence(deciding, bound, upper)
     if verdict == "supported" and of_length:
         verdict = UNEQUAL
     said = [
-        _finding(deciding, verdict, margin), _noise_sentence(deciding), _aa_sentence(deciding, aa),
-        _missing_sentence(deciding, verdict, margin), of_length, labelled,
+        _finding(deciding, verdict, margin, equivalence), _noise_sentence(deciding),
+        _aa_sentence(deciding, aa), _missing_sentence(deciding, verdict, margin), of_length,
+        labelled,
     ]  # fmt: skip
-    if verdict == "within noise" and deciding.get("detectable_effect"):
+    if verdict == "within noise" and not equivalence and deciding.get("detectable_effect"):
         size = deciding["detectable_effect"]
         said.append(f"An effect of {100 * size:.1f} points would be found with 80% power.")
     said.append(few_prompts_warning(deciding.get("clusters") or deciding["n"]) or "")
@@ -274,6 +292,69 @@ def claim(
         verdict = UNDECIDED
         said.insert(0, f"Too few known cases to call the judge fit: {undecided}")
     return {"verdict": verdict, "reason": " ".join(filter(None, said))}
+
+# %% ../../nbs/evidence/claim.ipynb #962fc7dd
+_WEAKEST_FIRST = (
+    NO_CLAIM, NO_CONTROL, UNTESTED, "not supported", "within noise", UNDECIDED, UNEQUAL,
+    "supported",
+)  # fmt: skip
+
+
+def question(
+    model_a: str,  # the arm that the claim is about
+    controls: Sequence[str],  # the arms that it is held against
+    margin: float | None = None,  # in win rate
+    equivalence: bool = False,  # whether the margin must hold in both directions
+) -> str:
+    "What a claim answers."
+    *most, last = controls
+    all_of_them = f"{', '.join(most)} and {last}" if most else last
+    points = f"{100 * (margin or 0):g} points"
+    if equivalence:
+        return f"Is {model_a} within {points} of {all_of_them}?"
+    if margin:
+        return f"Is {model_a} not worse than {all_of_them} by more than {points}?"
+    return f"Is {model_a} better than {all_of_them}?"
+
+# %% ../../nbs/evidence/claim.ipynb #0349e0d5
+def all_must_hold(
+    found: Mapping[str, Mapping[str, Any]],  # what each is ("Against random") -> from `claim`
+    opening: str = "",  # a sentence before them
+) -> dict[str, Any]:  # verdict, reason; `parts`: the verdict of each, where there are several
+    "The claim that stands only where each of its parts does: an intersection-union test."
+    first, *others = found.values()
+    if not others:
+        return dict(first)
+    said = [f"{name}: {x['verdict']}. {x['reason']}" for name, x in found.items()]
+    if all(x["reason"] == first["reason"] for x in others):  # of the judge, not of a comparison
+        said = [first["reason"]]
+    parts = {name: x["verdict"] for name, x in found.items()}
+    verdict = min(parts.values(), key=_WEAKEST_FIRST.index)
+    return {"verdict": verdict, "reason": " ".join(filter(None, (opening, *said))), "parts": parts}
+
+# %% ../../nbs/evidence/claim.ipynb #a31f4114
+def at_every_rate(
+    found: Mapping[float, Mapping[str, Any]],  # learning rate -> from `claim` or `all_must_hold`
+) -> dict[str, Any]:  # as the first, with the verdict and the reason of all
+    "The claim that holds at every learning rate; else its reason says at which it holds."
+    held = [f"{rate:g}" for rate, x in found.items() if x["verdict"] == "supported"]
+    opening = ""
+    if 0 < len(held) < len(found):
+        opening = f"It holds at a learning rate of {' and '.join(held)} only."
+    each = {f"At a learning rate of {rate:g}": x for rate, x in found.items()}
+    first = next(iter(found.values()))
+    return {**first, **all_must_hold(each, opening)}
+
+
+def at_one_rate(
+    claim: Mapping[str, Any],  # from `claim` or `all_must_hold`
+    rates: Sequence[float],  # the learning rates of the comparison that it is a part of; []: none
+) -> dict[str, Any]:
+    "The claim with the word that it is one of several."
+    if not rates:
+        return dict(claim)
+    said = f"This is one of {len(rates)} learning rates, and the claim is that of all of them."
+    return {**claim, "reason": f"{claim['reason']} {said}"}
 
 # %% ../../nbs/evidence/claim.ipynb #7b72b532
 def with_post_hoc(
@@ -348,4 +429,51 @@ def read_claim(
     plan = {k: v for k, v in content.items() if k != "sha256"}
     if json_sha256(plan) != content.get("sha256"):
         raise UserError(f"{path}: not what was written before the run; a claim cannot be changed")
+    if manifest_entry(path).get("sha256") not in (None, content["sha256"]):
+        raise UserError(f"{path}: not the claim with which the run began, by its manifest.json")
     return content
+
+# %% ../../nbs/evidence/claim.ipynb #910df878
+def write_claim(
+    path: Path,  # claim.json
+    plan: Mapping[str, Any],  # what it says
+) -> dict[str, Any]:  # its content, with the hash
+    "Fix a claim, and note its hash in the manifest beside it."
+    content = {**plan, "sha256": json_sha256(plan)}
+    write_json(path, content)
+    annotate(path, sha256=content["sha256"])
+    return content
+
+
+def claim_beside(
+    judgments: str | Path,  # a folder, or a file in it, perhaps under another name
+) -> dict[str, Any] | None:  # None where nothing was fixed
+    "The claim that holds for these verdicts; `UserError` where it was taken away."
+    path = Path(judgments).resolve()
+    claim = (path if path.is_dir() else path.parent) / "claim.json"
+    if claim.exists():
+        return read_claim(claim)
+    if manifest_entry(claim):
+        raise UserError(
+            f"{claim.parent}: claim.json is gone, which manifest.json names; put it back"
+        )
+    return None
+
+# %% ../../nbs/evidence/claim.ipynb #7c2b9fbf
+def _planned(claim: Mapping[str, Any]) -> dict[str, Any] | None:
+    "The number of pairs; a claim of an earlier version fixed the number of runs alone."
+    if "pairs" in claim or "seeds" not in claim:
+        return claim.get("pairs")
+    return {"questions": {}, "runs": len(claim["seeds"]), "number": 0}
+
+
+def fixed_terms(
+    claim: Mapping[str, Any],  # from `read_claim`
+) -> dict[str, Any]:  # model_a, control, aa, margin, equivalence, planned: as `analyse` takes them
+    "What was fixed before the run, of what a report could choose."
+    recipe = claim.get("recipe") or {}
+    return {
+        "model_a": claim.get("model_a"), "control": claim.get("controls") or claim.get("control"),
+        "aa": claim.get("aa"), "margin": recipe.get("margin"),
+        "equivalence": recipe.get("equivalence", False), "planned": _planned(claim),
+    }  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from alpagasus2.analysis import analyse
+from alpagasus2.cli import report
 from alpagasus2.evidence.labels import load_labels
 from alpagasus2.evidence.sampling import is_random_sample
 from alpagasus2.report.page import pair_name, write_report
@@ -430,6 +431,18 @@ def test_labels_are_a_random_sample_of_distinct_prompts(browser, tmp_path):
     read = load_labels(tmp_path / "labels.json")
     (found,) = analyse(judged, "filtered", labels=read)["labels"]
     assert found["random"] and found["prompts"] == 21 and found["ppi_win_rate"] is not None
+    chosen = file | {"labels": file["labels"][1:]}  # one label left out, and it is no sample
+    (tmp_path / "chosen.json").write_text(json.dumps(chosen))
+    text = "".join(json.dumps(x) + "\n" for x in judged)
+    (tmp_path / "judgments.jsonl").write_text(text)
+    for name, sampled in (("labels", True), ("chosen", False)):
+        again = tmp_path / name
+        report(str(again), str(tmp_path / "judgments.jsonl"), labels=[f"{again}.json"])
+        results = json.loads((again / "results.json").read_text())
+        assert results["labels"][0]["random"] is sampled
+        assert any("random sample" in w for w in results["warnings"]) is not sampled
+        shown = "random" if sampled else "chosen by hand"
+        assert f"<td>{shown}</td>" in (again / "index.html").read_text(encoding="utf-8")
     tab.close()
 
 

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import statsmodels.api as sm
 from scipy.optimize import brentq, minimize
@@ -28,8 +29,10 @@ from alpagasus2.evidence.intervals import (
     share_interval,
     variance_parts,
 )
+from alpagasus2.evidence.labels import label_statistics
 from alpagasus2.evidence.length import length_statistics
 from alpagasus2.evidence.power import Design, power
+from alpagasus2.evidence.sampling import in_turn, lot
 from alpagasus2.report.formats import in_both_orders, without_orders
 
 SIGNS = np.array([1, 0, -1])
@@ -390,6 +393,35 @@ def test_twenty_labels_of_650(rate):
         _, (low, high) = prediction_powered_mean(truth[:20], judge[:20], judge[20:])
         held.append(low <= rate <= high)
     assert np.mean(held) >= 0.93
+
+
+@pytest.mark.parametrize(
+    ("experiments", "least"), [(30, 0.83), pytest.param(2000, 0.93, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_twenty_labels_of_three_runs(spread, experiments, least):
+    "The page's sample of 20 of 250 prompts, one run of each; the judge is biased by .15."
+    rng, held, judged_so = np.random.default_rng(6), [], []
+    order = in_turn([("t", str(i)) for i in range(250)])[:20]
+    index = [(i, r) for i in range(250) for r in range(3)]
+    table = pd.DataFrame({"test_set": "t", "model_a": "x", "model_b": "y",
+                          "id": [str(i) for i, _ in index], "unit": [str(i) for i, _ in index],
+                          "replicate": [r for _, r in index]})  # fmt: skip
+    truth = mean_outcome(0.2, spread=spread)
+    for _ in range(experiments):
+        person = experiment(rng, 250, 3, spread, 0.2)
+        judge = np.where(rng.random(person.shape) < 0.3, 1.0, person)
+        labels = [
+            {"id": i, "test_set": s, "model_a": "x", "model_b": "y", "replicate": r, "seed": 0,
+             "label": SAID[int(2 * person[int(i), r] - 1)]}
+            for s, i in order for r in [lot("run", s, i) % 3]
+        ]  # fmt: skip
+        (found,) = label_statistics(table.assign(outcome=2 * judge.ravel() - 1), labels)
+        low, high = found["ppi_win_rate_ci95"]
+        held.append(low <= truth <= high)
+        judged_so.append(abs(found["judge_win_rate"] - truth))
+    print(f"spread {spread}: {np.mean(held):.3f}")
+    assert np.mean(held) >= least and np.mean(judged_so) > 0.08
 
 
 @pytest.mark.parametrize(

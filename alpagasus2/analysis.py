@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['load_judgments', 'orient', 'prompt_table', 'winning_score', 'pair_statistics', 'each_pair', 'canary_outcomes',
-           'judge_health', 'is_right', 'checkable', 'Results', 'analyse']
+           'judge_health', 'is_right', 'checkable', 'Results', 'analyse', 'hold_without']
 
 # %% ../nbs/05_analysis.ipynb #77de68da
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -23,6 +23,8 @@ from alpagasus2.evidence.claim import (
     claim,
     noise_floor,
     question,
+    without_questions,
+    without_seen,
 )
 from .evidence.labels import label_statistics
 from .evidence.length import LENGTH_SHIFT, length_statistics
@@ -598,6 +600,22 @@ def _refuse_two_texts(judgments: Iterable[Judgment]) -> None:
                 f"{text[:60]!r}; judge the answers to one, or give one another id"
             )
 
+
+def _refuse_unplanned(prompts: pd.DataFrame, planned: Mapping[str, Any] | None) -> None:
+    "More runs or questions than a claim fixed could follow a look at the results."
+    if planned is None:
+        return
+    runs, fixed = prompts["replicate"].nunique(), planned["runs"]
+    if runs > fixed:
+        raise UserError(f"verdicts of {runs} runs, but claim.json fixed {fixed} before the first")
+    asked = prompts.groupby("test_set")["id"].nunique()
+    for test_set, n in asked.items() if planned["questions"] else ():
+        if n > planned["questions"].get(test_set, 0):
+            raise UserError(
+                f"verdicts on {n} questions of {test_set}, but claim.json fixed "
+                f"{planned['questions'].get(test_set, 0)}; leave the others out"
+            )
+
 # %% ../nbs/05_analysis.ipynb #9ec1e7a5
 def _claim(
     pairs: Sequence[PairStatistics], health: Mapping, controls: Sequence[str | None],
@@ -659,6 +677,7 @@ def analyse(
     judgments = orient(judgments, model_a)
     _refuse_two_texts(judgments)
     prompts = prompt_table(judgments)
+    _refuse_unplanned(prompts, planned)
     pairs, pooled = _pairs_and_pooled(prompts, planned)
     asked = [x for x in judgments if not x.get("copied")]  # not the other order's stand-in
     asked = [x for x in asked if x.get("status") != UNANSWERED]
@@ -686,3 +705,22 @@ def analyse(
         "warnings": [*_warnings(pairs, pooled), *_label_warnings(persons or ())],
         "failures": [{f: x.get(f) for f in fields} for x in asked if x["verdict"] is None],
     }
+
+# %% ../nbs/05_analysis.ipynb #50b188f4
+def hold_without(
+    results: Results,  # from `analyse` of the same judgments and terms
+    judgments: Sequence[Judgment],
+    known: Collection[tuple[str, str]],  # test set and id of questions that an arm's rows hold
+    model_a: str | None = None,
+    canaries: Mapping[str, Sequence[float]] | None = None,
+    **terms: Any,  # as in `analyse`
+) -> None:
+    "Make the claim the one that also holds without these questions."
+    judged = {(x["test_set"], x["id"]) for x in judgments} & {*known}
+    if not judged:
+        return
+    clean = [x for x in judgments if (x["test_set"], x["id"]) not in judged]
+    terms["planned"] = without_questions(terms.get("planned"), judged)
+    nothing = {"verdict": "within noise", "reason": "No prompt is left."}
+    unseen = analyse(clean, model_a, canaries, **terms).get("claim", nothing)
+    results["claim"] = without_seen(results["claim"], unseen, len(judged))

@@ -475,6 +475,20 @@ def _pairs_of(a: str, b: str, answered: Mapping[tuple, Mapping[str, Response]]) 
     answers = (found for found in either.values() if any(map(_is_answer, found.values())))
     return [_pair(a, b, found) for found in answers]
 
+# %% ../nbs/04_judge.ipynb #9d0a1d32
+def _refuse_copies(responses: Iterable[Response]) -> None:
+    "Runs, and arms, whose adapters are the same bytes are one."
+    trained: dict[str, tuple[str, int]] = {}
+    for r in responses:
+        key = r.get("model", ""), r.get("replicate", 0)
+        if weights := r.get("adapter"):
+            name, replicate = trained.setdefault(weights, key)
+            if (name, replicate) != key:
+                raise UserError(
+                    f"{name} in replicate {replicate} and {key[0]} in replicate {key[1]} are the "
+                    f"same adapter ({weights}), so they are one training run and not two"
+                )
+
 # %% ../nbs/04_judge.ipynb #9456593e
 def pair_arms(
     responses: Sequence[Response],
@@ -493,6 +507,7 @@ def pair_arms(
         if a == b:
             raise UserError(f"{a!r} is compared with itself; the canaries do that")
     answered = _by_question(responses)
+    _refuse_copies(responses)
     there = {m for found in answered.values() for m, r in found.items() if _is_answer(r)}
     for name in chain(*named):
         if name not in there:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Number', 'UNTESTED', 'UNDECIDED', 'UNEQUAL', 'NO_CONTROL', 'NO_CLAIM', 'VERDICTS', 'PairStatistics', 'noise_floor',
-           'check_margin', 'decide', 'claim', 'question', 'all_must_hold', 'at_every_rate', 'at_one_rate',
-           'with_post_hoc', 'without_seen', 'without_questions', 'heldout_finding', 'read_claim', 'write_claim',
-           'claim_beside', 'fixed_terms']
+           'apart', 'check_margin', 'decide', 'check_value', 'claim', 'question', 'all_must_hold', 'at_every_rate',
+           'at_one_rate', 'with_post_hoc', 'without_claim', 'without_seen', 'without_questions', 'heldout_finding',
+           'read_claim', 'write_claim', 'claim_beside', 'fixed_terms']
 
 # %% ../../nbs/evidence/claim.ipynb #355de085
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -82,6 +83,20 @@ NO_CLAIM = "judge unfit: no claim"  # whatever the win rate
 VERDICTS = ("supported", "not supported", "within noise", UNTESTED, UNDECIDED, UNEQUAL, NO_CONTROL,
             NO_CLAIM)  # fmt: skip
 
+# %% ../../nbs/evidence/claim.ipynb #cc2f3651
+def apart(
+    value: float,
+    *limits: float,  # what it is held against
+    percent: bool = False,  # fractions of 1 as percentages
+) -> str:  # three digits, or one after the point of a percentage, or as many as it takes
+    "A figure so rounded that it differs from its limits, unless it is one of them."
+    least, kind = (1, "%") if percent else (3, "g")
+    for digits in range(least, 16):
+        shown = f"{value:.{digits}{kind}}"
+        if all(value == x or shown != f"{x:.{digits}{kind}}" for x in limits):
+            break
+    return shown
+
 # %% ../../nbs/evidence/claim.ipynb #09f6145a
 def check_margin(
     margin: float | None,  # of non-inferiority, in win rate; None: superiority
@@ -121,7 +136,10 @@ def _finding(
     pair: PairStatistics, verdict: str, margin: float | None, equivalence: bool = False
 ) -> str:
     "What was held against what."
-    a, b, (low, high) = pair["model_a"], pair["model_b"], pair["win_rate_ci95"]
+    a, b, margins = pair["model_a"], pair["model_b"], (-(margin or 0), margin or 0)
+    limits = [0.5 + x for x in margins[: 1 + equivalence]]
+    figures = (pair["win_rate"], *pair["win_rate_ci95"])
+    rate, low, high = (apart(x, *limits, percent=True) for x in figures)
     points = f"{100 * (margin or 0):g} points"
     better, worse = f"is better than {b}", f"is not better than {b}"
     bounds = f"a bound of {0.5 - (margin or 0):.1%}"
@@ -136,7 +154,7 @@ def _finding(
         UNEQUAL: f"Whether {a} {better} for more than the length of its answers is not decided",
     }.get(verdict, f"Whether {a} {better} cannot be told from noise")  # fmt: skip
     return (
-        f"{opening}: its win rate is {pair['win_rate']:.1%} [{low:.1%}, {high:.1%}] over "
+        f"{opening}: its win rate is {rate} [{low}, {high}] over "
         f"{_counted(pair)}, against {bounds}."
     )
 
@@ -191,7 +209,8 @@ def _missing_sentence(pair: PairStatistics, verdict: str, margin: float | None) 
     if not said:
         return ""
     stays = verdict == "supported" or low > bound
-    end = f"the interval would {'still begin' if stays else 'begin'} at {low:.1%}"
+    begins = apart(low, bound, percent=True)
+    end = f"the interval would {'still begin' if stays else 'begin'} at {begins}"
     return f"{said[0].upper()}{said[1:]}; had {pair['model_a']} lost all of them, {end}."
 
 # %% ../../nbs/evidence/claim.ipynb #3c22c24e
@@ -205,8 +224,11 @@ def _length_sentence(pair: PairStatistics, bound: float, upper: float = 1.1) -> 
             "One arm's answer is the longer one on nearly every prompt, so no adjustment for "
             "length is possible."
         )
-    rate, (low, high) = pair["length_adjusted_win_rate"], ends
-    return f"At equal length the win rate would be {rate:.1%} [{low:.1%}, {high:.1%}]."
+    low, high = (apart(x, bound, upper, percent=True) for x in ends)
+    return (
+        f"At equal length the win rate would be {pair['length_adjusted_win_rate']:.1%} "
+        f"[{low}, {high}]."
+    )
 
 # %% ../../nbs/evidence/claim.ipynb #2cafb03a
 def _uncorrected(labels: Mapping) -> str:
@@ -237,7 +259,7 @@ def _labels_sentence(labels: Mapping | None, bound: float, upper: float = 1.1) -
 def _failed_checks(health: Mapping, status: str) -> str:
     "The checks that came out so, with the value and the limit of each."
     found = [
-        f"{c['name']} is {_value(c)}, needed {c['limit']}"
+        f"{c['name']} is {check_value(c)}, needed {c['limit']}"
         for c in health["checks"]
         if c["status"] == status
     ]
@@ -245,11 +267,16 @@ def _failed_checks(health: Mapping, status: str) -> str:
     return said and f"{said[0].upper()}{said[1:]}."
 
 
-def _value(check: Mapping) -> str:
+def check_value(
+    check: Mapping[str, Any],  # one of `judge_health`
+) -> str:  # as in: 0.1996 [0.08, 0.31]
+    "The value of a check and its bounds, told apart from its limit."
     if check["value"] is None:
         return "undefined"
-    bounds = check.get("bounds")
-    return f"{check['value']:.3g}" + (f" [{bounds[0]:.3g}, {bounds[1]:.3g}]" if bounds else "")
+    limits = map(float, re.findall(r"[\d.]+$", check["limit"]))
+    limit, found = [*limits], (check["value"], *(check.get("bounds") or ()))
+    value, *ends = (apart(x, *limit) for x in found)
+    return value + (f" [{', '.join(ends)}]" if ends else "")
 
 # %% ../../nbs/evidence/claim.ipynb #10179fc6
 def claim(
@@ -266,7 +293,8 @@ def claim(
         return {"verdict": NO_CLAIM, "reason": f"{health['summary']} {failed}".strip()}
     deciding = next((p for p in pairs if p["model_b"] == control), None)
     if deciding is None or deciding["win_rate_ci95"] is None:
-        why = f"No comparison with the control arm {control!r}, so nothing can be claimed."
+        arm = f"the control arm {control!r}" if control else "a control arm, such as `random`"
+        why = f"No comparison with {arm}, so nothing can be claimed."
         return {"verdict": NO_CONTROL, "reason": why}
     verdict = decide(deciding, margin, equivalence)
     undecided = _failed_checks(health, "not decided")
@@ -366,6 +394,16 @@ def with_post_hoc(
     said = f"Post hoc, with {terms}, which no claim fixed: {later['verdict']}. {later['reason']}"
     later = {k: later[k] for k in ("verdict", "reason")} | {"terms": terms}
     return {**fixed, "reason": f"{fixed['reason']} {said}", "post_hoc": later}
+
+# %% ../../nbs/evidence/claim.ipynb #d5778b96
+def without_claim(
+    found: Mapping[str, Any],  # from `claim`, by terms that nothing fixed
+) -> dict[str, Any]:
+    "The claim, marked as post hoc where it says anything of the arms."
+    if found["verdict"] not in ("supported", "not supported", "within noise"):
+        return dict(found)
+    said = "Post hoc: no claim.json beside these verdicts fixed the terms before they were seen."
+    return {**found, "reason": f"{found['reason']} {said}"}
 
 # %% ../../nbs/evidence/claim.ipynb #4455c2c1
 def without_seen(

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import statsmodels.api as sm
 from scipy.optimize import brentq, minimize
@@ -17,7 +18,7 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
 
 from alpagasus2.analysis import analyse
-from alpagasus2.evidence.claim import NO_CLAIM, UNTESTED, VERDICTS, decide
+from alpagasus2.evidence.claim import NO_CLAIM, UNEQUAL, UNTESTED, VERDICTS, decide
 from alpagasus2.evidence.filtering import auc_with_interval
 from alpagasus2.evidence.intervals import (
     heldout_summary,
@@ -28,7 +29,10 @@ from alpagasus2.evidence.intervals import (
     share_interval,
     variance_parts,
 )
+from alpagasus2.evidence.labels import label_statistics
+from alpagasus2.evidence.length import length_statistics
 from alpagasus2.evidence.power import Design, power
+from alpagasus2.evidence.sampling import in_turn, lot
 from alpagasus2.report.formats import in_both_orders, without_orders
 
 SIGNS = np.array([1, 0, -1])
@@ -236,6 +240,58 @@ def mean_outcome(shift: float, slot: float = 0.0, spread: float = 0.0, n: int = 
     return float(experiment(rng, n, 1, 0.0, moved, slot).mean())
 
 
+def in_length(
+    rng: np.random.Generator, n: int, runs: int, rate: float, shift: float, spread: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """[n, runs] outcomes of a judge that leans to length, and how much longer the answers are.
+
+    `rate`: the win rate at equal length; `shift`: mean difference of length in standard deviations.
+    """
+    shared, own = rng.normal(size=(n, 1)), rng.normal(size=(n, runs))
+    longer = shift + np.sqrt(0.7) * shared + np.sqrt(0.3) * own
+    odds = np.log(rate / (1 - rate)) + 2 * np.tanh(longer) + spread * rng.normal(size=(1, runs))
+    luck = np.where(rng.random((n, runs)) < 0.6, rng.random((n, 1)), rng.random((n, runs)))
+    return (luck < 1 / (1 + np.exp(-odds))).astype(float), 100 * longer
+
+
+@pytest.mark.parametrize(
+    ("experiments", "least"), [(40, 0.85), pytest.param(2000, 0.93, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(("n", "runs"), [(20, 1), (80, 3), (250, 3), (730, 5)])
+def test_the_win_rate_at_equal_length(n, runs, experiments, least):
+    "Arms that differ in length alone: the plain interval is fooled, the adjusted one is not."
+    rng, error = np.random.default_rng(n), np.sqrt(0.93 * 0.07 / experiments)
+    for shift in (0.0, 0.7, 1.3):
+        made = [in_length(rng, n, runs, 0.5, shift, 0.1) for _ in range(experiments)]
+        found = [length_statistics(*x)["length_adjusted_win_rate_ci95"] for x in made]
+        low, high = np.array([x for x in found if x]).T
+        share, false = ((low <= 0.5) & (0.5 <= high)).mean(), (low > 0.5).mean()
+        print(f"n {n}, {runs} runs, shift {shift}: {share:.3f}, false {false:.3f}")
+        assert share >= least - 2 * error and false <= 0.03 + 3 * error
+        if shift and n >= 80:
+            ends = [share_interval(variance_parts(x, share=True))[0] for x, _ in made]
+            assert np.mean([x > 0.5 for x in ends]) > 0.5
+
+
+def test_what_length_alone_wins_is_no_claim():
+    rng = np.random.default_rng(5)
+    for shift, verdict in ((0.7, UNEQUAL), (9.0, UNEQUAL), (None, "supported")):
+        won, longer = in_length(rng, 250, 3, 0.5, shift or 0.0, 0.0)
+        if shift is None:
+            won[:] = rng.random(won.shape) < 0.8
+        judged = []
+        for r in range(3):
+            signs = np.repeat(2 * won[:, [r]] - 1, 2, axis=1)
+            for x in lines(signs, "x", "random", r):
+                more = int(longer[int(x["id"]), r])
+                judged.append(
+                    {**x, "response_a": "a" * max(more, 1), "response_b": "b" * max(-more, 1)}
+                )
+        claim = analyse(judged, "x")["claim"]
+        assert claim["verdict"] == verdict
+        assert (verdict == UNEQUAL) == ("length" in claim["reason"])
+
+
 def intervals_of(rng, experiments: int, *world) -> np.ndarray:
     "[experiments, 2] intervals of the win rate."
     return np.array([
@@ -337,6 +393,35 @@ def test_twenty_labels_of_650(rate):
         _, (low, high) = prediction_powered_mean(truth[:20], judge[:20], judge[20:])
         held.append(low <= rate <= high)
     assert np.mean(held) >= 0.93
+
+
+@pytest.mark.parametrize(
+    ("experiments", "least"), [(30, 0.83), pytest.param(2000, 0.93, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_twenty_labels_of_three_runs(spread, experiments, least):
+    "The page's sample of 20 of 250 prompts, one run of each; the judge is biased by .15."
+    rng, held, judged_so = np.random.default_rng(6), [], []
+    order = in_turn([("t", str(i)) for i in range(250)])[:20]
+    index = [(i, r) for i in range(250) for r in range(3)]
+    table = pd.DataFrame({"test_set": "t", "model_a": "x", "model_b": "y",
+                          "id": [str(i) for i, _ in index], "unit": [str(i) for i, _ in index],
+                          "replicate": [r for _, r in index]})  # fmt: skip
+    truth = mean_outcome(0.2, spread=spread)
+    for _ in range(experiments):
+        person = experiment(rng, 250, 3, spread, 0.2)
+        judge = np.where(rng.random(person.shape) < 0.3, 1.0, person)
+        labels = [
+            {"id": i, "test_set": s, "model_a": "x", "model_b": "y", "replicate": r, "seed": 0,
+             "label": SAID[int(2 * person[int(i), r] - 1)]}
+            for s, i in order for r in [lot("run", s, i) % 3]
+        ]  # fmt: skip
+        (found,) = label_statistics(table.assign(outcome=2 * judge.ravel() - 1), labels)
+        low, high = found["ppi_win_rate_ci95"]
+        held.append(low <= truth <= high)
+        judged_so.append(abs(found["judge_win_rate"] - truth))
+    print(f"spread {spread}: {np.mean(held):.3f}")
+    assert np.mean(held) >= least and np.mean(judged_so) > 0.08
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..core.files import UserError
 from .intervals import RunNoise, VarianceParts
+from .sampling import labels_needed
 
 # %% ../../nbs/evidence/power.ipynb #499ac332
 import matplotlib.pyplot as plt
@@ -160,8 +161,8 @@ def plan(
     ties: float = 0.3,  # share of tied prompts
     arms: int = 3,  # trained arms, model_a among them
     prices: Prices = Prices(),
-) -> list[dict[str, Any]]:  # prompts, runs, power, detectable; verdicts, trainings, hours, usd
-    "What each size of experiment finds and costs."
+) -> list[dict[str, Any]]:  # prompts, runs, power, detectable, labels; verdicts, trainings, ...
+    "What each size of experiment finds and costs; `labels` of a person show the effect, too."
     if not 0 < effect < 0.5:
         raise UserError(f"effect={effect}: in win rate, above 0 and below 0.5, such as 0.05")
     if not 0 <= spread < np.inf:
@@ -174,6 +175,7 @@ def plan(
             design = Design(n, r, sd, spread * sd)
             found = (power(design, effect), smallest_effect(design)) if r > 2 else (None, None)
             shown = dict(zip(("power", "detectable"), found, strict=True))
+            shown["labels"] = labels_needed(n, effect, sd)
             rows.append({"prompts": n, "runs": r, **shown, **_costs(n, r, arms, prices)})
     return rows
 
@@ -208,7 +210,8 @@ def plan_lines(
     "The plan as text; a column without any figure is left out."
     shown = {
         "prompts": "{:,}", "runs": "{}", "power": "{:.0%}", "detectable": "± {:.1%}",
-        "verdicts": "{:,}", "trainings": "{}", "hours": "{:,.1f}", "usd": "{:,.2f}",
+        "labels": "{:,}", "verdicts": "{:,}", "trainings": "{}", "hours": "{:,.1f}",
+        "usd": "{:,.2f}",
     }  # fmt: skip
     columns = [k for k in shown if any(r[k] is not None for r in rows)]
     cells = [["–" if r[k] is None else shown[k].format(r[k]) for k in columns] for r in rows]

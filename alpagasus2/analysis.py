@@ -18,7 +18,9 @@ from .data import Question
 from .evidence import intervals, power
 from alpagasus2.evidence.claim import (
     NO_CLAIM,
+    NO_CONTROL,
     PairStatistics,
+    after_holm,
     all_must_hold,
     claim,
     noise_floor,
@@ -633,6 +635,60 @@ def _claim(
     return {**all_must_hold(found, f"{asked} Each must hold."), "question": asked,
             "margin": margin, "equivalence": equivalence}  # fmt: skip
 
+# %% ../nbs/05_analysis.ipynb #2ad766af
+def _evidence(
+    pair: pd.DataFrame,  # rows of `prompt_table` for a selector and one control
+    noise: intervals.RunNoise | None, margin: float | None, equivalence: bool,
+    planned: Mapping[str, Any] | None,
+) -> float:  # fmt: skip
+    "The one-sided p-value of one comparison, if what is not known were lost (or won)."
+    known = pair.assign(outcome=pair["outcome"].where(pair["unasked"].isna()))
+    low, high = (points_of(known).filled(x, planned).parts for x in (0, 1))
+    assert low and high  # nothing is unknown now
+    p = intervals.one_sided_p(low, 0.5 - (margin or 0), noise)
+    upper = intervals.one_sided_p(high, 0.5 + (margin or 0), noise)
+    return max(p, 1 - upper) if equivalence else p
+
+
+def _noise_of(prompts: pd.DataFrame) -> intervals.RunNoise | None:
+    "The run variance over all pairs of trained arms."
+    pairs = prompts.groupby(["model_a", "model_b"], sort=False)
+    trained = [points_of(rows).parts for names, rows in pairs if "base" not in names]
+    return intervals.pooled_noise([p for p in trained if p])
+
+
+def _p_of(lines: Sequence[Judgment], selector: str, controls: Sequence[str], **terms: Any) -> Any:
+    "Of the weakest of a selector's comparisons; None where one was not made."
+    prompts = prompt_table(orient(lines, selector))
+    mine, noise = prompts[prompts["model_a"] == selector], _noise_of(prompts)
+    pairs = [mine[mine["model_b"] == c] for c in controls]
+    if any(p["outcome"].isna().all() for p in pairs):
+        return None
+    return max(_evidence(p, noise, **terms) for p in pairs)
+
+# %% ../nbs/05_analysis.ipynb #4ee17cb8
+def _selector_claims(
+    lines: Sequence[Judgment], selectors: Mapping[str, Sequence[str]],
+    claimed: Mapping[str, Any], canaries: Any, labels: Sequence[Mapping] | None, **terms: Any,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    "The claim of each selector; `claimed`: of the first one."
+    found: dict[str, dict[str, Any]] = {}
+    p_values: dict[str, float | None] = {}
+    for selector, controls in selectors.items():
+        theirs = {(selector, c) for c in controls} | {(c, selector) for c in controls}
+        own = [x for x in lines if (x["model_a"], x["model_b"]) in theirs]
+        said = [x for x in labels or () if (x["model_a"], x["model_b"]) in theirs] or None
+        p_values[selector] = _p_of(own, selector, controls, **terms) if own else None
+        if not found:
+            found[selector] = dict(claimed)
+        elif own:
+            results = analyse(own, selector, canaries, control=controls, labels=said, **terms)
+            found[selector] = results["claim"]
+        else:
+            why = f"{selector} was compared with no control, so nothing can be claimed."
+            found[selector] = {"verdict": NO_CONTROL, "reason": why}
+    return after_holm(found, p_values)
+
 # %% ../nbs/05_analysis.ipynb #56509549
 class Results(TypedDict, total=False):
     "The content of results.json; what is not known is absent, None or empty."
@@ -670,6 +726,7 @@ def analyse(
     labels: Sequence[Mapping] | None = None,  # a person's labels, from `load_labels`
     equivalence: bool = False,  # whether the margin must hold in both directions
     planned: Mapping[str, Any] | None = None,  # claim.json's `pairs`: questions by test set, runs
+    selectors: Mapping[str, Sequence[str]] | None = None,  # of several, model_a first: its controls
 ) -> Results:
     "Statistics of all verdicts: each pair of models on each test set, and pooled."
     if not judgments:
@@ -691,6 +748,10 @@ def analyse(
     persons = label_statistics(prompts, labels) if labels else None
     said = persons or ()
     claimed = _claim(candidates, health, controls, margin, equivalence, same_rule, said)
+    if selectors:
+        terms = {"margin": margin, "equivalence": equivalence, "planned": planned}
+        each = _selector_claims(judgments, selectors, claimed, canaries, labels, **terms)
+        claimed = {**next(iter(each.values())), "selectors": each}
     fields = ("id", "test_set", "model_a", "model_b", "replicate", "vote", "first", "status",
               "review")  # fmt: skip
     return {

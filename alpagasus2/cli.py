@@ -311,7 +311,11 @@ def _analysed(
     asked = {k: v for k, v in (("model_a", model_a), ("margin", margin)) if v is not None}
     if fixed and any(fixed[k] != v for k, v in asked.items()):
         terms = fixed | asked
-        terms |= {"control": given["control"]} if model_a not in (None, fixed["model_a"]) else {}
+        terms |= (
+            {"control": given["control"], "selectors": None}
+            if model_a not in (None, fixed["model_a"])
+            else {}
+        )
         said = " and ".join(f"{k} {v}" for k, v in asked.items())
         later = analyse(lines, **terms, canaries=more.get("canaries"))["claim"]
         results["claim"] = with_post_hoc(results["claim"], later, said)
@@ -376,6 +380,15 @@ def report(
     print(page)
 
 # %% ../nbs/07_cli.ipynb #11b4d0b5
+def _sought(effect: float, controls: int, rates: int, equivalence: bool) -> str:
+    "What a plan's power is the power of."
+    size = f"{100 * effect:g} points of win rate"
+    found = f"show equal arms to be within {size}" if equivalence else f"find {size}"
+    against = f" against {controls} controls at once" if controls > 1 else ""
+    at = f" at {rates} learning rates at once" if rates > 1 else ""
+    return f"{found}{against}{at}"
+
+
 def plan(
     effect: float = 0.05,  # true win rate less one half that should be found
     spread: float | None = None,  # of training runs, in standard deviations between prompts; .1
@@ -383,6 +396,9 @@ def plan(
     runs: list[int] | None = None,  # training runs of each arm; default: 3 5 8
     ties: float | None = None,  # share of tied prompts; .3
     arms: int = 3,  # trained arms
+    controls: int = 1,  # how many of them must all be beaten
+    rates: int = 1,  # learning rates at which all of it is done, and must come out
+    equivalence: bool = False,  # find equal arms to be within `effect`, in place of an effect
     results: str | None = None,  # results.json of an earlier run, for its spread and ties
     usd_verdict: float | None = None,  # US dollars for one verdict
     training_hours: float | None = None,  # of one training
@@ -398,12 +414,14 @@ def plan(
     noise |= {k: v for k, v in given.items() if v is not None}
     rows = power.plan(
         effect, noise["spread"], prompts or (80, 250, 730), runs or (3, 5, 8), noise["ties"], arms,
-        power.Prices(usd_verdict, training_hours, usd_hour),
+        power.Prices(usd_verdict, training_hours, usd_hour), controls, rates, equivalence,
     )  # fmt: skip
     print(
-        f"power to find {100 * effect:g} points of win rate, spread {noise['spread']:.2g} standard "
-        f"deviations between prompts, {noise['ties']:.0%} ties; detectable: with 80% power"
+        f"power to {_sought(effect, controls, rates, equivalence)}, spread {noise['spread']:.2g} "
+        f"standard deviations between prompts, {noise['ties']:.0%} ties; detectable: with 80% power"
     )
+    print(f"trainings: {arms} arms at {rates} learning rate{'s' * (rates > 1)}, so many runs each; "
+          f"a further arm, such as a token-matched one, adds 1/{arms} to them")  # fmt: skip
     print("\n".join(power.plan_lines(rows)))
     if output:
         power.plot_plan(rows).savefig(output, dpi=144)

@@ -410,15 +410,25 @@ def judge_arms(run: Run) -> None:
         _ask_judge(run, who, run.judged[name])
 
 
+def _compared(recipe: Recipe) -> list[tuple[str, list[str]]]:
+    "Each arm whose wins are counted, and the arms that it is compared with."
+    model_a, *others = recipe.arms
+    found = {model_a: ["base", *others]}
+    if recipe.aa and model_a not in recipe.aa:
+        again, control = recipe.aa
+        found[again] = [control]
+    for selector in recipe.selectors[1:]:
+        against = [*found.get(selector, []), *recipe.beaten_by(selector)]
+        found[selector] = list(dict.fromkeys(against))
+    return [(a, b) for a, b in found.items() if b]
+
+
 def _ask_judge(run: Run, who: Judge, output: Path) -> None:
     "One judge's verdicts and canaries."
-    model_a, *others = run.recipe.arms
+    model_a, *_ = run.recipe.arms
     judged = {q["id"] for test_set in run.test_sets for q in test_set[: who.questions]}
     responses = [r for r in run_folder.latest(run.dir / "responses.jsonl") if r["id"] in judged]
-    pairs = judge.pair_arms(responses, model_a, ["base", *others])
-    if run.recipe.aa and model_a not in run.recipe.aa:
-        again, control = run.recipe.aa
-        pairs += judge.pair_arms(responses, again, [control])
+    pairs = [p for a, b in _compared(run.recipe) for p in judge.pair_arms(responses, a, b)]
     for told in judge.missing_answers(pairs):
         run.say(told)
     config = judge.JudgeConfig(protocol=who.protocol, **who.parameters)
@@ -748,7 +758,9 @@ def summary_lines(
     arms = dict.fromkeys([*results["heldout"], *results["checkable"], *judged])
     lines += [_arm_line(results, arm) for arm in arms]
     agreed = [agreement_line(x) for x in results.get("judge_agreement") or []]
-    said = [*agreed, claim.get("heldout"), results.get("sizes_summary")]
+    each = [f"{s}: {x['verdict']}" for s, x in (claim.get("selectors") or {}).items()]
+    said = [*agreed, claim.get("heldout"), results.get("sizes_summary"), *each]
+    said.append(claim.get("question", ""))
     return [*lines, *filter(None, said), f"{claim['verdict']}. {claim['reason']}"]
 
 # %% ../nbs/06a_experiment.ipynb #b6692ea5

@@ -25,9 +25,7 @@ from alpagasus2.core.files import (
     build,
     check_names,
     file_sha256,
-    json_sha256,
     settings,
-    write_json,
 )
 from alpagasus2.data import (
     AnyTemplate,
@@ -227,6 +225,19 @@ def _check_controls(controls: Sequence[str], arms: Mapping[str, Arm]) -> None:
         raise UserError("controls: name `random` too; without a random arm nothing can be claimed")
 
 
+def _check_selectors(recipe: "Recipe") -> None:
+    named, arms = recipe.selectors, recipe.arms
+    model_a, controls = next(iter(arms)), [*recipe.controls, "random"]
+    if not named:
+        return
+    may = [a for a, arm in arms.items() if not arm.matched and a not in controls]
+    if named[0] != model_a or len(named) < 2 or len(set(named)) < len(named) or set(named) - {*may}:
+        raise UserError(
+            f"selectors={named}: give {model_a} and further arms, none of them a control or "
+            f"matched; there are {', '.join(may)}"
+        )
+
+
 def _check_rates(recipe: "Recipe") -> None:
     rates = recipe.rates
     if not rates:
@@ -265,6 +276,7 @@ class Recipe:
     replicates: int = Field(1, gt=0)  # draws and training seeds; 3 for a claim
     pool_share: float = Field(0.8, gt=0, le=1)  # of the pool, that each of several replicates sees
     controls: list[str] = field(default_factory=list)  # model_a must beat them all; [random]
+    selectors: list[str] = field(default_factory=list)  # arms with a claim each; [model_a]
     margin: float | None = None  # non-inferiority margin in win rate; None: superiority
     equivalence: bool = False  # whether to show both ways that no more than `margin` lies between
     rates: list[float] = field(default_factory=list)  # learning rates; the comparison at each
@@ -297,6 +309,7 @@ class Recipe:
         _check_names(self.judges)
         check_margin(self.margin, self.equivalence)
         _check_controls(self.controls, self.arms)
+        _check_selectors(self)
         _check_rates(self)
         _check_priced(self)
         self.sizes = _checked_sizes(self.sizes, rows)
@@ -315,14 +328,18 @@ class Recipe:
         "Two arms that differ in their seed only, `random` among them where it can be."
         return _same_rule(self.arms)
 
-    @property
-    def beaten(self) -> list[str]:
-        "The arms that model_a must all beat; empty where there is no control, so no claim."
+    def beaten_by(self, selector: str) -> list[str]:
+        "The arms that a selector must all beat; empty where there is no control, so no claim."
         model_a, *_ = self.arms
         named = self.controls or [a for a in self.arms if a == "random"]
         matched = [a for a, arm in self.arms.items()
-                   if arm.select == "token_matched" and arm.to in (None, model_a)]  # fmt: skip
+                   if (arm.select, arm.to or model_a) == ("token_matched", selector)]  # fmt: skip
         return list(dict.fromkeys([*named, *matched[:1]])) if named else []
+
+    @property
+    def beaten(self) -> list[str]:
+        "The arms that model_a must all beat."
+        return self.beaten_by(next(iter(self.arms)))
 
     def at_rate(self, rate: float) -> "Recipe":
         "The same comparison at one learning rate."
@@ -434,7 +451,8 @@ def plan_of(
         lines.append(f"{n * len(recipe.arms)} trainings more at a learning rate of {rate:g}, each "
                      f"answered and judged, in rates/{rate:g}")  # fmt: skip
     if recipe.beaten:
-        lines.append(question(model_a, recipe.beaten, recipe.margin, recipe.equivalence))
+        asked = [(s, recipe.beaten_by(s)) for s in recipe.selectors or [model_a]]
+        lines += [question(*x, recipe.margin, recipe.equivalence) for x in asked]
     return lines
 
 # %% ../nbs/06_recipe.ipynb #738076ce
@@ -487,7 +505,7 @@ def _claimed(recipe: dict) -> dict:
         return {k: v for k, v in part.items() if k not in costs and (k, v) not in later.items()}
 
     costly = any(arm.get("select") == "cost_matched" for arm in recipe["arms"].values())
-    new = {"sizes": [], "controls": [], "equivalence": False, "rates": []}
+    new = {"sizes": [], "controls": [], "selectors": [], "equivalence": False, "rates": []}
     new |= {} if costly else {"price_hour": recipe.get("price_hour")}
     fixed = {k: v for k, v in recipe.items() if (k, v) not in new.items()}
     if recipe.get("replicates") == 1:
@@ -550,6 +568,8 @@ def _plan(
     }
     if len(recipe.beaten) > 1:
         plan["controls"] = recipe.beaten
+    if recipe.selectors:
+        plan["selectors"] = {s: recipe.beaten_by(s) for s in recipe.selectors}
     if len(recipe.judges) > 1:
         plan["judges"] = names = [name for name, _ in recipe.judges]
         plan["decides"] = names[0]

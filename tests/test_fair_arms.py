@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from stand_ins import tiny_llama
 
 from alpagasus2 import cli, experiment
-from alpagasus2.core.files import UserError, read_json, write_json
+from alpagasus2.core.files import UserError, json_sha256, read_json, write_json
 from alpagasus2.core.run_folder import annotate, latest
 from alpagasus2.data import Example
 from alpagasus2.experiment import Run, choose_and_train, quickstart_recipe, run_recipe
@@ -157,14 +158,15 @@ def test_a_second_run_at_all_rates_changes_nothing(at_two_rates):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
 
 
-def judged(folder: Path, wins: int) -> None:
-    "Verdicts of three runs on 80 prompts, of which filtered wins so many against random."
-    pair = {"model_a": "filtered", "model_b": "random", "test_set": "t", "vote": 0, "status": "ok",
+def judged(folder: Path, wins: int, arms: Sequence[str] = ("filtered",)) -> None:
+    "Verdicts of three runs on 80 prompts, of which each arm wins so many against random."
+    pair = {"model_b": "random", "test_set": "t", "vote": 0, "status": "ok",
             "instruction": "i", "input": "", "protocol": "verdict",
             "response_a": "x", "response_b": "y"}  # fmt: skip
     lines = [
-        {**pair, "id": str(i), "replicate": k, "first": first, "verdict": "a" if i < wins else "b"}
-        for i in range(80) for k in range(3) for first in "ab"
+        {**pair, "model_a": arm, "id": str(i), "replicate": k, "first": first,
+         "verdict": "a" if i < wins else "b"}
+        for arm in arms for i in range(80) for k in range(3) for first in "ab"
     ]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "judgments.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -189,3 +191,22 @@ def test_a_report_holds_a_claim_at_every_rate(at_two_rates, tmp_path):
     assert report(run, tmp_path / "c")["verdict"] == "supported"
     write_json(other / "claim.json", read_json(folder / "rates/0.0002/claim.json"))
     assert "one of 2 learning rates" in report(other, tmp_path / "d")["reason"]
+
+
+def test_two_selectors_are_corrected_for_and_one_alone_is_not(tmp_path):
+    terms = {"recipe": {}, "model_a": "filtered", "control": "random", "aa": None}
+    two = {"selectors": {"filtered": ["random"], "theirs": ["random"]}}
+    for name, fixed in (("alone", terms), ("both", terms | two)):
+        judged(tmp_path / name, 49, ["filtered", "theirs"])
+        write_json(tmp_path / name / "claim.json", {**fixed, "sha256": json_sha256(fixed)})
+    assert report(tmp_path / "alone", tmp_path / "a")["verdict"] == "supported"
+    found = report(tmp_path / "both", tmp_path / "b")
+    assert found["verdict"] == "within noise" and 0.0125 < found["p"] < 0.025 < found["holm_p"]
+    assert [x["verdict"] for x in found["selectors"].values()] == ["within noise"] * 2
+    page = (tmp_path / "b/index.html").read_text()
+    assert "Claims of the selectors" in page and "theirs" in page
+    judged(tmp_path / "both", 60, ["filtered"])  # the other was not judged: no p-value
+    found = report(tmp_path / "both", tmp_path / "c")
+    assert found["verdict"] == "supported" and "after Holm's correction over 2" in found["reason"]
+    assert found["holm_p"] == pytest.approx(2 * found["p"])
+    assert found["selectors"]["theirs"]["verdict"] == "no control arm: no claim"

@@ -16,14 +16,23 @@ from scipy.optimize import brentq, minimize
 from scipy.stats import binom, binomtest, bootstrap, norm
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import DescrStatsW
 
 from alpagasus2.analysis import analyse
-from alpagasus2.evidence.claim import NO_CLAIM, UNEQUAL, UNTESTED, VERDICTS, decide
+from alpagasus2.evidence.claim import (
+    NO_CLAIM,
+    UNEQUAL,
+    UNTESTED,
+    VERDICTS,
+    all_must_hold,
+    decide,
+)
 from alpagasus2.evidence.filtering import auc_with_interval
 from alpagasus2.evidence.intervals import (
     heldout_summary,
     holds_run_noise,
     kappa_with_interval,
+    mean_interval,
     pooled_noise,
     prediction_powered_mean,
     share_interval,
@@ -592,3 +601,43 @@ def test_a_failed_verdict_of_one_order_is_listed_once():
     assert copied and len(copies) == 4
     assert [(x["id"], x["review"]) for x in results["failures"]] == [("q", "hm")]
     assert results["claim"]["verdict"] in VERDICTS
+
+
+# ---- several comparisons, one question
+
+
+def test_equivalence_is_two_one_sided_tests():
+    "The verdict of the interval is that of statsmodels' test at 2.5% on each side."
+    rng, seen = np.random.default_rng(5), set()
+    for _ in range(200):
+        values = rng.normal(0.5 + rng.uniform(-0.06, 0.06), 0.2, size=150)
+        ends = mean_interval(variance_parts(values[:, None]))
+        pair = {"win_rate_ci95": ends, "win_rate_bounds": ends, "holds_run_noise": True}
+        p, *_ = DescrStatsW(values).ttost_mean(0.45, 0.55)
+        verdict = decide(pair, 0.05, equivalence=True)
+        assert (verdict == "supported") == (p < 0.025)
+        seen.add(verdict)
+    assert seen >= {"supported", "within noise"}
+
+
+@pytest.mark.parametrize(
+    ("experiments", "most"), [(300, 0.03), pytest.param(6000, 0.025, marks=pytest.mark.slow)]
+)
+def test_beating_two_arms_at_once_needs_no_correction(experiments, most):
+    "An arm that surpasses one control by far, and the other not at all, is seldom supported."
+    rng, false, (n, runs, spread) = np.random.default_rng(8), 0, (80, 3, 0.1)
+    for _ in range(experiments):
+        mine, far, equal = (
+            shift + rng.normal(size=(n, 1)) + spread * rng.normal(size=(1, runs))
+            + 0.5 * rng.normal(size=(n, runs))
+            for shift in (0.0, -3.0, 0.0)
+        )  # fmt: skip
+        verdicts = {}
+        for name, other in (("far", far), ("equal", equal)):
+            ends = share_interval(variance_parts((np.sign(mine - other) + 1) / 2, share=True))
+            pair = {"win_rate_ci95": ends, "win_rate_bounds": ends, "holds_run_noise": True}
+            verdicts[name] = {"verdict": decide(pair), "reason": name}
+        assert verdicts["far"]["verdict"] == "supported"
+        false += all_must_hold(verdicts)["verdict"] == "supported"
+    print(f"{false} of {experiments} supported")
+    assert false / experiments <= most + 2 * np.sqrt(most * (1 - most) / experiments)

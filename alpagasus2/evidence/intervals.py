@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEWEST_IN_SET', 'FEW_PROMPTS', 'units', 'VarianceParts', 'variance_parts', 'RunNoise', 'pooled_noise',
-           'holds_run_noise', 'run_part', 'half_width', 'mean_interval', 'share_interval', 'p_value',
+           'holds_run_noise', 'run_part', 'half_width', 'mean_interval', 'share_interval', 'p_value', 'one_sided_p',
            'few_prompts_warning', 'holm', 'heldout_summary', 'kappa_with_interval', 'prediction_powered_mean']
 
 # %% ../../nbs/evidence/intervals.ipynb #a1d95061
@@ -191,6 +191,16 @@ def p_value(
     if gap >= half_width(parts, pooled, 1e-12):
         return 1e-12
     return float(brentq(lambda p: half_width(parts, pooled, p) - gap, 1e-12, 1.0))
+
+
+def one_sided_p(
+    parts: VarianceParts,
+    value: float = 0.5,  # that the mean is to exceed
+    pooled: RunNoise | None = None,  # used for two runs
+) -> float:
+    "The error level at which the lower end of the interval just touches the value."
+    p = p_value(parts, value, pooled) / 2
+    return p if parts.mean > value else 1 - p
 
 # %% ../../nbs/evidence/intervals.ipynb #de53d27e
 FEW_PROMPTS = 40

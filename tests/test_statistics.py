@@ -25,6 +25,7 @@ from alpagasus2.evidence.claim import (
     UNTESTED,
     VERDICTS,
     all_must_hold,
+    claim,
     decide,
 )
 from alpagasus2.evidence.filtering import auc_with_interval
@@ -299,6 +300,40 @@ def test_what_length_alone_wins_is_no_claim():
         claim = analyse(judged, "x")["claim"]
         assert claim["verdict"] == verdict
         assert (verdict == UNEQUAL) == ("length" in claim["reason"])
+
+
+@pytest.mark.parametrize(
+    ("experiments", "most"), [(40, 0.1), pytest.param(6000, 0.03, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(("n", "runs", "spread"), [(80, 3, 0.1), (250, 3, 0.1), (250, 5, 0.3)])
+def test_arms_that_differ_in_length_alone_support_nothing(n, runs, spread, experiments, most):
+    "The whole decision, by a judge that leans to length; spread in log-odds of a win."
+    rng, said, fooled = np.random.default_rng(n + runs), [], 0
+    fit, error = {"checks": [], "summary": ""}, np.sqrt(most * (1 - most) / experiments)
+    for _ in range(experiments):
+        won, longer = in_length(rng, n, runs, 0.5, 0.7, spread)
+        parts = variance_parts(won, share=True)
+        ends = share_interval(parts)
+        pair = {
+            "model_a": "x",
+            "model_b": "random",
+            "n": n,
+            "failed": 0,
+            "replicates": runs,
+            "win_rate": won.mean(),
+            "win_rate_ci95": ends,
+            "win_rate_bounds": ends,
+            "holds_run_noise": holds_run_noise(parts),
+            **length_statistics(won, longer),
+        }
+        fooled += decide(pair) == "supported"
+        said.append(claim([pair], fit)["verdict"])
+    share = said.count("supported") / experiments
+    print(
+        f"n {n}, {runs} runs, spread {spread}: supported {share:.3f}, fooled {fooled / experiments}"
+    )
+    assert share <= most + 2 * error
+    assert fooled > experiments / 2
 
 
 def intervals_of(rng, experiments: int, *world) -> np.ndarray:

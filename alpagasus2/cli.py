@@ -225,30 +225,35 @@ def _verdicts(judgments: str) -> tuple[list[Any], bool]:
 # %% ../nbs/07_cli.ipynb #1b2c039b
 def _terms(judgments: str | None) -> dict[str, Any] | None:
     "What the claim of a run's folder fixed, as `analyse` takes it; None without one."
-    from alpagasus2.evidence.claim import fixed_terms, read_claim
+    from alpagasus2.evidence.claim import claim_beside, fixed_terms
 
-    path = Path(judgments or "")
-    claim = (path if path.is_dir() else path.parent) / "claim.json"
-    if not judgments or not claim.exists():
-        return None
-    return fixed_terms(read_claim(claim))
+    claim = claim_beside(judgments) if judgments else None
+    return fixed_terms(claim) if claim else None
 
 
 def _control(models: set[str], model_a: str | None) -> str | None:
     "The arm that decides the claim; None where nothing says which."
-    others = models - {model_a}
-    if model_a and len(others) == 1:
-        return others.pop()
-    return "random" if "random" in models or not model_a else None
+    others = models - {model_a, "base"}
+    if model_a is None or len(others) != 1:
+        return "random" if model_a and "random" in models else None
+    return others.pop()
+
+
+def _own_model_a(lines: Sequence[Any]) -> str | None:
+    "The arm whose wins the lines themselves count; None where they count several arms'."
+    own = {x["model_a"] for x in lines}
+    return own.pop() if len(own) == 1 else None
 
 # %% ../nbs/07_cli.ipynb #ee013822
-def _over_rates(judgments: str, terms: Mapping[str, Any], claim: Mapping[str, Any]) -> Any:
+def _over_rates(
+    judgments: str, terms: Mapping[str, Any], claim: Mapping[str, Any],
+    known: set[tuple[str, str]],
+) -> Any:  # fmt: skip
     "What a run's folder claims over all learning rates that its recipe names."
-    from alpagasus2.analysis import analyse, load_judgments
+    from alpagasus2.analysis import analyse, hold_without, load_judgments
     from alpagasus2.evidence.claim import NO_CONTROL, at_every_rate, at_one_rate, read_claim
 
-    path = Path(judgments)
-    folder = path if path.is_dir() else path.parent
+    folder = _folder(judgments)
     fixed = read_claim(folder / "claim.json")
     first, *others = fixed["recipe"].get("rates") or [None]
     found = {first: at_one_rate(claim, fixed.get("rates") or [])}
@@ -256,10 +261,35 @@ def _over_rates(judgments: str, terms: Mapping[str, Any], claim: Mapping[str, An
         own = folder / "rates" / f"{further:g}" / "judgments.jsonl"
         unjudged = {"claim": {"verdict": NO_CONTROL, "reason": f"{own} is not there yet."}}
         lines = load_judgments(own)[0] if own.exists() else []
-        found[further] = (analyse(lines, canaries=_canaries(str(own)), **terms) or unjudged)[
-            "claim"
-        ]
+        canaries = _canaries(str(own))
+        results: Any = analyse(lines, canaries=canaries, **terms) or unjudged
+        hold_without(results, lines, known, canaries=canaries, **terms)
+        found[further] = results["claim"]
     return at_every_rate(found) if others else found[first]
+
+# %% ../nbs/07_cli.ipynb #20cedac1
+def _folder(judgments: str) -> Path:
+    "The folder of a run's verdicts."
+    path = Path(judgments).resolve()
+    return path if path.is_dir() else path.parent
+
+
+def _of_run(
+    judgments: str, terms: Mapping[str, Any], lines: Sequence[Any], results: Any, canaries: Any
+) -> dict[str, Any]:
+    "The claim of a run's folder, with all that weakens it."
+    from alpagasus2.analysis import hold_without
+    from alpagasus2.evidence.claim import read_claim
+    from alpagasus2.evidence.doubts import doubts, given_away, rows_of_arms
+
+    claim, weak, known = read_claim(_folder(judgments) / "claim.json"), [], set()
+    if "seeds" in claim:
+        trained = rows_of_arms(_folder(judgments), claim)
+        asked = {(x["test_set"], x["id"]): x for x in lines}
+        known, weak = given_away(trained, [*asked.values()]), doubts(claim, trained)
+    hold_without(results, lines, known, canaries=canaries, **terms)
+    results["claim"]["reason"] = " ".join([results["claim"]["reason"], *weak])
+    return _over_rates(judgments, terms, results["claim"], known)
 
 # %% ../nbs/07_cli.ipynb #0ffab8de
 def _analysed(
@@ -267,14 +297,17 @@ def _analysed(
 ) -> tuple[Any, dict[str, Any]]:
     "The results by the fixed terms, or else by the given ones; the terms."
     from alpagasus2.analysis import analyse
-    from alpagasus2.evidence.claim import with_post_hoc
+    from alpagasus2.evidence.claim import with_post_hoc, without_claim
 
-    models = {x[m] for x in lines for m in ("model_a", "model_b")}
-    given = {"model_a": model_a, "control": _control(models, model_a), "margin": margin}
+    models, arm = {x[m] for x in lines for m in ("model_a", "model_b")}, model_a
+    arm = arm or _own_model_a(lines)
+    given = {"model_a": arm, "control": _control(models, arm), "margin": margin}
     fixed = _terms(judgments)
     results = analyse(lines, **(fixed or given), **more)
     if fixed:
-        results["claim"] = _over_rates(judgments, fixed, results["claim"])
+        results["claim"] = _of_run(judgments, fixed, lines, results, more.get("canaries"))
+    elif results:
+        results["claim"] = without_claim(results["claim"])
     asked = {k: v for k, v in (("model_a", model_a), ("margin", margin)) if v is not None}
     if fixed and any(fixed[k] != v for k, v in asked.items()):
         terms = fixed | asked
@@ -304,7 +337,8 @@ def report(
     judgments: str | None = None,  # a file or folder: ours, the original's, alpaca_eval's, QLoRA's
     responses: list[str] | None = None,  # responses.jsonl, shown side by side
     labels: list[str] | None = None,  # labels.json files, saved by the page that they belong to
-    model_a: str | None = None,  # the arm whose wins are counted; default: the first by name
+    model_a: str
+    | None = None,  # the arm whose wins are counted; default: the claim's or lines' own
     margin: float | None = None,  # non-inferiority margin in win rate, if one was fixed
 ) -> None:
     "Make the page and results.json from verdicts or answers."
@@ -342,7 +376,7 @@ def report(
     decides, *beside = shown
     page = write_report(results, output, decides, answers, figures, others=[*chain(*beside)])
     if lines:
-        print(f"{results['claim']['verdict']}. {results['judge_health']['summary']}")
+        print(f"{results['claim']['verdict']}. {results['claim']['reason']}")
     print(page)
 
 # %% ../nbs/07_cli.ipynb #11b4d0b5

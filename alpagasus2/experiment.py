@@ -25,6 +25,7 @@ from alpagasus2.analysis import (
     analyse,
     canary_outcomes,
     checkable,
+    hold_without,
     load_judgments,
 )
 from .core import run_folder
@@ -43,9 +44,8 @@ from alpagasus2.evidence.claim import (
     at_one_rate,
     fixed_terms,
     heldout_finding,
-    without_questions,
-    without_seen,
 )
+from .evidence.doubts import doubts
 from alpagasus2.evidence.filtering import (
     SEEN,
     contamination,
@@ -68,10 +68,10 @@ from .judges import add_judges, agreement_line, named_verdicts
 from .model.check import checked
 from .model.likelihood import heldout_nll
 from .quant_lora import as_arm, load_tokenizer
-from .recipe import BY_SCORE, MATCHED, Arm, Judge, Rater, Recipe, Server, fix_claim
+from .recipe import MATCHED, Arm, Judge, Rater, Recipe, Server, fix_claim
 from .report.page import write_report
 from .report.plots import plot_heldout, plot_outcomes, plot_slots
-from .selection import load_scores, random_to_total, select
+from .selection import BY_SCORE, load_scores, random_to_total, select
 from .train import encode_rows, train
 
 # %% ../nbs/06a_experiment.ipynb #0716d970
@@ -183,7 +183,10 @@ def select_arms(
                 write_json(path, _arm_rows(run, run.arms[name], replicate, scores))
             except UserError as e:
                 raise UserError(f"{part}: {e}") from None
-        chosen[part] = read_json(path)
+        chosen[part], rows = read_json(path), run.arms[name].rows
+        if rows and len(chosen[part]) != rows:
+            found = f"{path}: {len(chosen[part])} rows, but claim.json fixed {rows}"
+            raise UserError(f"{found}; delete the file, and what was trained on it, and run again")
     return chosen
 
 # %% ../nbs/06a_experiment.ipynb #c582a7b7
@@ -475,23 +478,10 @@ def _costs(run: Run, spent: Mapping[str, Any]) -> Costs:
 # %% ../nbs/06a_experiment.ipynb #139dd2e8
 def _doubts(run: Run, selected: Mapping[str, Sequence[Example]]) -> Iterator[str]:
     "Sentences on what weakens a claim of this run."
-    recipe, (_, decides) = run.recipe, run.recipe.judges[0]
-    judged_by = decides.model or recipe.base_model
-    if aa := run.claim.get("aa"):
-        one, other = ({r["id"] for r in selected[recipe.part(arm, 0)]} for arm in aa)
-        if shared := len(one & other):
-            yield f"{aa[0]} and {aa[1]} share {shared} of {len(other)} rows and differ too little."
-    if judged_by == recipe.base_model:
-        yield "The judge is the base model itself."
-    rated = any(a.select in BY_SCORE for a in recipe.arms.values())
-    if rated and recipe.replicates > 1 and run.claim["recipe"].get("pool_share", 1.0) == 1:
-        yield "Every run chose from the whole pool, so this holds for these rows and ratings."
-    model_a = run.claim["model_a"]
-    if recipe.arms[model_a].data:
-        yield f"The rows of {model_a} come as a file, chosen once, so this holds for these ratings."
+    runs = range(run.recipe.replicates)
+    trained = {a: [selected[run.recipe.part(a, r)] for r in runs] for a in run.recipe.arms}
+    yield from doubts(run.claim, trained)
     yield from _unequal_text(run)
-    if rated and judged_by == (recipe.rater.model or recipe.base_model) != recipe.base_model:
-        yield "The judge also rated the rows."
 
 # %% ../nbs/06a_experiment.ipynb #3fdbb1c1
 def _unequal_text(run: Run) -> Iterator[str]:
@@ -557,11 +547,7 @@ def _judged_results(
     results = analyse(judgments, model_a, canaries, **fixed)
     if len(judged) > 1:
         add_judges(results, judged, run.judged, model_a, **fixed)
-    clean = [x for x in judgments if (x["test_set"], x["id"]) not in known]
-    if known and clean:
-        fixed["planned"] = without_questions(fixed["planned"], known)
-        unseen = analyse(clean, model_a, canaries, **fixed)["claim"]
-        results["claim"] = without_seen(results["claim"], unseen, len(known))
+    hold_without(results, judgments, known, model_a, canaries, **fixed)
     doubts = " ".join(_doubts(run, selected))
     results["claim"]["reason"] = f"{results['claim']['reason']} {doubts}".strip()
     results["claim"] = at_one_rate(results["claim"], run.claim.get("rates") or [])

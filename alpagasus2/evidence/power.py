@@ -13,6 +13,7 @@ from typing import Any
 
 from ..core.files import UserError
 from .intervals import RunNoise, VarianceParts
+from .sampling import labels_needed
 
 # %% ../../nbs/evidence/power.ipynb #499ac332
 import matplotlib.pyplot as plt
@@ -228,8 +229,8 @@ def plan(
     controls: int = 1,  # of the arms, those that model_a must all beat
     rates: int = 1,  # learning rates at which all is done, and must come out
     equivalence: bool = False,  # whether to show that equal arms are within `effect`
-) -> list[dict[str, Any]]:  # prompts, runs, power, detectable; verdicts, trainings, hours, usd
-    "What each size of experiment finds and costs."
+) -> list[dict[str, Any]]:  # prompts, runs, power, detectable, labels; verdicts, trainings, ...
+    "What each size of experiment finds and costs; `labels` of a person show the effect, too."
     if not 0 < effect < 0.5:
         raise UserError(f"effect={effect}: in win rate, above 0 and below 0.5, such as 0.05")
     if not 0 <= spread < np.inf:
@@ -242,6 +243,7 @@ def plan(
             design = Design(n, r, sd, spread * sd, controls=controls, rates=rates)
             found = _promised(design, effect, equivalence) if r > 2 else (None, None)
             shown = dict(zip(("power", "detectable"), found, strict=True))
+            shown["labels"] = labels_needed(n, effect, sd)
             rows.append({"prompts": n, "runs": r, **shown, **_costs(n, rates * r, arms, prices)})
     return rows
 
@@ -276,7 +278,8 @@ def plan_lines(
     "The plan as text; a column without any figure is left out."
     shown = {
         "prompts": "{:,}", "runs": "{}", "power": "{:.0%}", "detectable": "± {:.1%}",
-        "verdicts": "{:,}", "trainings": "{}", "hours": "{:,.1f}", "usd": "{:,.2f}",
+        "labels": "{:,}", "verdicts": "{:,}", "trainings": "{}", "hours": "{:,.1f}",
+        "usd": "{:,.2f}",
     }  # fmt: skip
     columns = [k for k in shown if any(r[k] is not None for r in rows)]
     cells = [["–" if r[k] is None else shown[k].format(r[k]) for k in columns] for r in rows]

@@ -224,24 +224,72 @@ def _verdicts(judgments: str) -> tuple[list[Any], bool]:
 
 # %% ../nbs/07_cli.ipynb #1b2c039b
 def _terms(judgments: str | None) -> dict[str, Any] | None:
-    "What the claim of a run's folder fixed: model_a, control, aa and margin; None without one."
-    from alpagasus2.evidence.claim import read_claim
+    "What the claim of a run's folder fixed, as `analyse` takes it; None without one."
+    from alpagasus2.evidence.claim import claim_beside, fixed_terms
 
-    path = Path(judgments or "")
-    claim = (path if path.is_dir() else path.parent) / "claim.json"
-    if not judgments or not claim.exists():
-        return None
-    fixed = read_claim(claim)
-    kept = {k: fixed.get(k) for k in ("model_a", "control", "aa")}
-    return {**kept, "margin": fixed["recipe"].get("margin")}
+    claim = claim_beside(judgments) if judgments else None
+    return fixed_terms(claim) if claim else None
 
 
 def _control(models: set[str], model_a: str | None) -> str | None:
     "The arm that decides the claim; None where nothing says which."
-    others = models - {model_a}
-    if model_a and len(others) == 1:
-        return others.pop()
-    return "random" if "random" in models or not model_a else None
+    others = models - {model_a, "base"}
+    if model_a is None or len(others) != 1:
+        return "random" if model_a and "random" in models else None
+    return others.pop()
+
+
+def _own_model_a(lines: Sequence[Any]) -> str | None:
+    "The arm whose wins the lines themselves count; None where they count several arms'."
+    own = {x["model_a"] for x in lines}
+    return own.pop() if len(own) == 1 else None
+
+# %% ../nbs/07_cli.ipynb #ee013822
+def _over_rates(
+    judgments: str, terms: Mapping[str, Any], claim: Mapping[str, Any],
+    known: set[tuple[str, str]],
+) -> Any:  # fmt: skip
+    "What a run's folder claims over all learning rates that its recipe names."
+    from alpagasus2.analysis import analyse, hold_without, load_judgments
+    from alpagasus2.evidence.claim import NO_CONTROL, at_every_rate, at_one_rate, read_claim
+
+    folder = _folder(judgments)
+    fixed = read_claim(folder / "claim.json")
+    first, *others = fixed["recipe"].get("rates") or [None]
+    found = {first: at_one_rate(claim, fixed.get("rates") or [])}
+    for further in others:
+        own = folder / "rates" / f"{further:g}" / "judgments.jsonl"
+        unjudged = {"claim": {"verdict": NO_CONTROL, "reason": f"{own} is not there yet."}}
+        lines = load_judgments(own)[0] if own.exists() else []
+        canaries = _canaries(str(own))
+        results: Any = analyse(lines, canaries=canaries, **terms) or unjudged
+        hold_without(results, lines, known, canaries=canaries, **terms)
+        found[further] = results["claim"]
+    return at_every_rate(found) if others else found[first]
+
+# %% ../nbs/07_cli.ipynb #20cedac1
+def _folder(judgments: str) -> Path:
+    "The folder of a run's verdicts."
+    path = Path(judgments).resolve()
+    return path if path.is_dir() else path.parent
+
+
+def _of_run(
+    judgments: str, terms: Mapping[str, Any], lines: Sequence[Any], results: Any, canaries: Any
+) -> dict[str, Any]:
+    "The claim of a run's folder, with all that weakens it."
+    from alpagasus2.analysis import hold_without
+    from alpagasus2.evidence.claim import read_claim
+    from alpagasus2.evidence.doubts import doubts, given_away, rows_of_arms
+
+    claim, weak, known = read_claim(_folder(judgments) / "claim.json"), [], set()
+    if "seeds" in claim:
+        trained = rows_of_arms(_folder(judgments), claim)
+        asked = {(x["test_set"], x["id"]): x for x in lines}
+        known, weak = given_away(trained, [*asked.values()]), doubts(claim, trained)
+    hold_without(results, lines, known, canaries=canaries, **terms)
+    results["claim"]["reason"] = " ".join([results["claim"]["reason"], *weak])
+    return _over_rates(judgments, terms, results["claim"], known)
 
 # %% ../nbs/07_cli.ipynb #0ffab8de
 def _analysed(
@@ -249,16 +297,25 @@ def _analysed(
 ) -> tuple[Any, dict[str, Any]]:
     "The results by the fixed terms, or else by the given ones; the terms."
     from alpagasus2.analysis import analyse
-    from alpagasus2.evidence.claim import with_post_hoc
+    from alpagasus2.evidence.claim import with_post_hoc, without_claim
 
-    models = {x[m] for x in lines for m in ("model_a", "model_b")}
-    given = {"model_a": model_a, "control": _control(models, model_a), "margin": margin}
+    models, arm = {x[m] for x in lines for m in ("model_a", "model_b")}, model_a
+    arm = arm or _own_model_a(lines)
+    given = {"model_a": arm, "control": _control(models, arm), "margin": margin}
     fixed = _terms(judgments)
     results = analyse(lines, **(fixed or given), **more)
+    if fixed:
+        results["claim"] = _of_run(judgments, fixed, lines, results, more.get("canaries"))
+    elif results:
+        results["claim"] = without_claim(results["claim"])
     asked = {k: v for k, v in (("model_a", model_a), ("margin", margin)) if v is not None}
     if fixed and any(fixed[k] != v for k, v in asked.items()):
         terms = fixed | asked
-        terms |= {"control": given["control"]} if model_a not in (None, fixed["model_a"]) else {}
+        terms |= (
+            {"control": given["control"], "selectors": None}
+            if model_a not in (None, fixed["model_a"])
+            else {}
+        )
         said = " and ".join(f"{k} {v}" for k, v in asked.items())
         later = analyse(lines, **terms, canaries=more.get("canaries"))["claim"]
         results["claim"] = with_post_hoc(results["claim"], later, said)
@@ -280,11 +337,14 @@ def report(
     judgments: str | None = None,  # a file or folder: ours, the original's, alpaca_eval's, QLoRA's
     responses: list[str] | None = None,  # responses.jsonl, shown side by side
     labels: list[str] | None = None,  # labels.json files, saved by the page that they belong to
-    model_a: str | None = None,  # the arm whose wins are counted; default: the first by name
+    model_a: str
+    | None = None,  # the arm whose wins are counted; default: the claim's or lines' own
     margin: float | None = None,  # non-inferiority margin in win rate, if one was fixed
 ) -> None:
     "Make the page and results.json from verdicts or answers."
-    from alpagasus2.analysis import add_judges, load_labels, named_verdicts, orient
+    from alpagasus2.analysis import orient
+    from alpagasus2.evidence.labels import load_labels
+    from alpagasus2.judges import add_judges, named_verdicts
     from alpagasus2.report.formats import without_orders
     from alpagasus2.report.page import write_report
     from alpagasus2.report.plots import plot_outcomes, plot_slots
@@ -303,10 +363,12 @@ def report(
         lines, judgments or "", model_a, margin, canaries=canaries, labels=said
     )
     results = without_orders(results) if copied else results
-    shown, others = [orient(lines, terms["model_a"])], _judges(judgments or "")
-    if len(others) > 1:
-        add_judges(results, others, **terms)
-        shown = named_verdicts(others, terms["model_a"])
+    shown, files = [orient(lines, terms["model_a"])], _judges(judgments or "")
+    if len(files) > 1:
+        first, *others = files
+        judged = {first: lines} | {name: latest(files[name]) for name in others}
+        add_judges(results, judged, files, **terms)
+        shown = named_verdicts(judged, terms["model_a"])
     answers = [x for path in responses or [] for x in read_jsonl(path)]
     figures = {"Verdicts in both orders": plot_outcomes(results["pairs"])} if lines else {}
     if lines and not copied:
@@ -314,10 +376,19 @@ def report(
     decides, *beside = shown
     page = write_report(results, output, decides, answers, figures, others=[*chain(*beside)])
     if lines:
-        print(f"{results['claim']['verdict']}. {results['judge_health']['summary']}")
+        print(f"{results['claim']['verdict']}. {results['claim']['reason']}")
     print(page)
 
 # %% ../nbs/07_cli.ipynb #11b4d0b5
+def _sought(effect: float, controls: int, rates: int, equivalence: bool) -> str:
+    "What a plan's power is the power of."
+    size = f"{100 * effect:g} points of win rate"
+    found = f"show equal arms to be within {size}" if equivalence else f"find {size}"
+    against = f" against {controls} controls at once" if controls > 1 else ""
+    at = f" at {rates} learning rates at once" if rates > 1 else ""
+    return f"{found}{against}{at}"
+
+
 def plan(
     effect: float = 0.05,  # true win rate less one half that should be found
     spread: float | None = None,  # of training runs, in standard deviations between prompts; .1
@@ -325,6 +396,9 @@ def plan(
     runs: list[int] | None = None,  # training runs of each arm; default: 3 5 8
     ties: float | None = None,  # share of tied prompts; .3
     arms: int = 3,  # trained arms
+    controls: int = 1,  # how many of them must all be beaten
+    rates: int = 1,  # learning rates at which all of it is done, and must come out
+    equivalence: bool = False,  # find equal arms to be within `effect`, in place of an effect
     results: str | None = None,  # results.json of an earlier run, for its spread and ties
     usd_verdict: float | None = None,  # US dollars for one verdict
     training_hours: float | None = None,  # of one training
@@ -340,12 +414,14 @@ def plan(
     noise |= {k: v for k, v in given.items() if v is not None}
     rows = power.plan(
         effect, noise["spread"], prompts or (80, 250, 730), runs or (3, 5, 8), noise["ties"], arms,
-        power.Prices(usd_verdict, training_hours, usd_hour),
+        power.Prices(usd_verdict, training_hours, usd_hour), controls, rates, equivalence,
     )  # fmt: skip
     print(
-        f"power to find {100 * effect:g} points of win rate, spread {noise['spread']:.2g} standard "
-        f"deviations between prompts, {noise['ties']:.0%} ties; detectable: with 80% power"
+        f"power to {_sought(effect, controls, rates, equivalence)}, spread {noise['spread']:.2g} "
+        f"standard deviations between prompts, {noise['ties']:.0%} ties; detectable: with 80% power"
     )
+    print(f"trainings: {arms} arms at {rates} learning rate{'s' * (rates > 1)}, so many runs each; "
+          f"a further arm, such as a token-matched one, adds 1/{arms} to them")  # fmt: skip
     print("\n".join(power.plan_lines(rows)))
     if output:
         power.plot_plan(rows).savefig(output, dpi=144)
@@ -354,14 +430,10 @@ def plan(
 # %% ../nbs/07_cli.ipynb #a026340b
 def _run(recipe: Any, output_dir: str, dry_run: bool) -> None:
     from alpagasus2.experiment import run_recipe, summary_lines
+    from alpagasus2.recipe import plan_of
 
     if dry_run:
-        arms = ", ".join(f"{n} ({a.rows:,} rows)" for n, a in recipe.arms.items())
-        asked = ", ".join(recipe.questions)
-        print(f"{recipe.replicates} x {arms}; preset {recipe.preset}; questions {asked}")
-        if recipe.sizes:
-            sizes = ", ".join(f"{k:,}" for k in recipe.sizes)
-            print(f"{recipe.replicates} x {' and '.join(recipe.curves)} at {sizes} rows, too")
+        print("\n".join(plan_of(recipe)))
         return
     results = run_recipe(recipe, output_dir)
     print("\n".join(summary_lines(results)))

@@ -144,6 +144,7 @@ class Question(Asked, total=False):
     "A prompt of a test set."
 
     test_set: str
+    cluster: str  # what it shares with others of its test set: a passage, a question rephrased
     reference: str  # an answer by a person
     answer: dict[str, Any]  # what a program can check: type, value, options
 
@@ -413,7 +414,8 @@ def _question(row: Mapping, stem: str, number: int) -> Question:
         row = {"input": first["input"], "reference": first.get("output") or None}
     elif "instruction" not in row:  # another test set's form, of which no more is known
         row = {}
-    known = {k: row[k] for k in ("reference", "answer") if row.get(k) is not None}
+    known = {k: row[k] for k in ("reference", "answer", "cluster") if row.get(k) is not None}
+    known |= {"cluster": str(known["cluster"])} if "cluster" in known else {}
     question = {"id": str(key), "test_set": test_set, "category": category}
     question |= {"instruction": instruction, "input": row.get("input") or ""}
     return cast(Question, question | known)

@@ -188,6 +188,7 @@ def answer_lines(
     weights = {name: {"adapter": adapter_sha256(path)} for name, path in (adapters or {}).items()}
     lines = [
         {f: q.get(f) for f in ("id", "test_set", "category", "instruction", "input")}
+        | {f: q[f] for f in ("cluster",) if f in q}
         | {"model": name, "replicate": replicate, **weights.get(name, {})}
         for name in models for q in questions
     ]  # fmt: skip

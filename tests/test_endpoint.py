@@ -344,12 +344,12 @@ def test_several_arms_and_the_canaries_in_one_command(tmp_path):
     assert pairs == {("best", "base"), ("best", "random"), ("base", "random")}
     assert len(judged) == 3 * 6 * 2
     known = lines(tmp_path / "canaries.jsonl")
-    assert {x["model_a"] for x in known} == {"gold", "null", "itself"}
+    assert {x["model_a"] for x in known} == {"gold", "null", "itself", "padded"}
     words = ["report", "--judgments", tmp_path / "judgments.jsonl", "--output", tmp_path / "out"]
     status, said = run(*words, "--model_a", "best", cwd=tmp_path)
     assert status == 0, said
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert set(results["canaries"]) == {"gold_right", "null_wins", "itself_tied"}
+    assert set(results["canaries"]) == {"gold_right", "null_wins", "itself_tied", "padded_wins"}
 
 
 def test_batches_behind_the_same_command(tmp_path):

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "alpagasus2"
 # The main street, from top to bottom: a module may import those above it. 00_data is read first;
 # it finds data sets by name, so the catalogue, which needs no other module, stands above it.
 STREET = (
-    "catalog data selection quant_lora train generate judge local analysis recipe experiment cli"
+    "catalog data selection quant_lora train generate judge local analysis judges recipe "
+    "experiment cli"
 ).split()
 # The wings: a folder of modules, and what these may import beside each other.
 WINGS = {
@@ -28,14 +29,14 @@ WINGS = {
 }
 # What the main street takes from the wings.
 STEPS = "core endpoint model"  # catalog to local
-RESULTS = "core endpoint model evidence report"  # analysis and recipe
+RESULTS = "core endpoint model evidence report"  # analysis to recipe
 EVERYTHING = " ".join(WINGS)  # experiment and cli
 # Loaded inside a function, when its command is run.
 LOADED = {"commands": f"{EVERYTHING} {' '.join(STREET)}"}
 # Without torch: all of these folders and modules.
 LIGHT = (
-    "core endpoint evidence report commands catalog data selection generate judge analysis cli "
-    "extras.doctor extras.hub extras.benchmark_tables"
+    "core endpoint evidence report commands catalog data selection generate judge analysis judges "
+    "cli extras.doctor extras.hub extras.benchmark_tables"
 ).split()
 
 NO_MODULES = {"__init__", "__main__", "_modidx"}

@@ -15,7 +15,7 @@ from alpagasus2.catalog import dataset_path
 from alpagasus2.cli import main
 from alpagasus2.core.files import UserError
 from alpagasus2.experiment import Run, judge_arms, report_run, summary_lines
-from alpagasus2.judge import NULL_ANSWER
+from alpagasus2.judge import NULL_ANSWER, PADDING
 from alpagasus2.recipe import Arm, Judge, Recipe
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -25,13 +25,13 @@ WORTH = {g["good"]: 1000 for g in GOLD} | {g["bad"]: 0 for g in GOLD} | {NULL_AN
 
 
 class Fair(BaseHTTPRequestHandler):
-    """A judge that prefers the answer with more words in either order, and knows the gold pairs."""
+    """A judge that prefers more words, but no padding, in either order; it knows the gold pairs."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         asked = body["messages"][-1]["content"]
         answers = [re.search(ANSWER.format(n), asked, re.S)[2].strip() for n in (1, 2)]
-        one, two = (WORTH.get(x, len(x.split())) for x in answers)
+        one, two = (WORTH.get(x, len(x.removesuffix(PADDING).split())) for x in answers)
         reply = json.dumps({
             "id": "x", "object": "chat.completion", "created": 0, "model": "fair-served",
             "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12},

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from alpagasus2.analysis import analyse
+from alpagasus2.cli import report
+from alpagasus2.evidence.labels import load_labels
+from alpagasus2.evidence.sampling import is_random_sample
 from alpagasus2.report.page import pair_name, write_report
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -313,8 +317,8 @@ def test_votes_replicates_and_answers_without_a_judge(browser, tmp_path):
     assert "replicate 1" in tab.text_content("#pair .tags")
     press(tab, "j")
     assert tab.locator("#pair .columns .prose").all_text_contents() == ["7"] * 3
-    press(tab, "l")  # what no judge compared is not labelled
-    assert tab.text_content("#progress-text") == "0 of 2 labelled"
+    press(tab, "l")  # one prompt of the first two models; what no judge compared is not labelled
+    assert tab.text_content("#progress-text") == "0 of 1 labelled"
     tab.close()
 
 
@@ -390,17 +394,87 @@ def test_a_label_survives_a_reload_and_can_be_taken_back(tab):
 
 
 def test_the_end_of_labelling_offers_the_skipped_again(tab):
-    tab.select_option("#by-test-set", "vicuna")
-    press(tab, "l" + "s" * 2 + "1" * 25)
-    assert tab.text_content("#progress-text") == "25 of 27 labelled, 2 skipped"
+    press(tab, "l" + "s" * 2 + "1" * 58)
+    assert tab.text_content("#progress-text") == "58 of 60 labelled, 2 skipped"
     assert "turn" in tab.text_content("#pair") and tab.is_disabled("[data-label='1']")
     press(tab, "2")  # nothing is left to label
-    assert len(stored(tab)) == 27
+    assert len(stored(tab)) == 60
     tab.click("#again")
     press(tab, "33")
-    assert tab.text_content("#progress-text") == "27 of 27 labelled"
+    assert tab.text_content("#progress-text") == "60 of 60 labelled"
     press(tab, "l")
-    assert count(tab) == "1 of 27"
+    assert count(tab) == "1 of 60"
+
+
+def prompts_of(said):
+    return {(x["test_set"], x["id"]) for x in said}
+
+
+def test_labels_are_a_random_sample_of_distinct_prompts(browser, tmp_path):
+    "Three runs, five arms: each label is of another prompt, of the arms that decide, and a sample."
+    judged = [
+        x for arm in ("random", "longest") for r in range(3) for n in range(40)
+        for x in pair_lines(n, "ab", model_b=arm, replicate=r, test_set="koala")
+    ]  # fmt: skip
+    page = write_report({}, tmp_path, judged)
+    tab = browser.new_page(accept_downloads=True)
+    tab.goto(page.as_uri())
+    tab.get_by_role("button", name="Label answers").click()
+    assert "40 prompts come in a random order" in tab.text_content("#label-note")
+    press(tab, "s" + "1" * 21)
+    file = saved(tab, tmp_path / "labels.json")
+    assert len(prompts_of(file["labels"])) == 21 and len(file["skipped"]) == 1
+    assert {x["model_b"] for x in file["labels"]} == {"random"}
+    assert {x["replicate"] for x in file["labels"]} == {0, 1, 2}
+    frame = [("koala", f"q_{n}") for n in range(40)]
+    assert is_random_sample(frame, prompts_of(file["labels"]), prompts_of(file["skipped"]))
+    read = load_labels(tmp_path / "labels.json")
+    (found,) = analyse(judged, "filtered", labels=read)["labels"]
+    assert found["random"] and found["prompts"] == 21 and found["ppi_win_rate"] is not None
+    chosen = file | {"labels": file["labels"][1:]}  # one label left out, and it is no sample
+    (tmp_path / "chosen.json").write_text(json.dumps(chosen))
+    text = "".join(json.dumps(x) + "\n" for x in judged)
+    (tmp_path / "judgments.jsonl").write_text(text)
+    for name, sampled in (("labels", True), ("chosen", False)):
+        again = tmp_path / name
+        report(str(again), str(tmp_path / "judgments.jsonl"), labels=[f"{again}.json"])
+        results = json.loads((again / "results.json").read_text())
+        assert results["labels"][0]["random"] is sampled
+        assert any("random sample" in w for w in results["warnings"]) is not sampled
+        shown = "random" if sampled else "chosen by hand"
+        assert f"<td>{shown}</td>" in (again / "index.html").read_text(encoding="utf-8")
+    tab.close()
+
+
+def test_labelling_without_verdicts(browser, tmp_path):
+    asked = {"test_set": "koala", "instruction": "Name a colour."}
+    responses = [
+        {**asked, "id": f"q_{n}", "model": m, "response": f"{m}'s answer"}
+        for n in range(30) for m in ("filtered", "longest", "random")
+    ]  # fmt: skip
+    page = write_report({}, tmp_path, (), responses)
+    tab = browser.new_page(accept_downloads=True)
+    tab.goto(page.as_uri())
+    tab.click("#label")
+    given = {}
+    for key in "12" * 10:
+        answers = answers_shown(tab)
+        assert sorted(answers) == ["filtered's answer", "random's answer"]
+        name, arm = tab.evaluate("current().name"), answers[int(key) - 1].split("'")[0]
+        given[name] = "a" if arm == "filtered" else "b"
+        press(tab, key)
+    tab.reload()
+    tab.click("#label")
+    assert tab.text_content("#progress-text").startswith("20 of")
+    file = saved(tab, tmp_path / "labels.json")
+    assert {pair_name(x): x["label"] for x in file["labels"]} == given
+    press(tab, "l")
+    tab.select_option("#by-label", "not labelled")
+    assert count(tab) == "1 of 10"
+    later = [x for n in range(30) for x in pair_lines(n, "ab", test_set="koala")]
+    (found,) = analyse(later, "filtered", labels=load_labels(tmp_path / "labels.json"))["labels"]
+    assert (found["n"], found["random"]) == (20, True)
+    tab.close()
 
 
 def test_an_earlier_file_goes_on(tab, tmp_path):
@@ -460,6 +534,6 @@ def test_thousands_of_pairs_open_fast(browser, large):
     start = time.perf_counter()
     press(tab, "l123")
     labelled = time.perf_counter() - start
-    assert tab.text_content("#progress-text") == "3 of 2000 labelled"
+    assert tab.text_content("#progress-text").startswith("3 of ")
     tab.close()
     assert opened < 2 and labelled < 2, f"opened in {opened:.2f} s, labelled in {labelled:.2f} s"

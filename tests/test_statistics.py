@@ -9,26 +9,40 @@ import sys
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import statsmodels.api as sm
 from scipy.optimize import brentq, minimize
 from scipy.stats import binom, binomtest, bootstrap, norm
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import DescrStatsW
 
 from alpagasus2.analysis import analyse
-from alpagasus2.evidence.claim import NO_CLAIM, UNTESTED, VERDICTS
+from alpagasus2.evidence.claim import (
+    NO_CLAIM,
+    UNEQUAL,
+    UNTESTED,
+    VERDICTS,
+    all_must_hold,
+    claim,
+    decide,
+)
 from alpagasus2.evidence.filtering import auc_with_interval
 from alpagasus2.evidence.intervals import (
     heldout_summary,
     holds_run_noise,
     kappa_with_interval,
+    mean_interval,
     pooled_noise,
     prediction_powered_mean,
     share_interval,
     variance_parts,
 )
+from alpagasus2.evidence.labels import label_statistics
+from alpagasus2.evidence.length import length_statistics
 from alpagasus2.evidence.power import Design, power
+from alpagasus2.evidence.sampling import in_turn, lot
 from alpagasus2.report.formats import in_both_orders, without_orders
 
 SIGNS = np.array([1, 0, -1])
@@ -236,6 +250,92 @@ def mean_outcome(shift: float, slot: float = 0.0, spread: float = 0.0, n: int = 
     return float(experiment(rng, n, 1, 0.0, moved, slot).mean())
 
 
+def in_length(
+    rng: np.random.Generator, n: int, runs: int, rate: float, shift: float, spread: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """[n, runs] outcomes of a judge that leans to length, and how much longer the answers are.
+
+    `rate`: the win rate at equal length; `shift`: mean difference of length in standard deviations.
+    """
+    shared, own = rng.normal(size=(n, 1)), rng.normal(size=(n, runs))
+    longer = shift + np.sqrt(0.7) * shared + np.sqrt(0.3) * own
+    odds = np.log(rate / (1 - rate)) + 2 * np.tanh(longer) + spread * rng.normal(size=(1, runs))
+    luck = np.where(rng.random((n, runs)) < 0.6, rng.random((n, 1)), rng.random((n, runs)))
+    return (luck < 1 / (1 + np.exp(-odds))).astype(float), 100 * longer
+
+
+@pytest.mark.parametrize(
+    ("experiments", "least"), [(40, 0.85), pytest.param(2000, 0.93, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(("n", "runs"), [(20, 1), (80, 3), (250, 3), (730, 5)])
+def test_the_win_rate_at_equal_length(n, runs, experiments, least):
+    "Arms that differ in length alone: the plain interval is fooled, the adjusted one is not."
+    rng, error = np.random.default_rng(n), np.sqrt(0.93 * 0.07 / experiments)
+    for shift in (0.0, 0.7, 1.3):
+        made = [in_length(rng, n, runs, 0.5, shift, 0.1) for _ in range(experiments)]
+        found = [length_statistics(*x)["length_adjusted_win_rate_ci95"] for x in made]
+        low, high = np.array([x for x in found if x]).T
+        share, false = ((low <= 0.5) & (0.5 <= high)).mean(), (low > 0.5).mean()
+        print(f"n {n}, {runs} runs, shift {shift}: {share:.3f}, false {false:.3f}")
+        assert share >= least - 2 * error and false <= 0.03 + 3 * error
+        if shift and n >= 80:
+            ends = [share_interval(variance_parts(x, share=True))[0] for x, _ in made]
+            assert np.mean([x > 0.5 for x in ends]) > 0.5
+
+
+def test_what_length_alone_wins_is_no_claim():
+    rng = np.random.default_rng(5)
+    for shift, verdict in ((0.7, UNEQUAL), (9.0, UNEQUAL), (None, "supported")):
+        won, longer = in_length(rng, 250, 3, 0.5, shift or 0.0, 0.0)
+        if shift is None:
+            won[:] = rng.random(won.shape) < 0.8
+        judged = []
+        for r in range(3):
+            signs = np.repeat(2 * won[:, [r]] - 1, 2, axis=1)
+            for x in lines(signs, "x", "random", r):
+                more = int(longer[int(x["id"]), r])
+                judged.append(
+                    {**x, "response_a": "a" * max(more, 1), "response_b": "b" * max(-more, 1)}
+                )
+        claim = analyse(judged, "x")["claim"]
+        assert claim["verdict"] == verdict
+        assert (verdict == UNEQUAL) == ("length" in claim["reason"])
+
+
+@pytest.mark.parametrize(
+    ("experiments", "most"), [(40, 0.1), pytest.param(6000, 0.03, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(("n", "runs", "spread"), [(80, 3, 0.1), (250, 3, 0.1), (250, 5, 0.3)])
+def test_arms_that_differ_in_length_alone_support_nothing(n, runs, spread, experiments, most):
+    "The whole decision, by a judge that leans to length; spread in log-odds of a win."
+    rng, said, fooled = np.random.default_rng(n + runs), [], 0
+    fit, error = {"checks": [], "summary": ""}, np.sqrt(most * (1 - most) / experiments)
+    for _ in range(experiments):
+        won, longer = in_length(rng, n, runs, 0.5, 0.7, spread)
+        parts = variance_parts(won, share=True)
+        ends = share_interval(parts)
+        pair = {
+            "model_a": "x",
+            "model_b": "random",
+            "n": n,
+            "failed": 0,
+            "replicates": runs,
+            "win_rate": won.mean(),
+            "win_rate_ci95": ends,
+            "win_rate_bounds": ends,
+            "holds_run_noise": holds_run_noise(parts),
+            **length_statistics(won, longer),
+        }
+        fooled += decide(pair) == "supported"
+        said.append(claim([pair], fit)["verdict"])
+    share = said.count("supported") / experiments
+    print(
+        f"n {n}, {runs} runs, spread {spread}: supported {share:.3f}, fooled {fooled / experiments}"
+    )
+    assert share <= most + 2 * error
+    assert fooled > experiments / 2
+
+
 def intervals_of(rng, experiments: int, *world) -> np.ndarray:
     "[experiments, 2] intervals of the win rate."
     return np.array([
@@ -340,6 +440,35 @@ def test_twenty_labels_of_650(rate):
 
 
 @pytest.mark.parametrize(
+    ("experiments", "least"), [(30, 0.83), pytest.param(2000, 0.93, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_twenty_labels_of_three_runs(spread, experiments, least):
+    "The page's sample of 20 of 250 prompts, one run of each; the judge is biased by .15."
+    rng, held, judged_so = np.random.default_rng(6), [], []
+    order = in_turn([("t", str(i)) for i in range(250)])[:20]
+    index = [(i, r) for i in range(250) for r in range(3)]
+    table = pd.DataFrame({"test_set": "t", "model_a": "x", "model_b": "y",
+                          "id": [str(i) for i, _ in index], "unit": [str(i) for i, _ in index],
+                          "replicate": [r for _, r in index]})  # fmt: skip
+    truth = mean_outcome(0.2, spread=spread)
+    for _ in range(experiments):
+        person = experiment(rng, 250, 3, spread, 0.2)
+        judge = np.where(rng.random(person.shape) < 0.3, 1.0, person)
+        labels = [
+            {"id": i, "test_set": s, "model_a": "x", "model_b": "y", "replicate": r, "seed": 0,
+             "label": SAID[int(2 * person[int(i), r] - 1)]}
+            for s, i in order for r in [lot("run", s, i) % 3]
+        ]  # fmt: skip
+        (found,) = label_statistics(table.assign(outcome=2 * judge.ravel() - 1), labels)
+        low, high = found["ppi_win_rate_ci95"]
+        held.append(low <= truth <= high)
+        judged_so.append(abs(found["judge_win_rate"] - truth))
+    print(f"spread {spread}: {np.mean(held):.3f}")
+    assert np.mean(held) >= least and np.mean(judged_so) > 0.08
+
+
+@pytest.mark.parametrize(
     ("experiments", "least"), [(300, 0.7), pytest.param(3000, 0.78, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(("n", "runs", "spread"), [(250, 3, 0.0), (250, 5, 0.1), (730, 5, 0.3)])
@@ -386,6 +515,73 @@ def test_missing_verdicts_can_take_the_claim_away():
     assert few["pooled"][0]["win_rate_bounds"][0] < few["pooled"][0]["win_rate_ci95"][0]
     assert "could not be judged" in few["claim"]["reason"]
     assert many["pooled"][0]["win_rate_bounds"][0] < few["pooled"][0]["win_rate_bounds"][0]
+
+
+# ---- what is missing, and questions that belong together
+
+
+def passages(
+    rng: np.random.Generator, clusters: int, runs: int, spread: float, shift: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    "[questions, runs] outcomes of one to six questions on each passage, and their passages."
+    of = np.repeat(np.arange(clusters), rng.integers(1, 7, clusters))
+    latent = shift + rng.normal(size=clusters)[of, None] + 0.7 * rng.normal(size=(len(of), 1))
+    latent = latent + spread * rng.normal(size=(1, runs)) + 0.5 * rng.normal(size=(len(of), runs))
+    seen = (latent + 0.5 * rng.normal(size=latent.shape) for _ in "ab")
+    one, other = (np.where(abs(x) > 0.3, np.sign(x), 0.0) for x in seen)
+    return (np.sign(one + other) + 1) / 2, of
+
+
+@pytest.mark.parametrize(
+    ("experiments", "covered", "most"),
+    [(250, 0.90, 0.04), pytest.param(6000, 0.93, 0.03, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize(("clusters", "runs"), [(20, 1), (20, 3), (120, 1), (120, 3)])
+def test_intervals_over_clusters(clusters, runs, experiments, covered, most):
+    "Questions on one passage are no more evidence than the passage; by prompts it would be wrong."
+    rng, error = np.random.default_rng(clusters + runs), np.sqrt(most * (1 - most) / experiments)
+    made = [passages(rng, clusters, runs, 0.1 * (runs > 1)) for _ in range(experiments)]
+    by_cluster, by_prompt = (
+        np.array([share_interval(variance_parts(x, share=True, clusters=of if use else None))
+                  for x, of in made]) for use in (True, False)
+    )  # fmt: skip
+    held, naive = (((e[:, 0] <= 0.5) & (0.5 <= e[:, 1])).mean() for e in (by_cluster, by_prompt))
+    false = (by_cluster[:, 0] > 0.5).mean()
+    print(
+        f"{clusters} clusters, {runs} runs: {held:.3f}, false {false:.3f}; by prompts {naive:.3f}"
+    )
+    assert held >= covered and false <= most + 2 * error
+    assert naive < held
+
+
+def test_a_control_that_fails_to_answer_gives_no_claim():
+    "Where nothing is there, a server that loses a fifth of random's answers must not win for x."
+    rng, said, supported = np.random.default_rng(6), [], 0
+    failed = {"status": "unanswered", "response_b": None, "verdict": "a"}
+    for _ in range(12):
+        judged = [x for r in range(3) for x in lines(verdicts(rng, 100), "x", "random", r)]
+        judged = [{**x, **failed} if int(x["id"]) % 5 == 0 else x for x in judged]
+        results = analyse(judged, "x")
+        supported += decide({**results["pooled"][0], "win_rate_bounds": [1.0, 1.0]}) == "supported"
+        said.append(results["claim"]["verdict"])
+    assert supported > 6, "counted as losses alone they would win"
+    assert "supported" not in said
+
+
+def test_verdicts_that_are_missing_on_one_side_give_no_claim():
+    "Half of what x lost is not in the file; the claim knows how many pairs there must be."
+    rng, said, kept = np.random.default_rng(7), [], []
+    planned = {"questions": {"t": 120}, "runs": 3}
+    for _ in range(8):
+        judged = [x for r in range(3) for x in lines(verdicts(rng, 120), "x", "random", r)]
+        lost = {(x["id"], x["replicate"]) for x in judged if x["verdict"] == "b"}
+        gone = {x for x in lost if int(x[0]) % 2}
+        left = [x for x in judged if (x["id"], x["replicate"]) not in gone]
+        said.append(analyse(left, "x", planned=planned)["claim"]["verdict"])
+        pair = analyse(left, "x")["pooled"][0]
+        kept.append(pair["win_rate_ci95"][0] > 0.5)
+    assert np.mean(kept) > 0.5, "what is left looks like an effect"
+    assert "supported" not in said
 
 
 MANY = """
@@ -440,3 +636,43 @@ def test_a_failed_verdict_of_one_order_is_listed_once():
     assert copied and len(copies) == 4
     assert [(x["id"], x["review"]) for x in results["failures"]] == [("q", "hm")]
     assert results["claim"]["verdict"] in VERDICTS
+
+
+# ---- several comparisons, one question
+
+
+def test_equivalence_is_two_one_sided_tests():
+    "The verdict of the interval is that of statsmodels' test at 2.5% on each side."
+    rng, seen = np.random.default_rng(5), set()
+    for _ in range(200):
+        values = rng.normal(0.5 + rng.uniform(-0.06, 0.06), 0.2, size=150)
+        ends = mean_interval(variance_parts(values[:, None]))
+        pair = {"win_rate_ci95": ends, "win_rate_bounds": ends, "holds_run_noise": True}
+        p, *_ = DescrStatsW(values).ttost_mean(0.45, 0.55)
+        verdict = decide(pair, 0.05, equivalence=True)
+        assert (verdict == "supported") == (p < 0.025)
+        seen.add(verdict)
+    assert seen >= {"supported", "within noise"}
+
+
+@pytest.mark.parametrize(
+    ("experiments", "most"), [(300, 0.03), pytest.param(6000, 0.025, marks=pytest.mark.slow)]
+)
+def test_beating_two_arms_at_once_needs_no_correction(experiments, most):
+    "An arm that surpasses one control by far, and the other not at all, is seldom supported."
+    rng, false, (n, runs, spread) = np.random.default_rng(8), 0, (80, 3, 0.1)
+    for _ in range(experiments):
+        mine, far, equal = (
+            shift + rng.normal(size=(n, 1)) + spread * rng.normal(size=(1, runs))
+            + 0.5 * rng.normal(size=(n, runs))
+            for shift in (0.0, -3.0, 0.0)
+        )  # fmt: skip
+        verdicts = {}
+        for name, other in (("far", far), ("equal", equal)):
+            ends = share_interval(variance_parts((np.sign(mine - other) + 1) / 2, share=True))
+            pair = {"win_rate_ci95": ends, "win_rate_bounds": ends, "holds_run_noise": True}
+            verdicts[name] = {"verdict": decide(pair), "reason": name}
+        assert verdicts["far"]["verdict"] == "supported"
+        false += all_must_hold(verdicts)["verdict"] == "supported"
+    print(f"{false} of {experiments} supported")
+    assert false / experiments <= most + 2 * np.sqrt(most * (1 - most) / experiments)

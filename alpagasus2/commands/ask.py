@@ -176,6 +176,7 @@ def judge(
         canary_pairs,
         carry_out,
         comparison_plan,
+        missing_answers,
         pair_arms,
     )  # fmt: skip
 
@@ -183,6 +184,8 @@ def judge(
         raise UserError("--model: name the model that judges")
     lines = [line for path in responses for line in read_jsonl(path)]
     pairs = pair_arms(lines, model_a, model_b)[:limit]
+    for told in missing_answers(pairs):
+        print(told, file=sys.stderr)
     if backend == "local":
         config["protocol"] = "verdict"
     settings, limits = _sorted_out(config, JudgeConfig, EndpointConfig)

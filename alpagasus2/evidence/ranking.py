@@ -79,6 +79,7 @@ def ranking(
     pairs: Sequence[tuple[str, str]],  # the models of each pair
     points: np.ndarray,  # [prompts, pairs, runs] 1, 1/2 or 0 for its first model; NaN: unread
     strata: np.ndarray | None = None,  # [prompts] test set of each; None: one
+    clusters: np.ndarray | None = None,  # [prompts] what is drawn as one; None: each prompt
 ) -> list[dict[str, Any]]:  # model, strength, ci95, rank, n; the strongest first, None: open
     "Bradley-Terry strengths with intervals over prompts and runs; equal strengths share a rank."
     models = sorted({m for pair in pairs for m in pair})
@@ -90,7 +91,7 @@ def ranking(
     read = ~np.isnan(points).all(axis=2)
     found = []
     for k in np.argsort(-strength, kind="stable"):
-        half = half_width(variance_parts(influences[..., k], strata))
+        half = half_width(variance_parts(influences[..., k], strata, clusters=clusters))
         ends = _ends(float(strength[k]), half, wins[k].sum(), wins[:, k].sum())
         rank = 1 + int((strength > strength[k] + 1e-6).sum())
         played = int(read[:, signs[:, k] != 0].sum())

@@ -184,7 +184,8 @@ def without_orders(
     )  # fmt: skip
     claim = {"verdict": NO_CLAIM, "reason": f"{ONE_ORDER} {found}.".replace(" .", "")}
     pairs = [cleared(p) for p in results["pairs"]]
-    changed = {"claim": claim, "pairs": pairs, "pooled": pooled, "judge_health": health}
+    changed = {"claim": claim, "pairs": pairs, "pooled": pooled, "judge_health": health,
+               "ranking": None}  # fmt: skip
     return cast(Results, {**results, **changed})
 
 # %% ../../nbs/report/formats.ipynb #ef02763e

@@ -41,6 +41,21 @@ pairs.forEach((pair, i) => {
   pair.name = parts.map(encodeURIComponent).join("/");
   byName.set(pair.name, pair);
 });
+// Samples: for each two models the prompts in random order, with what is shown of each. A label
+// belongs to the name of both models' answers to a prompt in one replicate, judged or not.
+const samples = data.samples ?? {};
+for (const sample of Object.values(samples))
+  sample.items = sample.order.map(([number, a, b, turned]) => {
+    const pair = pairs[number], models = [sample.model_a, sample.model_b];
+    const parts = [pair.test_set, pair.id, ...models, pair.replicate];
+    pair.label = { name: parts.map(encodeURIComponent).join("/"), pair, models,
+      answers: [pair.answers[a], pair.answers[b]], turned: turned === 1 };
+    return pair.label;
+  });
+const labelled = new Map(pairs.filter(pair => pair.judged).map(pair => [pair.name,
+  { name: pair.name, pair, models: pair.answers.map(answer => answer.model) }]));
+for (const sample of Object.values(samples))
+  for (const item of sample.items) labelled.set(item.name, item);
 const SHORT = 1500;  // characters; a longer text gets a box of its own that scrolls
 let shown = pairs, at = 0;
 
@@ -104,7 +119,7 @@ function renderPair(pair) {
   const tones = { win: "good", lose: "bad", failed: "warn" }, tags = el("p", "tags");
   tags.append(el("span", `mark ${tones[pair.outcome] ?? "none"}`, winner(pair, pair.outcome)));
   if (pair.flip) tags.append(el("span", "mark warn", "verdicts disagree"));
-  if (labelOf(pair)) tags.append(el("span", "mark you", `you: ${winner(pair, labelOf(pair))}`));
+  if (labelOf(pair)) tags.append(el("span", "mark you", `you: ${youSaid(pair)}`));
   for (const text of [pair.models, pair.test_set, pair.category, `replicate ${pair.replicate}`])
     tags.append(el("span", "mark", text));
   return [head, tags, questionCard(pair),
@@ -133,7 +148,7 @@ const OUTCOME = { win: 1, tie: 0, lose: -1, a: 1, b: -1 };
 const filters = {
   "by-models": pair => pair.models, "by-test-set": pair => pair.test_set,
   "by-category": pair => pair.category, "by-outcome": pair => pair.outcome,
-  "by-label": pair => !labelOf(pair) ? "not labelled"
+  "by-label": pair => !labelOf(pair) ? "not labelled" : !pair.judged ? ""
     : OUTCOME[labelOf(pair)] === OUTCOME[pair.outcome] ? "as the judge" : "not as the judge",
 };
 
@@ -193,13 +208,18 @@ const STORE = `alpagasus2-labels-${data.run}`;
 let entries = [], labels = new Map(), labelling = null, kept = true;
 
 function labelOf(pair) {
-  return labels.get(pair.name) || null;
+  return labels.get(pair.label?.name ?? pair.name) || null;
+}
+
+function youSaid(pair) {
+  const models = pair.label?.models ?? pair.answers.map(answer => answer.model);
+  return labelOf(pair) === "tie" ? "tie" : `${models[labelOf(pair) === "a" ? 0 : 1]} wins`;
 }
 
 function restore() {
   try {
     const stored = JSON.parse(localStorage.getItem(STORE) ?? "{}");
-    entries = (stored.entries ?? []).filter(([name]) => byName.has(name));
+    entries = (stored.entries ?? []).filter(([name]) => labelled.has(name));
     $("labeller").value = stored.labeller ?? "";
   } catch (error) {
     kept = false;
@@ -222,28 +242,21 @@ function say(text) {
   $("label-message").textContent = text;
 }
 
-function hash(text) {  // FNV-1a, then murmur3's last mixing
-  let h = 0x811c9dc5;
-  for (let i = 0; i < text.length; i++) h = Math.imul(h ^ text.charCodeAt(i), 0x01000193);
-  h = Math.imul(h ^ h >>> 16, 0x85ebca6b);
-  h = Math.imul(h ^ h >>> 13, 0xc2b2ae35);
-  return (h ^ h >>> 16) >>> 0;
-}
-
-// Which answer stands left, and whose turn a pair is, are drawn from its name: the same after a
-// reload, and those labelled so far are at any time a random sample of all.
-const turned = pair => hash(`side ${pair.name}`) % 2 === 1;
-const turn = pair => hash(`turn ${pair.name}`);
-
-function queue() {
-  const chosen = ["by-models", "by-test-set", "by-category"].filter(id => $(id).value);
-  return pairs.filter(pair => pair.judged && chosen.every(id => filters[id](pair) === $(id).value))
-    .sort((x, y) => turn(x) - turn(y));
+// The models of the filter, or those that decide the claim. The order of the prompts and the side of
+// each answer were drawn when the page was made: the same after a reload, whatever the judge says.
+function chosen() {
+  return samples[$("by-models").value] ?? Object.values(samples)[0];
 }
 
 function enter() {
-  if (!pairs.some(pair => pair.judged)) return;
-  labelling = queue();
+  if (!chosen()) return;
+  labelling = chosen();
+  const all = labelling.items.length;
+  $("label-note").textContent = `The ${all} prompts come in a random order (seed `
+    + `${labelling.seed}). ${all < labelling.least ? "So few cannot correct the judge"
+      : `From ${labelling.least} labels on they correct the judge`}; `
+    + (labelling.needed ? `${labelling.needed} show an effect of the size in question.`
+      : "an effect as small as the one in question would need more prompts than there are.");
   document.body.classList.add("labelling");
   $("labelling-choices").hidden = false;
   $("label").setAttribute("aria-pressed", "true");
@@ -261,36 +274,36 @@ function leave() {
 }
 
 function current() {
-  return labelling.find(pair => !labels.has(pair.name));
+  return labelling.items.find(item => !labels.has(item.name));
 }
 
 function showNext() {
-  const done = labelling.filter(labelOf).length, pair = current();
-  const skipped = labelling.filter(pair => labels.get(pair.name) === null).length;
-  $("progress").max = labelling.length || 1;
+  const { items } = labelling, needed = labelling.needed ?? items.length, item = current();
+  const done = items.filter(x => labels.get(x.name)).length;
+  const skipped = items.filter(x => labels.get(x.name) === null).length;
+  $("progress").max = needed;
   $("progress").value = done;
-  $("progress-text").textContent = `${done} of ${labelling.length} labelled`
+  $("progress-text").textContent = `${done} of ${needed} labelled`
     + (skipped ? `, ${skipped} skipped` : "");
-  for (const button of document.querySelectorAll("[data-label]")) button.disabled = !pair;
-  $("again").hidden = Boolean(pair) || !skipped;
+  for (const button of document.querySelectorAll("[data-label]")) button.disabled = !item;
+  $("again").hidden = Boolean(item) || !skipped;
   $("undo").disabled = !entries.length;
-  $("pair").replaceChildren(...(pair ? renderBlind(pair)
-    : [el("p", "result", labelling.length ? "Every pair has had its turn: save the labels."
-      : "No judged pair here.")]));
+  $("pair").replaceChildren(...(item ? renderBlind(item)
+    : [el("p", "result", "Every prompt has had its turn: save the labels.")]));
 }
 
-function renderBlind(pair) {
-  const texts = pair.answers.map(answer => answer.text.trim());  // a blank line tells models apart
-  if (turned(pair)) texts.reverse();
-  return [questionCard(pair),
+function renderBlind(item) {
+  const texts = item.answers.map(answer => answer.text.trim());  // a blank line tells models apart
+  if (item.turned) texts.reverse();
+  return [questionCard(item.pair),
     columns(card("Answer 1", prose(texts[0])), card("Answer 2", prose(texts[1])))];
 }
 
 function give(said) {  // "1", "2", "3", or "" for a skip
-  const pair = current();
-  if (!pair) return;
-  const sides = turned(pair) ? ["b", "a"] : ["a", "b"];
-  entries.push([pair.name, { 1: sides[0], 2: sides[1], 3: "tie" }[said] ?? null]);
+  const item = current();
+  if (!item) return;
+  const sides = item.turned ? ["b", "a"] : ["a", "b"];
+  entries.push([item.name, { 1: sides[0], 2: sides[1], 3: "tie" }[said] ?? null]);
   remember();
   afterLabel();
 }
@@ -312,17 +325,19 @@ function afterLabel() {
   if ($("viewer").getBoundingClientRect().top < 0) $("viewer").scrollIntoView();
 }
 
-function labelLines() {
-  return entries.filter(([, label]) => label).map(([name, label]) => {
-    const pair = byName.get(name);
-    const [model_a, model_b] = pair.answers.map(answer => answer.model);
-    return { id: pair.id, test_set: pair.test_set, model_a, model_b,
-      replicate: pair.replicate, label };
+function labelLines(skipped = false) {
+  return entries.filter(([, label]) => (label === null) === skipped).map(([name, label]) => {
+    const { pair, models: [model_a, model_b] } = labelled.get(name);
+    const line = { id: pair.id, test_set: pair.test_set, model_a, model_b,
+      replicate: pair.replicate };
+    return skipped ? line : { ...line, label };
   });
 }
 
 function save() {
-  const file = { labeller: $("labeller").value.trim() || "person", labels: labelLines() };
+  const file = { labeller: $("labeller").value.trim() || "person",
+    sample: { seed: chosen().seed, drawn_by: "SHA-256 of seed, test set and id" },
+    labels: labelLines(), skipped: labelLines(true) };
   const link = el("a");
   link.href = URL.createObjectURL(new Blob([`${JSON.stringify(file, null, 1)}\n`],
     { type: "application/json" }));
@@ -339,8 +354,8 @@ function found(line) {  // [name, label] of a saved line, whichever way round it
   const name = (a, b) => [line.test_set, line.id, a, b, line.replicate ?? 0]
     .map(encodeURIComponent).join("/");
   const [one, two] = [name(line.model_a, line.model_b), name(line.model_b, line.model_a)];
-  if (byName.has(one)) return [one, line.label];
-  return byName.has(two) ? [two, FLIP[line.label]] : null;
+  if (labelled.has(one)) return [one, line.label];
+  return labelled.has(two) ? [two, FLIP[line.label] ?? null] : null;
 }
 
 function load(text) {
@@ -351,12 +366,15 @@ function load(text) {
   if (labelLines().length && mine && theirs && mine !== theirs)
     throw new Error(`these are ${theirs}'s labels and those here ${mine}'s; keep two files`);
   const here = file.labels.map(found).filter(Boolean);
-  const added = here.filter(([name]) => !labelOf(byName.get(name)));
+  const added = here.filter(([name]) => !labels.get(name));
+  const passed = (file.skipped ?? []).map(line => found({ ...line, label: null })).filter(Boolean);
+  added.push(...passed.filter(([name]) => !labels.has(name)));
   const names = new Set(added.map(([name]) => name));
   entries = [...added, ...entries.filter(([name]) => !names.has(name))];
   $("labeller").value ||= theirs;
   remember();
-  say(`${added.length} labels loaded; ${here.length - added.length} pairs had one already; `
+  const loaded = added.filter(([, label]) => label).length;
+  say(`${loaded} labels loaded; ${here.length - loaded} pairs had one already; `
     + `${file.labels.length - here.length} belong to no pair of this report.`);
 }
 
@@ -424,7 +442,11 @@ function start() {
     button.addEventListener("click", () => showOnly(button));
   $("label-file").addEventListener("change", loadFile);
   $("labeller").addEventListener("input", remember);
-  $("label").hidden = !pairs.some(pair => pair.judged);
+  $("label").hidden = !chosen();
+  for (const button of document.querySelectorAll(".to-labels")) {
+    button.hidden = !chosen();
+    button.addEventListener("click", enter);
+  }
   document.addEventListener("keydown", onKey);
   window.addEventListener("hashchange", openHash);
   window.addEventListener("beforeunload", event => {

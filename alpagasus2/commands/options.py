@@ -149,10 +149,12 @@ def config_text(
 
 # %% ../../nbs/commands/options.ipynb #3ee9a97a
 def rows_of(
-    source: str,  # a file, a catalogued name or a hub id
+    source: str,  # a file, a folder of `save_to_disk`, a catalogued name or a hub id
+    columns: str | None = None,  # OURS=THEIRS,... where the fields have other names
+    preferred: bool = False,  # of preferences, take the good side
 ) -> tuple[list[Example], list[Problem]]:  # rows with ids; those dropped
     "Read and check rows; those that were dropped are named on standard error."
-    rows, problems = load_examples(source)
+    rows, problems = load_examples(source, columns=columns, preferred=preferred)
     if problems:
         print(dropped(problems), file=sys.stderr)
     return rows, problems

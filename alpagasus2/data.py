@@ -355,7 +355,7 @@ def examine(
 ) -> Examined:
     "Read and sort rows, and say how they were read; `UserError` where a file cannot be read."
     found = Examined(parse_columns(columns), preferred)
-    for row in assembled(iter_rows(source, split)):
+    for row in assembled(iter_rows(source, split), str(source)):
         found.add(row)
     if told := found.told():
         say_once(f"{source}: {told}")
@@ -521,7 +521,7 @@ def _checked_question(found: Mapping[str, Any], key: Any, test_set: str) -> Ques
     question |= {"instruction": found["instruction"], "input": _text(found, "input")}
     if reference := _text(found, "reference"):
         question["reference"] = reference
-    if answer is not None:
+    if answer not in (None, ""):
         if not isinstance(answer, Mapping) or unwritable(answer):
             raise UserError("`answer` is not an object with type and value")
         question["answer"] = answer

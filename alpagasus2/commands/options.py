@@ -160,6 +160,9 @@ def rows_of(
     return rows, problems
 
 # %% ../../nbs/commands/options.ipynb #426db47f
+_LONGEST = 2000  # characters of a sentence; what is quoted in it may be a whole row
+
+
 def exit_status(
     carry_out: Callable[[], None],  # the sub-command, with its options
 ) -> int:  # 0; 2 after a user's mistake; 130 after Ctrl-C
@@ -177,5 +180,8 @@ def exit_status(
         said, status = str(e), 2
     except KeyboardInterrupt as e:
         said, status = str(e) or "stopped; run the same command again to go on", 130
-    print(f"alpagasus2: {said}", file=sys.stderr)
+    said = (
+        said if len(said) <= _LONGEST else f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
+    )
+    print(f"alpagasus2: {' '.join(said.splitlines())}", file=sys.stderr)
     return status

@@ -126,29 +126,41 @@ def _oasst(row: Row) -> dict[str, Any]:
     return {"id": row.get("message_tree_id"), **kept, "messages": thread}
 
 
-def _trees(messages: Iterable[Any]) -> Iterator[dict[str, Any]]:
+def _nodes(messages: Iterable[Any], source: str) -> dict[str, dict[str, Any]]:
+    "The messages of a table by their ids, each with a list for its replies."
+    nodes = {}
+    for n, m in enumerate(messages):
+        ids = [m.get(k) for k in ("message_id", "parent_id")] if isinstance(m, Mapping) else [None]
+        if not isinstance(ids[0], str) or not isinstance(ids[1], str | None):
+            raise UserError(f"{source}: row {n}: `message_id` and `parent_id` are not text")
+        nodes[ids[0]] = {**m, "replies": []}
+    return nodes
+
+
+def _trees(messages: Iterable[Any], source: str) -> Iterator[dict[str, Any]]:
     "A table of messages as one row a tree, in the order of their first messages."
-    nodes = {m["message_id"]: {**m, "replies": []} for m in messages if isinstance(m, Mapping)}
-    for node in nodes.values():
+    nodes = _nodes(messages, source)
+    for key, node in nodes.items():
         parent = node.get("parent_id")
-        if parent is not None and parent not in nodes:
-            raise UserError(f"message {node['message_id']}: its parent {parent} is not in the file")
-        if parent is not None:
+        if parent and parent not in nodes:
+            raise UserError(f"{source}: message {key}: its parent {parent} is not in the file")
+        if parent:
             nodes[parent]["replies"].append(node)
     for key, node in nodes.items():
-        if node.get("parent_id") is None:
+        if not node.get("parent_id"):
             yield {"message_tree_id": node.get("message_tree_id", key), "prompt": node}
 
 
 def assembled(
     rows: Iterable[Any],  # as a file has them
+    source: str = "rows",  # named in the message
 ) -> Iterator[Any]:
     "Rows as they are, but the trees of a table of OpenAssistant's messages."
     rows = iter(rows)
     first = [*islice(rows, 1)]
     needed = {"message_id", "parent_id", "text", "role"}
     is_table = bool(first) and isinstance(first[0], Mapping) and needed <= first[0].keys()
-    yield from _trees(chain(first, rows)) if is_table else chain(first, rows)
+    yield from _trees(chain(first, rows), source) if is_table else chain(first, rows)
 
 # %% ../../nbs/core/row_formats.ipynb #d63f45cf
 def _context(row: Row) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
 from .catalog import locate
-from .core.files import UserError, check_safe_name, say_once, unwritable
+from .core.files import UserError, check_safe_name, printable, say_once, unwritable
 from alpagasus2.core.row_formats import (
     FORMATS,
     QUESTION_FORMATS,
@@ -271,9 +271,9 @@ class Examined:
             gone = _without_unwritable(row)
             self._identify(row, n)
         except _Unusable as e:
-            self.problems.append(Problem(n, e.kind, e.detail))
+            self.problems.append(Problem(n, e.kind, printable(e.detail)))
             return
-        self.problems += [Problem(n, "field", detail) for detail in gone]
+        self.problems += [Problem(n, "field", printable(detail)) for detail in gone]
         self.rows.append(row)
 
     def _identify(self, row: Example, n: int) -> None:

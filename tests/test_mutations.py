@@ -10,6 +10,7 @@ To add a kind of file, write its examples, its command and what must hold of a r
 
 import copy
 import csv
+import functools
 import gzip
 import io
 import json
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from alpagasus2 import cli
 from alpagasus2.cli import main
 from alpagasus2.core import run_folder
 from alpagasus2.data import load_examples
@@ -256,8 +258,9 @@ KINDS = {
 # --- the tests ------------------------------------------------------------------------------------
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The versions of all libraries are the same in every call."""
+    """Versions of libraries and parsers are the same in every call."""
     known = run_folder.environment()
+    monkeypatch.setattr(cli, "build_parser", functools.cache(cli.build_parser))
     monkeypatch.setattr(run_folder, "environment", lambda: known)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastcore.docments import docments
 
-from ..core.files import UserError
+from ..core.files import UserError, printable
 from ..data import Example, Problem, dropped, load_examples
 
 # %% ../../nbs/commands/options.ipynb #13299d2e
@@ -183,5 +183,5 @@ def exit_status(
     said = (
         said if len(said) <= _LONGEST else f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
     )
-    print(f"alpagasus2: {' '.join(said.splitlines())}", file=sys.stderr)
+    print(f"alpagasus2: {printable(' '.join(said.splitlines()))}", file=sys.stderr)
     return status

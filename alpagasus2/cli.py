@@ -190,7 +190,8 @@ def select(
     theirs = {p: load_scores(p, rows, dimension, problems) for p in other_scores or []}
     agreed = _agreement(scores, found, theirs, len(kept)) if theirs else {}
     write_json(output, kept)
-    _record_selection(output, data, len(rows), rule, len(kept))
+    read = {"columns": columns, "preferred": preferred or None}
+    _record_selection(output, data, len(rows), {**rule, **read}, len(kept))
     unscored = f"; {sum(r['id'] not in found for r in rows):,} had no score" if found else ""
     print(f"{output}: kept {len(kept):,} of {len(rows):,} rows{unscored}")
     if report:

@@ -238,7 +238,8 @@ def _without_unwritable(row: Example) -> list[str]:
     "Take away the fields that no file can hold; say which."
     gone = []
     for name, value in [*row.items()]:
-        if isinstance(value, int) or not (what := unwritable(value) or unwritable(name)):
+        is_number = name == "id" and isinstance(value, int)  # it becomes a text
+        if is_number or not (what := unwritable(value) or unwritable(name)):
             continue
         if name in (*_ROW_FIELDS, "messages"):
             raise _Unusable("unwritable", f"`{name}` holds {what}")
@@ -290,7 +291,7 @@ class Examined:
 
     def told(self) -> str:
         "How the rows were read, in words; nothing where all have our own fields."
-        shapes = {f.name: f.shape for f in FORMATS[2:]}
+        shapes = {f.name: f.shape for f in FORMATS if f.ours is not dict}
         found = [
             f"{n:,} rows read as {k} ({shapes[k]})" for k, n in self.formats.items() if k in shapes
         ]

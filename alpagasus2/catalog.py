@@ -71,16 +71,27 @@ def locate(
     return fetch(str(source)) if "address" in entry else dataset_path(entry["file"])
 
 # %% ../nbs/00a_catalog.ipynb #4f5fa6d1
+def _hashes(path: Path) -> tuple[str, str]:
+    "Git blob id and SHA-256 of a file of any size."
+    blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    sha256 = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            blob.update(chunk)
+            sha256.update(chunk)
+    return blob.hexdigest(), sha256.hexdigest()
+
+
 def describe_data(
     data_path: str | Path,  # what the rows were read from: a file, a catalogued name or a hub id
     rows: int,  # how many were read, those held out for evaluation among them
 ) -> dict:  # {"file", "rows", "sha256", "licence", "page"}; what is not known is None
     "File, hash and licence of rows; a folder on this machine is never part of it."
     name, path = str(data_path), locate(data_path)
-    if not path.is_file():  # a hub id
+    if not path.is_file():  # a hub id, or a folder of `save_to_disk`
+        name = path.name if path.is_dir() else name
         return {"file": name, "rows": rows, "sha256": None, "licence": None, "page": None}
-    content = path.read_bytes()
-    blob, sha256 = git_blob_id(content), hashlib.sha256(content).hexdigest()
+    blob, sha256 = _hashes(path)
     noted = manifest_entry(path)
     entry = next(
         (e for n, e in catalog().items() if n == name or e.get("git_blob") == blob),

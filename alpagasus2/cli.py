@@ -29,23 +29,29 @@ from alpagasus2.commands.options import (
 from .commands.training import doctor, estimate, merge, preview, train
 from .core.files import UserError, file_sha256, read_json, read_jsonl, write_json
 from .core.run_folder import annotate, latest
-from .data import check_rows, load_examples, load_questions, read_rows
+from .data import examine, grouped, load_examples, load_test_sets
 
 # %% ../nbs/07_cli.ipynb #c1dfd96e
 def check(
-    path: str,  # a file, a catalogued name or a hub id
-    output: str | None = None,  # write the good rows here, with their ids
+    path: str,  # a file, a folder of `save_to_disk`, a catalogued name or a hub id
+    output: str | None = None,  # write the good rows here, with their ids, in our fields
+    columns: str | None = None,  # OURS=THEIRS,... where the fields have other names
+    preferred: bool = False,  # of preferences, take the good side
 ) -> None:
-    "List what is wrong with a data set, row by row; exit status 2 when something is."
-    rows = read_rows(path)
-    good, problems = check_rows(rows)
-    for p in problems:
-        print(f"{path}: row {p.row}: {p.kind}: {p.detail}")
+    "List what is wrong with a data set; exit status 2 when something is."
+    found = examine(path, columns=columns, preferred=preferred)
+    for line in grouped(found.problems):
+        print(f"{path}: {line}")
     if output:
-        write_json(output, good)
-    print(f"{path}: {len(good):,} of {len(rows):,} rows are good")
-    if problems:
-        raise UserError(f"{path}: {len(problems)} rows have a problem, listed above")
+        write_json(output, found.rows)
+    print(f"{path}: {len(found.rows):,} of {found.total:,} rows are good")
+    if rows := len({p.row for p in found.problems}):
+        hint = (
+            "; --preferred true takes the good side"
+            if "preference" in {p.kind for p in found.problems}
+            else ""
+        )
+        raise UserError(f"{path}: {rows} rows have a problem, listed above{hint}")
 
 # %% ../nbs/07_cli.ipynb #8ae253e6
 def fetch(
@@ -107,7 +113,7 @@ def _filter_page(
     )
     from alpagasus2.report.page import write_report
 
-    asked = [q for name in questions for q in load_questions(name)]
+    asked = load_test_sets(questions)
     figures = {"Scores": plot_scores(rows, scores)} if scores else {}
     figures |= {
         "Share kept by category": plot_categories(rows, selected),
@@ -160,6 +166,8 @@ def select(
     random_k: int | None = None,  # keep this many at random
     longest_k: int | None = None,  # keep this many with the longest responses
     seed: int = 0,  # for random_k and for ties
+    columns: str | None = None,  # OURS=THEIRS,... where the fields of the rows have other names
+    preferred: bool = False,  # of preferences, take the good side
     drop_near_duplicates: float | None = None,  # of questions this alike (0.7) the best stays
     quota: list[str] | None = None,  # NAME=SHARE of the kept rows by category, or pool: its shares
     report: str | None = None,  # a folder for a page on what was kept and lost
@@ -171,7 +179,7 @@ def select(
     from alpagasus2.selection import load_scores
     from alpagasus2.selection import select as select_rows
 
-    rows, problems = rows_of(data)
+    rows, problems = rows_of(data, columns, preferred)
     _check_page_options(report, scores, other_scores, questions, compare)
     others = _others_rows(compare or [], output)
     found = load_scores(scores, rows, dimension, problems) if scores else None
@@ -182,7 +190,8 @@ def select(
     theirs = {p: load_scores(p, rows, dimension, problems) for p in other_scores or []}
     agreed = _agreement(scores, found, theirs, len(kept)) if theirs else {}
     write_json(output, kept)
-    _record_selection(output, data, len(rows), rule, len(kept))
+    read = {"columns": columns, "preferred": preferred or None}
+    _record_selection(output, data, len(rows), {**rule, **read}, len(kept))
     unscored = f"; {sum(r['id'] not in found for r in rows):,} had no score" if found else ""
     print(f"{output}: kept {len(kept):,} of {len(rows):,} rows{unscored}")
     if report:

@@ -17,60 +17,86 @@ import numpy as np
 
 from .core.files import UserError
 from .core.text import NearDuplicates, category_by_rules
-from .data import Example, Problem, asked_of, read_rows, response_of
+from .data import Example, Problem, asked_of, iter_rows, response_of
 
 # %% ../nbs/00b_selection.ipynb #f1f836cb
 def _score(line: Mapping, where: str) -> float | None:
     if "score" not in line:
-        raise UserError(f"{where} has no `score` (its fields: {', '.join(line)})")
+        raise UserError(f"{where} has no `score` (its fields: {', '.join(map(str, line))})")
     if line.get("status", "ok") != "ok" or line["score"] in (None, ""):
         return None
+    given = line["score"]
     try:
-        score = float(line["score"])
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: score {line['score']!r} is not a number") from None
+        score = math.nan if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{where}: score {given!r} is not a number") from None
     if not math.isfinite(score):
-        raise UserError(f"{where}: score {line['score']!r} is not a finite number")
+        raise UserError(f"{where}: score {given!r} is not a finite number")
     return score
 
 
-def _scored_id(line: Mapping, where: str, by_row: Mapping[int, str]) -> str | None:
+def _scored_id(line: Mapping, where: str, by_row: Sequence[str | None]) -> str | None:
     "The id of the row that a line scores; None for a row that was dropped."
-    if "id" in line:
+    if line.get("id") not in (None, ""):
         return str(line["id"])
     if "row" not in line:
         raise UserError(f"{where} has neither `id` nor `row`")
     text = str(line["row"])
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UserError(f"{where}: row {text!r} is no row number, counted from 0")
-    return by_row.get(int(text))
+    if int(text) >= len(by_row):
+        raise UserError(f"{where}: row {text}, but the data end with row {len(by_row) - 1}")
+    return by_row[int(text)]
 
 # %% ../nbs/00b_selection.ipynb #111b76c2
+def _ids_by_row(rows: Sequence[Example], problems: Sequence[Problem]) -> list[str | None]:
+    "The id of each row of a file; None where the row was dropped."
+    gone, kept = {p.row for p in problems if p.drops}, iter(rows)
+    return [None if n in gone else next(kept)["id"] for n in range(len(rows) + len(gone))]
+
+
+def _named_part(line: Any, where: str) -> tuple[str | None, int]:
+    "The dimension and the vote that a line is of."
+    if not isinstance(line, Mapping):
+        raise UserError(f"{where} is a {type(line).__name__}, not an object with a `score`")
+    dimension, vote = line.get("dimension"), str(line.get("vote") or 0)
+    if not isinstance(dimension, str | None) or not vote.isdecimal():
+        raise UserError(f"{where}: dimension {dimension!r} and vote {vote}: a name and a number")
+    return dimension, int(vote)
+
+
 def load_scores(
-    path: str | Path,  # ratings.jsonl, or a .csv or .jsonl with id or row, and score
+    path: str | Path,  # ratings.jsonl, or a table with id or row, and score
     rows: Sequence[Example],  # of `load_examples`
     dimension: str | None = None,  # which one, when the file holds several
     problems: Sequence[Problem] = (),  # what `load_examples` dropped: `row` counts these too
 ) -> dict[str, float]:  # row id -> mean score over votes
     "Read scores by row id. A row without a readable score is left out, never given a number."
-    lines = read_rows(path)
-    found = {line["dimension"] for line in lines if "dimension" in line}
+    by_row, found = _ids_by_row(rows, problems), Counter[str]()
+    votes: dict[tuple, dict[str, float]] = defaultdict(dict)  # the last line of a vote counts
+    for n, line in enumerate(iter_rows(path)):
+        where = f"{path}: line {n}"
+        part = _named_part(line, where)
+        found.update([part[0]] if part[0] else [])
+        if dimension and part[0] not in (None, dimension):
+            continue
+        score = _score(line, where)
+        if score is not None and (key := _scored_id(line, where, by_row)) is not None:
+            votes[part][key] = score
     if dimension is None and len(found) > 1:
         raise UserError(f"{path}: holds several dimensions ({', '.join(sorted(found))}); name one")
     if dimension and found and dimension not in found:
         raise UserError(f"{path}: no score for {dimension!r}, only for {', '.join(sorted(found))}")
-    votes: dict[str, dict] = defaultdict(dict)
-    gone = {p.row for p in problems}
-    places = (n for n in range(len(rows) + len(gone)) if n not in gone)
-    by_row = {n: r["id"] for n, r in zip(places, rows, strict=True)}
-    for n, line in enumerate(lines):
-        if "dimension" in line and dimension not in (None, line["dimension"]):
-            continue
-        where = f"{path}: line {n}"
-        score = _score(line, where)
-        if score is not None and (key := _scored_id(line, where, by_row)) is not None:
-            votes[key][line.get("vote", 0)] = score
-    return {key: sum(v.values()) / len(v) for key, v in votes.items()}
+    return _means([*votes.values()])
+
+
+def _means(votes: Sequence[dict[str, float]]) -> dict[str, float]:
+    "The mean over the votes that a row has."
+    if len(votes) == 1:
+        return votes[0]
+    ids = dict.fromkeys(key for vote in votes for key in vote)
+    given = {key: [vote[key] for vote in votes if key in vote] for key in ids}
+    return {key: sum(scores) / len(scores) for key, scores in given.items()}
 
 # %% ../nbs/00b_selection.ipynb #c520cf51
 def category_of(

@@ -51,7 +51,7 @@ def rows(tmp_path: Path) -> Path:
         (b'[{"instruction": "a", "output": "b"', "cut short"),
         ('[{"instruction": "café", "output": "b"}]'.encode("latin1"), "not UTF-8"),
         (b"[]", "is empty"),
-        (b"", "line 1, column 1"),
+        (b"", "is empty"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, content, says):

@@ -273,7 +273,7 @@ def test_a_data_set_of_the_hub_is_checked_and_formatted(tokenizer):
         rows, _ = load_examples("org/rows")
     assert hub.split == "train"
     assert tokenizer.decode(encode(rows[0], tokenizer).ids).startswith("Below is an instruction")
-    with patch("datasets.load_dataset", Hub([{"prompt": "a", "completion": "b"}])):
+    with patch("datasets.load_dataset", Hub([{"title": "a", "body": "b"}])):
         with pytest.raises(UserError, match="org/rows: row 0 has no `instruction`"):
             load_examples("org/rows")
 

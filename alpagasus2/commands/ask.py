@@ -15,7 +15,7 @@ from typing import Any, Literal
 from .options import rows_of
 from ..core.files import UserError, read_jsonl
 from ..core.run_folder import cost_of, dollars, has_failed, status_counts
-from ..data import load_questions, template_of
+from ..data import load_test_sets, template_of
 
 # %% ../../nbs/commands/ask.ipynb #00808a72
 def _sorted_out(values: Mapping[str, Any], *classes: Any) -> list[Any]:
@@ -119,6 +119,8 @@ def rate(
     template_options: dict[str, Any]
     | None = None,  # for a chat template: {"enable_thinking": false}
     merge_system: bool = False,  # put a system turn into the first turn of the user
+    columns: str | None = None,  # OURS=THEIRS,... where the fields have other names
+    preferred: bool = False,  # of preferences, take the good side
     retry: bool = False,  # ask again where a reply was unreadable or a refusal
     limit: int | None = None,  # only the first so many rows
     dry_run: bool = False,  # say what would be done
@@ -131,7 +133,7 @@ def rate(
     asking = {"--prompt": prompt, "--base_url": base_url}
     reading = {"--template": template, "--merge_system": merge_system}
     _check_given(f"--rater {rater}", reading if rater == "llm" else asking)
-    rows = rows_of(data)[0][:limit]
+    rows = rows_of(data, columns, preferred)[0][:limit]
     if rater != "llm":
         read = {"template": template or "chat", "template_options": template_options}
         form = template_of({**read, "merge_system": merge_system})
@@ -266,7 +268,7 @@ def generate(
 
     _check_source(base_model, base_url, adapters, export or [])
     settings, limits = _sorted_out(config, GenerateConfig, EndpointConfig)
-    asked = [q for source in questions for q in load_questions(source)[:limit]]
+    asked = load_test_sets(questions, limit)
     paths = dict(_named_path(a) for a in adapters or [])
     if name in paths:
         raise UserError(f"--name {name}: an adapter has this name, too; give the base another")

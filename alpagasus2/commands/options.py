@@ -18,7 +18,7 @@ from typing import Any
 
 from fastcore.docments import docments
 
-from ..core.files import UserError
+from ..core.files import UserError, printable
 from ..data import Example, Problem, dropped, load_examples
 
 # %% ../../nbs/commands/options.ipynb #13299d2e
@@ -149,15 +149,20 @@ def config_text(
 
 # %% ../../nbs/commands/options.ipynb #3ee9a97a
 def rows_of(
-    source: str,  # a file, a catalogued name or a hub id
+    source: str,  # a file, a folder of `save_to_disk`, a catalogued name or a hub id
+    columns: str | None = None,  # OURS=THEIRS,... where the fields have other names
+    preferred: bool = False,  # of preferences, take the good side
 ) -> tuple[list[Example], list[Problem]]:  # rows with ids; those dropped
     "Read and check rows; those that were dropped are named on standard error."
-    rows, problems = load_examples(source)
+    rows, problems = load_examples(source, columns=columns, preferred=preferred)
     if problems:
         print(dropped(problems), file=sys.stderr)
     return rows, problems
 
 # %% ../../nbs/commands/options.ipynb #426db47f
+_LONGEST = 2000  # characters of a sentence; what is quoted in it may be a whole row
+
+
 def exit_status(
     carry_out: Callable[[], None],  # the sub-command, with its options
 ) -> int:  # 0; 2 after a user's mistake; 130 after Ctrl-C
@@ -175,5 +180,8 @@ def exit_status(
         said, status = str(e), 2
     except KeyboardInterrupt as e:
         said, status = str(e) or "stopped; run the same command again to go on", 130
-    print(f"alpagasus2: {said}", file=sys.stderr)
+    said = (
+        said if len(said) <= _LONGEST else f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
+    )
+    print(f"alpagasus2: {printable(' '.join(said.splitlines()))}", file=sys.stderr)
     return status

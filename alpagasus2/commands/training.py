@@ -17,10 +17,12 @@ from ..core.files import UserError, atomic, check_output, dumps, write_json
 from ..data import load_examples, prompt, response_of, template_of
 
 # %% ../../nbs/commands/training.ipynb #e734b620
-def _training_rows(data_path: str, data_type: str) -> list[Any]:
+def _training_rows(
+    data_path: str, data_type: str, columns: str | None = None, preferred: bool = False
+) -> list[Any]:
     if data_type == "hf" and Path(data_path).exists():
         raise UserError(f"--data_type hf, but {data_path} is a file on this machine")
-    return rows_of(data_path)[0]
+    return rows_of(data_path, columns, preferred)[0]
 
 # %% ../../nbs/commands/training.ipynb #27e975fa
 def _is_first_process() -> bool:
@@ -68,13 +70,15 @@ def train(
     hub_path: str | None = None,  # USER/NAME: push the adapter there when it is trained
     hub_private: bool = True,  # whether a repository that has to be made is private
     preset: str = "seed-7b",  # seed-7b, seed-13b, strong or quickstart; options given replace its
+    columns: str | None = None,  # OURS=THEIRS,... where the fields have other names
+    preferred: bool = False,  # of preferences, take the good side
     report_to: str | None = None,  # tensorboard, wandb or trackio: follow the figures there
     limit: int | None = None,  # only the first so many rows
     dry_run: bool = False,  # count rows, tokens and steps, and stop
     **config: Any,
 ) -> None:
     "Train a QLoRA adapter; run again to go on where it stopped."
-    rows = _training_rows(data_path, data_type)[:limit]
+    rows = _training_rows(data_path, data_type, columns, preferred)[:limit]
     first = _is_first_process()
     repo = None
     if first and not dry_run:
@@ -96,13 +100,12 @@ def train(
     _after_training(output_dir, data_path, len(rows), repo, hub_private)
 
 # %% ../../nbs/commands/training.ipynb #70c27ed3
-def _count_tokens(base_model: str, data_path: str, config: Any) -> tuple[dict[str, Any], str]:
+def _count_tokens(base_model: str, rows: list[Any], config: Any) -> tuple[dict[str, Any], str]:
     "What `estimate` takes of the rows, and how it was counted: a named shape has no tokenizer."
     from alpagasus2.extras.estimate import SHAPES, heaviest
     from alpagasus2.quant_lora import SMALL_MODEL, load_tokenizer
     from alpagasus2.train import encode_rows
 
-    rows, _ = load_examples(data_path)
     if base_model in SHAPES and base_model != SMALL_MODEL:
         words = [len((prompt(r) + response_of(r)).split()) for r in rows]
         tokens = sum(min(1.35 * n, config.cutoff_len) for n in words)
@@ -116,7 +119,9 @@ def _count_tokens(base_model: str, data_path: str, config: Any) -> tuple[dict[st
 # %% ../../nbs/commands/training.ipynb #9885329c
 def estimate(
     base_model: str,  # llama-2-7b, llama-2-13b, llama-2-70b, smollm2-135m, a folder, or a hub id
-    data_path: str | None = None,  # rows whose tokens are counted, in place of the next two
+    data_path: str | None = None,  # rows whose tokens are counted, in place of `rows` and the next
+    columns: str | None = None,  # OURS=THEIRS,... where the fields have other names
+    preferred: bool = False,  # of preferences, take the good side
     rows: int = 9229,  # training rows
     mean_tokens: float = 132.0,  # tokens of a row, prompt and response
     device: str
@@ -133,7 +138,8 @@ def estimate(
     about: dict[str, Any] = {"rows": rows, "mean_tokens": mean_tokens}
     how = "as given"
     if data_path:
-        about, how = _count_tokens(base_model, data_path, train_config)
+        counted, _ = load_examples(data_path, columns=columns, preferred=preferred)
+        about, how = _count_tokens(base_model, counted, train_config)
     names = (
         "token_budget", "cutoff_len", "num_epochs", "micro_batch_size", "batch_size",
         "gradient_checkpointing",
@@ -200,6 +206,8 @@ def preview(
     data_path: str,  # the rows: a file, a catalogued name or a hub id
     data_type: str = "auto",  # hf, json, csv, ...; what data_path names is seen by itself
     preset: str = "seed-7b",  # seed-7b, seed-13b, strong or quickstart; options given replace its
+    columns: str | None = None,  # OURS=THEIRS,... where the fields have other names
+    preferred: bool = False,  # of preferences, take the good side
     limit: int = 3,  # rows to show; the counts are of all rows
     output: str | None = None,  # write it as a page, too
     **config: Any,
@@ -211,7 +219,7 @@ def preview(
     from alpagasus2.train import encode_rows, preset_configs, split_rows
 
     settings, _ = preset_configs(preset, **config)
-    rows, _ = split_rows(_training_rows(data_path, data_type), settings)
+    rows, _ = split_rows(_training_rows(data_path, data_type, columns, preferred), settings)
     tokenizer = load_tokenizer(base_model)
     encoded, counts = encode_rows(rows, tokenizer, settings)
     alone = Path(base_model).is_dir() and not (Path(base_model) / "config.json").exists()

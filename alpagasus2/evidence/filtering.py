@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..core.files import UserError
-from ..core.text import near_duplicates, ngrams
+from ..core.text import figure_text, near_duplicates, ngrams
 from ..data import Example, Question, asked_of, response_of
 from ..selection import category_of
 
@@ -53,10 +53,12 @@ def plot_categories(
         errors = np.maximum(0, [shares - low, high - shares])
         y = np.arange(len(names)) + (n - (len(counts) - 1) / 2) * 0.8 / len(counts)
         color = sns.color_palette("colorblind")[n % 10]
-        ax.errorbar(shares, y, xerr=errors, fmt="o", capsize=3, color=color, label=arm)
+        ax.errorbar(shares, y, xerr=errors, fmt="o", capsize=3, color=color, label=figure_text(arm))
         overall = sum(k for k, _ in found.values()) / len(rows)
         ax.axvline(overall, color=color, linestyle="--", linewidth=1)
-    ax.set_yticks(range(len(names)), [f"{c}\n{counts[arm][c][1]:,} rows" for c in names])
+    ax.set_yticks(
+        range(len(names)), [f"{figure_text(c)}\n{counts[arm][c][1]:,} rows" for c in names]
+    )
     ax.set(xlabel="share kept", xlim=(0, None), title=f"what was kept of {len(rows):,} rows")
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -94,8 +96,8 @@ def plot_lengths(
     fig, ax = plt.subplots(figsize=(6, 3))
     arms = {"pool": rows, **selected}
     table = pd.DataFrame(
-        [(f"{a}, {len(part):,} rows", max(1, len(response_of(r)))) for a, part in arms.items()
-         for r in part], columns=["arm", "characters"],
+        [(f"{figure_text(a)}, {len(part):,} rows", max(1, len(response_of(r))))
+         for a, part in arms.items() for r in part], columns=["arm", "characters"],
     )  # fmt: skip
     sns.ecdfplot(table, x="characters", hue="arm", log_scale=True, palette="colorblind", ax=ax)
     ax.set(xlabel="length of the response (characters)", ylabel="share of rows")
@@ -379,7 +381,7 @@ def plot_scores(
     scored = [r for r in rows if r["id"] in scores]
     table = pd.DataFrame({
         selector: [scores[r["id"]] for r in scored],
-        "row": [r.get("flaw") or "no planted flaw" for r in scored],
+        "row": [figure_text(str(r.get("flaw") or "no planted flaw")) for r in scored],
     }).sort_values("row", ignore_index=True)  # fmt: skip
     hue = "row" if any(r.get("flaw") for r in scored) else None
     sns.histplot(

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..core.files import atomic, write_json
 from ..core.run_folder import latest, read_manifest
+from ..core.text import markdown_text
 
 # %% ../../nbs/extras/benchmark_tables.ipynb #2193bcc3
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _percent(score: Mapping[str, Any] | None, signed: bool = False) -> str:
 
 
 def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(c.replace('|', '/') for c in cells)} |"
+    return f"| {' | '.join(map(markdown_text, cells))} |"
 
 # %% ../../nbs/extras/benchmark_tables.ipynb #fa65e4e3
 def _notes(results: Mapping[str, Any], published: bool) -> Iterator[str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..core.files import UserError, atomic, file_sha256, read_json, standing
 from ..core.run_folder import manifest_entry
+from ..core.text import markdown_text
 from ..data import ALPACA_INPUT, ALPACA_NO_INPUT
 
 # %% ../../nbs/extras/hub.ipynb #5251c26b
@@ -118,9 +119,9 @@ def _card_template() -> str:
 
 # %% ../../nbs/extras/hub.ipynb #6ce284b9
 def _cell(value: Any) -> str:
-    "One cell of a table: no folder of this machine, no bar that would end it."
+    "One cell of a table: no folder of this machine, nothing that Markdown would read as a mark."
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return public_name(text).replace("|", "\\|")
+    return markdown_text(public_name(text))
 
 # %% ../../nbs/extras/hub.ipynb #7708750b
 DATA_FILE = "data.json"  # beside the adapter: what `describe_data` found
@@ -176,9 +177,12 @@ def card_for(
     revision = base_revision(base)
     card = ModelCard.from_template(
         _front(base, data, merged), template_str=_card_template(), name=name, merged=merged,
-        base=public_name(base), data=data, result=result, measured=measured(result),
-        made=made_with(entry, result), settings={k: _cell(v) for k, v in settings.items()},
-        files={p.name: file_sha256(p) for p in _weights(folder)},
+        base=public_name(base), result=result, measured=measured(result), shown=_cell,
+        data={k: v if v is None else _cell(v) for k, v in data.items()},
+        made={k: _cell(v) for k, v in made_with(entry, result).items()},
+        settings={_cell(k): _cell(v) for k, v in settings.items()},
+        template=settings.get("template"),
+        files={_cell(p.name): file_sha256(p) for p in _weights(folder)},
         revision=revision, revised=f'revision="{revision}", ' if revision else "",
         alpaca=ALPACA_NO_INPUT, alpaca_input=ALPACA_INPUT,
         version=entry.get("libraries", {}).get("alpagasus2"),

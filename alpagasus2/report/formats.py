@@ -207,11 +207,18 @@ def comparison_rows(
     return rows
 
 # %% ../../nbs/report/formats.ipynb #17d97ba4
+def _spreadsheet_text(value: Any) -> Any:
+    "A text that a spreadsheet would take for a formula, behind an apostrophe; a number as it is."
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
+
+
 def comparison_csv(
     results: Results,  # results.json's content
 ) -> str:  # empty without a comparison
     "The comparisons for a spreadsheet; what is undefined is an empty cell."
-    table = pd.DataFrame(comparison_rows(results), dtype=object)  # counts stay whole numbers
+    rows = [{k: _spreadsheet_text(v) for k, v in r.items()} for r in comparison_rows(results)]
+    table = pd.DataFrame(rows, dtype=object)  # counts stay whole numbers
     return "" if table.empty else table.to_csv(index=False, lineterminator="\n")
 
 # %% ../../nbs/report/formats.ipynb #b44bb539

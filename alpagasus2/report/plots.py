@@ -9,11 +9,13 @@ __all__ = ['plot_outcomes', 'plot_slots', 'plot_heldout']
 from collections.abc import Mapping, Sequence
 
 # %% ../../nbs/report/plots.ipynb #c56c5902
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
 # %% ../../nbs/report/plots.ipynb #5d34fee3
+@mpl.rc_context({"text.parse_math": False})  # a name may hold dollar signs
 def plot_outcomes(
     pairs: Sequence[Mapping],  # P's of results.json
 ) -> plt.Figure:
@@ -53,6 +55,7 @@ def plot_slots(
     return fig
 
 # %% ../../nbs/report/plots.ipynb #c763a5ae
+@mpl.rc_context({"text.parse_math": False})
 def plot_heldout(
     heldout: Mapping[str, Mapping],  # from `heldout_summary`
 ) -> plt.Figure:

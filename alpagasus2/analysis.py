@@ -644,6 +644,9 @@ class Results(TypedDict, total=False):
     heldout: Any  # arm: loss on reference answers, ci95, difference to model_a's
     checkable: Any  # arm: [right, asked]
     filter: Any  # how the scores tell rows apart, from `filter_report`
+    scores: Any  # of other tools: a difference for each pair of models, test set and metric
+    scores_pooled: Any  # the same over the test sets that share a metric
+    weighted: Any  # alpaca_eval's win rate of each pair of models and judge
     sizes: Any  # held-out loss at each number of rows
     sizes_summary: str
     judges: Any  # of several: name, decides, verdict, pooled, judge_health, canaries, cost

@@ -193,10 +193,12 @@ def comparison_rows(
 ) -> list[dict[str, Any]]:  # flat, one row a comparison
     "The comparisons, pooled ones last; [low, high] and counts of a rule become columns."
     rows = []
-    for p in [*(results.get("pairs") or []), *(results.get("pooled") or [])]:
+    lists = ("pairs", "pooled", "scores", "scores_pooled")
+    every: Mapping[str, Any] = {**results}
+    for p in [p for name in lists for p in every.get(name) or []]:
         row: dict[str, Any] = {"test_set": None, **p}
         row.pop("categories", None)
-        for name in [k for k in row if k.endswith("_ci95")]:
+        for name in [k for k in row if k.endswith(("_ci95", "_bounds"))]:
             low, high = row.pop(name) or (None, None)
             row |= {f"{name}_low": low, f"{name}_high": high}
         for rule, counts in (row.pop("rules", None) or {}).items():

@@ -372,24 +372,26 @@ def read_scores(
     notes = tuple(dict.fromkeys(n for part in parts for n in part.notes))
     return Scores(rows, frozenset(less), notes), [f for part in parts for f in part.files]
 
-# %% ../../nbs/report/outside.ipynb #75aa8aae
+# %% ../../nbs/report/outside.ipynb #529cc1b7
 def weighted_win_rates(
-    lines: Iterable[Mapping[str, Any]],  # from `read_annotations`, of one judge
-) -> list[dict[str, Any]]:  # an entry for each pair; empty where no preference was read
-    "alpaca_eval's win rate and standard error of each pair of models."
-    shares: dict[tuple[str, str], list[float]] = {}
+    lines: Iterable[Mapping[str, Any]],  # from `read_annotations`, perhaps of several judges
+) -> list[dict[str, Any]]:  # an entry for each judge and pair; empty where no preference was read
+    "alpaca_eval's win rate and standard error of each pair of models, every judge by itself."
+    shares: dict[tuple, list[float]] = {}
     for x in lines:
         if x["score_a"] is not None:
-            shares.setdefault((x["model_a"], x["model_b"]), []).append(x["score_a"])
+            key = x["judge"]["model"], x["model_a"], x["model_b"]
+            shares.setdefault(key, []).append(x["score_a"])
     found = []
-    for (a, b), values in shares.items():
+    for (judge, a, b), values in shares.items():
         table = np.array(values)
         parts = intervals.variance_parts(table[:, None], share=True)
         error = float(table.std(ddof=1) / math.sqrt(len(table))) if len(table) > 1 else None
         found.append({
-            "model_a": a, "model_b": b, "n": len(values), "win": int((table > 0.5).sum()),
-            "tie": int((table == 0.5).sum()), "lose": int((table < 0.5).sum()),
-            "win_rate": float(table.mean()), "standard_error": error,
-            "win_rate_ci95": intervals.share_interval(parts), "p": intervals.p_value(parts),
+            "judge": judge, "model_a": a, "model_b": b, "n": len(values),
+            "win": int((table > 0.5).sum()), "tie": int((table == 0.5).sum()),
+            "lose": int((table < 0.5).sum()), "win_rate": float(table.mean()),
+            "standard_error": error, "win_rate_ci95": intervals.share_interval(parts),
+            "p": intervals.p_value(parts),
         })  # fmt: skip
     return found

@@ -64,6 +64,22 @@ def _original_lines(
         })  # fmt: skip
     return cast(list[Judgment], lines)
 
+# %% ../nbs/05_analysis.ipynb #9e610088
+def _original_names(path: Path) -> list[tuple[str, str, str, Path]]:
+    "model_a, model_b, test set and mirror of a file of the original; empty where it is none."
+    parts, found = path.stem.split("-"), []
+    for i, j in combinations(range(1, len(parts)), 2):
+        a, b, test_set = ("-".join(x) for x in (parts[:i], parts[i:j], parts[j:]))
+        mirror = path.with_name(f"{b}-{a}-{test_set}.json")
+        if a < b and mirror.exists():
+            found.append((a, b, test_set, mirror))
+    if len(found) > 1:
+        row: dict[str, Any] = next(iter(read_json(path)), {})
+        found = [n for n in found if {n[0], n[1]} <= set(row)]
+    if len(found) > 1:
+        raise UserError(f"{path}: {' or '.join(' and '.join(n[:2]) for n in found)}? rename it")
+    return found
+
 # %% ../nbs/05_analysis.ipynb #902ba3cd
 _VERDICT = ("test_set", "id", "model_a", "model_b", "replicate", "vote")
 
@@ -98,9 +114,7 @@ def load_judgments(
     lines, used = _one_judge(source, sorted(source.glob("judgments*.jsonl"))), set()
     used |= {path.name for path in source.glob("judgments*.jsonl")}
     for path in sorted(source.glob("*-*-*.json")):
-        a, b, test_set = path.stem.split("-", 2)
-        mirror = path.with_name(f"{b}-{a}-{test_set}.json")
-        if a < b and mirror.exists():
+        for a, b, test_set, mirror in _original_names(path):
             lines += _original_lines(path, a, b, test_set, "a")
             lines += _original_lines(mirror, a, b, test_set, "b")
             used |= {path.name, mirror.name}

@@ -310,7 +310,7 @@ def _check_texts(rows: pd.DataFrame) -> None:
             "were not asked the same; evaluate them on one version of the task"
         )
 
-# %% ../../nbs/report/outside.ipynb #92a03dc8
+# %% ../../nbs/report/outside.ipynb #96f2e789
 def _short_names(models: Iterable[str]) -> dict[str, str]:
     "What the models are called: the last part of a path, or else the whole name."
     names = {m: m.rstrip("/").rpartition("/")[2] if m.startswith(("/", ".", "~")) else m
@@ -326,10 +326,8 @@ def _as_runs(rows: pd.DataFrame, arms: Mapping[str, Sequence[str]]) -> pd.DataFr
         raise UserError(f"--arms: no model {unknown[0]!r}; there are {there}")
     if len(named) < sum(map(len, arms.values())):
         raise UserError("--arms: a model is named twice")
-    old = rows["model"]
-    runs = old.map({m: run for m, (_, run) in named.items()})
-    return rows.assign(model=old.map({m: a for m, (a, _) in named.items()}).fillna(old),
-                       run=runs.fillna(rows["run"]))  # fmt: skip
+    cells = [named.get(m, (m, r)) for m, r in zip(rows["model"], rows["run"], strict=True)]
+    return rows.assign(model=[m for m, _ in cells], run=[r for _, r in cells])
 
 # %% ../../nbs/report/outside.ipynb #b4f4fa94
 def _chosen(rows: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:

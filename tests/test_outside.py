@@ -7,9 +7,13 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from alpagasus2.cli import main
+from alpagasus2.evidence.paired import Scores, compare
+from alpagasus2.report.outside import read_scores
 
 OUTSIDE = Path(__file__).parent / "outside"
 
@@ -64,9 +68,6 @@ def test_one_command_each_and_a_changed_byte_is_found(tool, models, pairs, part,
 
 def test_accuracies_are_those_of_lm_eval():
     "The figure of each model that stands in lm-eval's own results."
-    from alpagasus2.evidence.paired import compare
-    from alpagasus2.report.outside import read_scores
-
     scores, _ = read_scores([OUTSIDE / "lm_eval"], ["acc_norm"])
     entry = compare(scores, "good")[0][0]
     for model, mean in (("good", entry["mean_a"]), ("bad", entry["mean_b"])):
@@ -153,3 +154,27 @@ def test_200_000_scores_in_half_a_minute(tmp_path):
     words = ["report", "--scores", str(tmp_path / "scores.csv"), "--output", str(tmp_path / "page")]
     assert main(words) == 0
     assert time.process_time() - start < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["binary", "real"])
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_differences_of_scores_hold_the_truth(kind, spread):
+    "Where nothing differs, over items in pairs, three runs and 800 experiments."
+    rng, held, wrong = np.random.default_rng(0), [], []
+    index = pd.MultiIndex.from_product([range(200), range(3)], names=["item", "run"])
+    frame = index.to_frame(index=False).astype(str)
+    for _ in range(800):
+        item, parts = rng.normal(size=(200, 1)), []
+        for model in "ab":
+            own = rng.normal(size=(100, 1)).repeat(2, axis=0)
+            latent = item + own + rng.normal(size=(200, 3)) + spread * rng.normal(size=(1, 3))
+            score = (latent > 0).astype(float) if kind == "binary" else latent
+            parts.append(frame.assign(model=model, score=score.ravel()))
+        rows = pd.concat(parts).assign(test_set="t", metric="m")
+        rows["cluster"] = (rows["item"].astype(int) // 2).astype(str)
+        entry = compare(Scores(rows), "a")[0][0]
+        low, high = entry["difference_ci95"]
+        held.append(low <= 0 <= high)
+        wrong.append(entry["verdict"] == "supported")
+    assert np.mean(held) > 0.93 - 0.015 and np.mean(wrong) < 0.03 + 0.012  # two errors of counting

@@ -50,7 +50,7 @@ def check_scores(
     for _, item in clusters.index[clusters > 1]:
         raise UserError(f"{where}: item {item} is in two clusters; give it one")
 
-# %% ../../nbs/evidence/paired.ipynb #e4a2ffc5
+# %% ../../nbs/evidence/paired.ipynb #21100422
 class Paired(NamedTuple):
     "Two models on the same items."
 
@@ -59,7 +59,7 @@ class Paired(NamedTuple):
     test_sets: np.ndarray  # [items]
     clusters: np.ndarray  # [items] cluster of each; an item without one is its own
     both_ran: bool  # whether both models have the same runs
-    scale: float  # 1 for scores in [0, 1], else the distance from the smallest to the largest
+    scale: float  # 1 for scores in [0, 1], else the largest difference of an item
 
 
 def _runs(a: pd.DataFrame, b: pd.DataFrame, names: str) -> tuple[list[str], list[str], bool]:
@@ -75,10 +75,11 @@ def _runs(a: pd.DataFrame, b: pd.DataFrame, names: str) -> tuple[list[str], list
         raise UserError(f"{names} have no run in common; the runs of models are matched by name")
     return common, common, True
 
-# %% ../../nbs/evidence/paired.ipynb #e0282347
-def _scale(scores: pd.Series) -> float:
-    low, high = scores.min(), scores.max()
-    return 1.0 if low >= 0 and high <= 1 else float(high - low) or 1.0
+# %% ../../nbs/evidence/paired.ipynb #ad155ed8
+def _scale(a: np.ndarray, b: np.ndarray, shares: bool) -> float:
+    "How far apart two scores can be: known for shares, else the largest difference seen."
+    gaps = np.abs(a - b)
+    return 1.0 if shares or np.isnan(gaps).all() else float(np.nanmax(gaps)) or 1.0
 
 
 def _wide(rows: pd.DataFrame) -> pd.DataFrame:
@@ -88,7 +89,7 @@ def _wide(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _paired(
-    wide: pd.DataFrame, clusters: pd.Series, scale: float, model_a: str, model_b: str
+    wide: pd.DataFrame, clusters: pd.Series, shares: bool, model_a: str, model_b: str
 ) -> Paired:
     "The items that either model was asked; `clusters`: by test set and item."
     a, b = (cast(pd.DataFrame, wide[m]).dropna(axis=1, how="all") for m in (model_a, model_b))
@@ -98,10 +99,11 @@ def _paired(
     own = clusters.reindex(index)
     named = own.where(own.notna(), pd.Series(range(len(own)), own.index)).to_numpy()
     sets = index.get_level_values(0).to_numpy()
-    return Paired(
-        a[left].to_numpy(float)[asked], b[right].to_numpy(float)[asked], sets,
-        pd.factorize(named)[0], both_ran, scale,
-    )  # fmt: skip
+    left_scores, right_scores = (
+        x[runs].to_numpy(float)[asked] for x, runs in ((a, left), (b, right))
+    )
+    scale = _scale(left_scores, right_scores, shares)
+    return Paired(left_scores, right_scores, sets, pd.factorize(named)[0], both_ran, scale)
 
 # %% ../../nbs/evidence/paired.ipynb #7d3dafe2
 def _by_cluster(shares: np.ndarray, clusters: np.ndarray) -> np.ndarray:
@@ -152,7 +154,7 @@ def _tally(shares: np.ndarray) -> dict[str, float]:
     }
     return {k: round(x) if abs(x - round(x)) < 1e-9 else x for k, x in counts.items()}
 
-# %% ../../nbs/evidence/paired.ipynb #8dd55972
+# %% ../../nbs/evidence/paired.ipynb #61d38cc3
 def _difference(
     pair: Paired, lower: bool, margin: float | None, noise: intervals.RunNoise | None
 ) -> dict[str, Any]:  # an entry without its names and corrections
@@ -161,7 +163,7 @@ def _difference(
     parts, both = _parts(pair, shares), ~np.isnan(shares).all(axis=1)
     ends, bounds = intervals.share_interval(parts, noise), _bounds(pair, shares, noise)
     holds = pair.both_ran and intervals.holds_run_noise(parts, noise)
-    fixed = None if margin is None else margin / unit
+    fixed = None if margin is None else min(margin / unit, 0.4999)  # a margin over all that is seen
     said = decide(
         {"win_rate_ci95": ends, "win_rate_bounds": bounds, "holds_run_noise": holds}, fixed
     )
@@ -180,7 +182,7 @@ def _difference(
         "detectable_effect": None if least is None else least * unit, "verdict": said,
     }  # fmt: skip
 
-# %% ../../nbs/evidence/paired.ipynb #9dca3214
+# %% ../../nbs/evidence/paired.ipynb #803ae6ce
 def _pairs(models: Sequence[str], model_a: str | None) -> list[tuple[str, str]]:
     "model_a against each other model; all pairs, in the order of the alphabet, without one."
     if model_a is None:
@@ -192,10 +194,10 @@ def _compared(
     rows: pd.DataFrame, lower: bool, model_a: str | None, margin: float | None
 ) -> list[dict[str, Any]]:
     "The entries of one metric over these rows."
-    wide, scale = _wide(rows), _scale(rows["score"])
+    wide, shares = _wide(rows), bool(rows["score"].dropna().between(0, 1).all())
     clusters = rows.groupby(["test_set", "item"], sort=False)["cluster"].first()
     models = rows.dropna(subset="score")["model"].unique().tolist()
-    pairs = {ab: _paired(wide, clusters, scale, *ab) for ab in _pairs(models, model_a)}
+    pairs = {ab: _paired(wide, clusters, shares, *ab) for ab in _pairs(models, model_a)}
     shared = {ab: p for ab, p in pairs.items() if not np.isnan(p.a + p.b).all()}
     ran = [_parts(p, _shares(p, lower)) for p in shared.values() if p.both_ran]
     noise = intervals.pooled_noise(ran)
@@ -285,7 +287,7 @@ def score_claim(
         said.append(f"Under {intervals.FEW_PROMPTS} items only large effects are found.")
     return {"verdict": verdict, "reason": " ".join(filter(None, said)), "margin": margin}
 
-# %% ../../nbs/evidence/paired.ipynb #9e343856
+# %% ../../nbs/evidence/paired.ipynb #3f46ce61
 def unequal_items(
     rows: pd.DataFrame,  # of `Scores`
 ) -> list[str]:  # a sentence for each test set and metric
@@ -318,6 +320,8 @@ def score_results(
         raise UserError(f"scores of {models[0]} alone; a comparison needs two models")
     if model_a is None and len(models) == 2:
         model_a = next(m for m in models if m != control)
+    if margin is not None and margin < 0:
+        raise UserError(f"margin={margin}: in the metric's unit, at least 0")
     others = [m for m in models if m != model_a]
     control = control or (others[0] if len(others) == 1 else None)
     found, pooled = compare(scores, model_a, margin)

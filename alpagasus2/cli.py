@@ -418,20 +418,21 @@ def _remaker(folder: Path) -> tuple[Path, Callable[[Path], None]]:
     "The page of a folder, and what makes it again."
     from alpagasus2.extras.verify import PAGE
 
-    run = folder.parent if (folder.parent / "claim.json").exists() else folder
-    page = run / "report"
-    if (run / "claim.json").exists() and page.is_dir() and folder in (run, page):
-        from alpagasus2.experiment import remake_report
-
-        return page, partial(remake_report, run)
-    options = (manifest_entry(folder / PAGE).get("config") or {}).get("options")
-    if options is None:
+    runs = [r for r in (folder, folder.parent) if folder in (r, r / "report")]
+    run = next((r for r in runs if (r / "claim.json").exists() and (r / "report").is_dir()), None)
+    page = folder if run is None else run / "report"
+    options = (manifest_entry(page / PAGE).get("config") or {}).get("options")
+    if options is not None:
+        given = _moved(options, lambda p: os.path.normpath(page / p))
+        return page, lambda output: report(str(output), **given)
+    if run is None:
         raise UserError(
             f"{folder}: no record of what this page was made from; an earlier version made it, so "
             "make it again with `alpagasus2 report`"
         )
-    given = _moved(options, lambda p: os.path.normpath(folder / p))
-    return folder, lambda output: report(str(output), **given)
+    from alpagasus2.experiment import remake_report
+
+    return page, partial(remake_report, run)
 
 
 def verify(

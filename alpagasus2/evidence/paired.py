@@ -259,7 +259,7 @@ def _noise_sentence(entries: Sequence[Mapping[str, Any]]) -> str:
         return ""
     return (
         "Too few training runs of each model to show how far runs differ, so the intervals may "
-        "be far too short; three runs of both, named in `run` or by --arms, would hold that noise."
+        "be far too short; three runs of both (the column run, or --arms) would hold that noise."
     )
 
 # %% ../../nbs/evidence/paired.ipynb #86122187

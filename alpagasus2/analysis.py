@@ -9,6 +9,7 @@ __all__ = ['load_judgments', 'orient', 'prompt_table', 'winning_score', 'pair_st
 # %% ../nbs/05_analysis.ipynb #77de68da
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -74,6 +75,22 @@ def _original_lines(
         })  # fmt: skip
     return cast(list[Judgment], lines)
 
+# %% ../nbs/05_analysis.ipynb #9e610088
+def _original_names(path: Path) -> list[tuple[str, str, str, Path]]:
+    "model_a, model_b, test set and mirror of a file of the original; empty where it is none."
+    parts, found = path.stem.split("-"), []
+    for i, j in combinations(range(1, len(parts)), 2):
+        a, b, test_set = ("-".join(x) for x in (parts[:i], parts[i:j], parts[j:]))
+        mirror = path.with_name(f"{b}-{a}-{test_set}.json")
+        if a < b and mirror.exists():
+            found.append((a, b, test_set, mirror))
+    if len(found) > 1:
+        row: dict[str, Any] = next(iter(read_json(path)), {})
+        found = [n for n in found if {n[0], n[1]} <= set(row)]
+    if len(found) > 1:
+        raise UserError(f"{path}: {' or '.join(' and '.join(n[:2]) for n in found)}? rename it")
+    return found
+
 # %% ../nbs/05_analysis.ipynb #902ba3cd
 _VERDICT = ("test_set", "id", "model_a", "model_b", "replicate", "vote")
 
@@ -108,9 +125,7 @@ def load_judgments(
     lines, used = _one_judge(source, sorted(source.glob("judgments*.jsonl"))), set()
     used |= {path.name for path in source.glob("judgments*.jsonl")}
     for path in sorted(source.glob("*-*-*.json")):
-        a, b, test_set = path.stem.split("-", 2)
-        mirror = path.with_name(f"{b}-{a}-{test_set}.json")
-        if a < b and mirror.exists():
+        for a, b, test_set, mirror in _original_names(path):
             lines += _original_lines(path, a, b, test_set, "a")
             lines += _original_lines(mirror, a, b, test_set, "b")
             used |= {path.name, mirror.name}
@@ -708,6 +723,9 @@ class Results(TypedDict, total=False):
     filter: Any  # how the scores tell rows apart, from `filter_report`
     arms: Any  # what every arm was trained on and answered, from `arm_table`
     rates: Any  # of several learning rates: rate, claim, pooled, judge_health, heldout, arms, cost
+    scores: Any  # of other tools: a difference for each pair of models, test set and metric
+    scores_pooled: Any  # the same over the test sets that share a metric
+    weighted: Any  # alpaca_eval's win rate of each pair of models and judge
     sizes: Any  # held-out loss at each number of rows
     sizes_summary: str
     judges: Any  # of several: name, decides, verdict, pooled, judge_health, canaries, cost

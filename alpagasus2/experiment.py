@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['Run', 'rate_pool', 'select_arms', 'stages', 'train_arms', 'choose_and_train', 'heldout_lines', 'measure_heldout',
            'served_arm', 'answer_questions', 'generate_and_measure', 'judge_arms', 'size_results', 'run_results',
-           'run_rate', 'run_cost', 'run_figures', 'report_run', 'run_recipe', 'summary_lines', 'quickstart_recipe']
+           'run_rate', 'run_cost', 'run_figures', 'report_run', 'run_recipe', 'remake_report', 'summary_lines',
+           'quickstart_recipe']
 
 # %% ../nbs/06a_experiment.ipynb #77de68da
+import contextlib
 import filecmp
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +31,7 @@ from alpagasus2.analysis import (
     load_judgments,
 )
 from .core import run_folder
-from .core.files import UserError, file_sha256, read_json, write_json
+from .core.files import UserError, build, file_sha256, read_json, write_json
 from alpagasus2.data import (
     Example,
     Question,
@@ -44,6 +46,7 @@ from alpagasus2.evidence.claim import (
     at_one_rate,
     fixed_terms,
     heldout_finding,
+    read_claim,
 )
 from .evidence.doubts import doubts
 from alpagasus2.evidence.filtering import (
@@ -56,6 +59,7 @@ from alpagasus2.evidence.filtering import (
 )
 from .evidence.intervals import heldout_summary
 from .evidence.scaling import Costs, arm_table, fewest_rows, priced, size_points
+from .extras.verify import PAGE, seal
 from alpagasus2.generate import (
     Answers,
     Backend,
@@ -151,7 +155,12 @@ def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
         else:
             reader, kind, form = run.model(rater.model), rater.kind, run.recipe.rating_template
             local.rate_by_signals(reader, run.rows, kind, output, form, run.progress)
-    scores = load_scores(output, run.rows, rater.selector)
+    return _saved_scores(run)
+
+
+def _saved_scores(run: Run) -> dict[str, float]:
+    output = run.dir / "ratings.jsonl"
+    scores = load_scores(output, run.rows, run.recipe.rater.selector)
     if not scores:
         raise UserError(f"{output}: no row got a readable score; see the `review` of its lines")
     return scores
@@ -564,6 +573,7 @@ def run_results(
     measured, spent = run_folder.latest(run.dir / "heldout.jsonl"), run_cost(run)
     _add_heldout(run, results, measured)
     manifest = {"claim_sha256": run.claim["sha256"], **run_folder.read_manifest(run.dir)}
+    manifest["outputs"] = {k: v for k, v in manifest["outputs"].items() if k != "report"}
     added: dict[str, Any] = {
         "checkable": checkable(run_folder.latest(run.dir / "responses.jsonl"), run.questions),
         **size_results(run, measured, spent),
@@ -680,7 +690,36 @@ def run_figures(
     figures["Slot preference of the judge"] = plot_slots(results["judge_health"])
     return figures
 
+# %% ../nbs/06a_experiment.ipynb #0b4919e2
+def _raw_files(run: Run) -> list[Path]:
+    "The files that the page of a run is made from."
+    names = ("claim.json", "ratings.jsonl", "heldout.jsonl", "responses.jsonl")
+    paths = [*(run.dir / n for n in names), run.dir / "adapters" / "manifest.json"]
+    paths += [q for p in run.judged.values() for q in (p, judge.canaries_path(p))]
+    paths += sorted((run.dir / "selected").glob("*.json"))
+    paths += [Path(p) for p in (run.recipe.data, *run.claim["files"])]
+    return [p for p in paths if p.is_file()]
+
 # %% ../nbs/06a_experiment.ipynb #1b306c92
+def _write_page(
+    run: Run, scores: Mapping[str, float], selected: Mapping[str, list],
+    further: Mapping[float, Path], output: Path,
+) -> Results:  # fmt: skip
+    "Write the page of a run, and into its manifest the hashes of what it was made from."
+    judged = {name: load_judgments(path)[0] for name, path in run.judged.items()}
+    results = run_results(run, judged, scores, selected)
+    results["warnings"] += _whole_pool(run, scores, selected)
+    _add_rates(run, results, {rate: read_json(path) for rate, path in further.items()})
+    figures = run_figures(run, scores, results, selected)
+    decides, *others = named_verdicts(judged, run.claim["model_a"])
+    beside = [line for lines in others for line in lines]
+    responses = run_folder.latest(run.dir / "responses.jsonl")
+    write_report(results, output, decides, responses, figures, others=beside)
+    made_from = [*_raw_files(run), *further.values()]
+    seal(output, made_from, {"command": "run", "price_hour": run.recipe.price_hour})
+    return results
+
+
 def report_run(
     run: Run,
     scores: Mapping[str, float],  # row id -> score
@@ -698,15 +737,7 @@ def report_run(
     output = run.dir / "report"
     if run_folder.is_complete(output, inputs):
         return read_json(output / "results.json")
-    judged = {name: load_judgments(path)[0] for name, path in run.judged.items()}
-    results = run_results(run, judged, scores, selected)
-    results["warnings"] += _whole_pool(run, scores, selected)
-    _add_rates(run, results, {rate: read_json(path) for rate, path in further.items()})
-    figures = run_figures(run, scores, results, selected)
-    decides, *others = named_verdicts(judged, run.claim["model_a"])
-    beside = [line for lines in others for line in lines]
-    responses = run_folder.latest(run.dir / "responses.jsonl")
-    write_report(results, output, decides, responses, figures, others=beside)
+    results = _write_page(run, scores, selected, further, output)
     run_folder.annotate(output, config=inputs)  # it may be made again, when one of them has changed
     return results
 
@@ -724,6 +755,32 @@ def run_recipe(
     judge_arms(run)
     others = {rate: run_rate(run, rate, scores, selected) for rate in recipe.rates[1:]}
     return report_run(run, scores, selected, others)
+
+# %% ../nbs/06a_experiment.ipynb #edea67bd
+def _where_paths_hold(folder: Path, named: str) -> Path:
+    "The working directory, or the nearest folder above the run, where a recipe's path exists."
+    places = [Path.cwd(), folder, *folder.parents]
+    return next((p for p in places if (p / named).exists()), Path.cwd())
+
+
+def remake_report(
+    folder: str | Path,  # of a finished run
+    output: str | Path,  # folder for the page
+) -> None:
+    "Make the page of a run again from its files; raises `UserError` where some are missing."
+    folder, output = Path(folder).absolute(), Path(output).absolute()
+    claim = read_claim(folder / "claim.json")
+    recipe = build(Recipe, claim["recipe"], "claim.json")
+    sealed = run_folder.manifest_entry(folder / "report" / PAGE).get("config", {})
+    recipe.price_hour = sealed.get("price_hour")
+    reports = {r: folder / "rates" / f"{r:g}" / "report" for r in recipe.rates[1:]}
+    with contextlib.chdir(_where_paths_hold(folder, recipe.data)):
+        run = Run(recipe, folder, progress=False, rates=claim.get("rates") or ())
+        rated = any(a.select in BY_SCORE for a in recipe.arms.values())
+        parts = [recipe.part(a, r) for r, a in product(range(recipe.replicates), run.arms)]
+        selected = {p: read_json(folder / "selected" / f"{p}.json") for p in parts}
+        further = {rate: path / "results.json" for rate, path in reports.items()}
+        _write_page(run, _saved_scores(run) if rated else {}, selected, further, output)
 
 # %% ../nbs/06a_experiment.ipynb #4789fe40
 def _arm_line(results: Results, arm: str) -> str:

@@ -36,7 +36,7 @@ LOADED = {"commands": f"{EVERYTHING} {' '.join(STREET)}"}
 # Without torch: all of these folders and modules.
 LIGHT = (
     "core endpoint evidence report commands catalog data selection generate judge analysis judges "
-    "cli extras.doctor extras.hub extras.benchmark_tables"
+    "cli extras.doctor extras.hub extras.benchmark_tables extras.verify"
 ).split()
 
 NO_MODULES = {"__init__", "__main__", "_modidx"}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Effect', 'effect', 'effect_chart', 'noise_band', 'effects_chart', 'categories_chart', 'ranking_chart', 'curves_chart',
-           'sizes_chart', 'cost_chart', 'charts']
+           'sizes_chart', 'cost_chart', 'scores_chart', 'charts']
 
 # %% ../../nbs/report/charts.ipynb #27719d4d
 from collections.abc import Callable, Mapping, Sequence
@@ -234,9 +234,31 @@ def cost_chart(
     usd = sizes_chart(results, "total_usd", "training and rating (US dollars)")
     return usd or sizes_chart(results, "total_seconds", "training and rating (seconds)")
 
+# %% ../../nbs/report/charts.ipynb #96ffe8ee
+def scores_chart(
+    results: Results,  # results.json's content
+) -> Figure | None:
+    "By how much the first model of each pair is ahead, on scores between 0 and 1."
+    found, pooled = results.get("scores") or [], results.get("scores_pooled") or []
+    if len(found) + len(pooled) > _MOST and pooled:
+        found = []
+    rows = [(e, False) for e in found] + [(e, True) for e in pooled]
+    rows = [(e, t) for e, t in rows if max(map(abs, (e["mean_a"], e["mean_b"]))) <= 1]
+    several = len({(e["model_a"], e["model_b"]) for e, _ in rows}) > 1
+    named = ((f"{_compared(e, several)}, {e['metric']}", e, t) for e, t in rows)
+    effects = filter(None, (effect(n, e, "difference", total=t) for n, e, t in named))
+    first = rows[0][0] if rows else {}
+    ahead = (
+        "the first model" if several else f"{first.get('model_a')} against {first.get('model_b')}"
+    )
+    margin = (results.get("claim") or {}).get("margin")
+    bound = -margin if margin else None
+    return effect_chart([*effects][:_MOST], f"difference of {ahead}", 0.0, None, False, bound)
+
 # %% ../../nbs/report/charts.ipynb #19b60c5b
 _CHARTS: dict[str, tuple[str, Callable[[Results], Figure | None]]] = {
     "effects": ("Win rates of all comparisons", effects_chart),
+    "scores": ("Differences on the same items", scores_chart),
     "categories": ("Win rate by category", categories_chart),
     "ranking": ("Bradley-Terry strengths", ranking_chart),
     "sizes": ("Held-out loss by number of rows", partial(sizes_chart, key="rows", label="rows")),

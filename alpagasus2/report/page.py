@@ -165,12 +165,24 @@ def _spent(cost: Any) -> float | None:
     known = [x for x in parts if x is not None]
     return sum(known) if known else None
 
+# %% ../../nbs/report/page.ipynb #863a2475
+def _score_tiles(results: Results) -> list[dict[str, Any]]:
+    "The difference of the first pair of models on the same items."
+    for e in [*(results.get("scores_pooled") or []), *(results.get("scores") or [])][:1]:
+        least = e.get("detectable_effect")
+        told = f"detectable: ± {as_score(least)}" if least is not None else ""
+        where = f"{e['test_set'] or 'all test sets'}, {e['metric']}"
+        name = f"{e['model_a']} against {e['model_b']}, {where}"
+        ends = as_interval(e["difference_ci95"])
+        return [_tile(name, f"{e['difference']:+.3f}", ends, f"n = {e['n']:,}", told)]
+    return []
+
 # %% ../../nbs/report/page.ipynb #8e48fb19
 def tiles(
     results: Results,  # results.json's content
 ) -> list[dict[str, Any]]:  # name, value, notes
     "The figures that decide the claim, as far as a run has them."
-    shown = _effect_tiles(results)
+    shown = _effect_tiles(results) + _score_tiles(results)
     checks = (results.get("judge_health") or {}).get("checks") or []
     counts = Counter(c["status"] for c in checks)
     if run := len(checks) - counts["not run"]:

@@ -131,7 +131,7 @@ def load_judgments(
             used |= {path.name, mirror.name}
     if not lines:
         raise UserError(f"{source}: no judgments*.jsonl and no pair A-B-TEST.json, B-A-TEST.json")
-    return lines, [p.name for p in sorted(source.glob("*.json*")) if p.name not in used]
+    return lines, [p.name for p in sorted(source.glob("[!.]*.json*")) if p.name not in used]
 
 # %% ../nbs/05_analysis.ipynb #e00286e3
 _SWAP = {"a": "b", "b": "a"}

@@ -336,28 +336,41 @@ def _analysed(
     return results, fixed or given
 
 # %% ../nbs/07_cli.ipynb #fbb2f1dc
-def _canaries(judgments: str) -> dict[str, list[float]]:
-    "Outcomes of the sanity checks of the judge: of a run's folder, or beside a file of judgments."
-    from alpagasus2.analysis import canary_outcomes
+def _canaries_path(judgments: str) -> Path:
+    "Of a folder, of the run that a file belongs to, or else beside the file."
     from alpagasus2.judge import canaries_path
 
-    path = Path(judgments)
-    lines = latest(path / "canaries.jsonl" if path.is_dir() else canaries_path(path))
-    return canary_outcomes(lines)
+    path, folder = Path(judgments).resolve(), _folder(judgments)
+    whole = path.is_dir() or (folder / "claim.json").exists()
+    return folder / "canaries.jsonl" if whole else canaries_path(path)
+
+
+def _canaries(judgments: str) -> dict[str, list[float]]:
+    "Outcomes of the sanity checks of the judge; `UserError` where they were taken away."
+    from alpagasus2.analysis import canary_outcomes
+
+    path = _canaries_path(judgments)
+    if manifest_entry(path) and not path.exists():
+        raise UserError(f"{path}: it is gone, and manifest.json names it; put it back")
+    return canary_outcomes(latest(path))
 
 # %% ../nbs/07_cli.ipynb #e56ded13
 def _read_files(output: str, judgments: str | None, others: Sequence[str]) -> list[Path]:
     "The files that a page of verdicts is made from: those named, and what lies beside them."
-    from alpagasus2.judge import canaries_path
     from alpagasus2.report.formats import other_files
 
     found = [Path(p) for p in others]
-    if judgments and (path := Path(judgments)).is_dir():
-        made = {Path(output).resolve() / "results.json", path.resolve() / "manifest.json"}
-        found += [p for p in sorted(path.glob("*.json*")) if p.resolve() not in made]
-    elif judgments:
+    if not judgments:
+        return [p for p in found if p.is_file()]
+    path, folder = Path(judgments), _folder(judgments)
+    if path.is_dir():
+        made = {Path(output).resolve() / "results.json", folder / "manifest.json"}
+        found += [p for p in sorted(path.glob("[!.]*.json*")) if p.resolve() not in made]
+    else:
         reviewed, _ = other_files(path)
-        found += {path, *reviewed, path.parent / "claim.json", canaries_path(path)}
+        found += {path, *reviewed, folder / "claim.json", _canaries_path(judgments)}
+    if (folder / "claim.json").exists():  # the claim looks at the arms' rows, and at every rate
+        found += [*folder.glob("selected/*.json"), *folder.glob("rates/*/*.jsonl")]
     return [p for p in found if p.is_file()]
 
 # %% ../nbs/07_cli.ipynb #0103af40

@@ -13,6 +13,7 @@ from test_judges import Fair, answered, fair, recipe
 
 from alpagasus2.cli import main
 from alpagasus2.core.files import UserError, json_sha256, write_json
+from alpagasus2.core.run_folder import annotate
 from alpagasus2.evidence.claim import read_claim, write_claim
 from alpagasus2.experiment import Run, judge_arms, report_run, select_arms
 from alpagasus2.recipe import Judge
@@ -290,3 +291,39 @@ def test_terminal_and_page_say_why(tmp_path, capsys):
     assert results["ranking"] is None
     page = (run / "page/index.html").read_text()
     assert "needed at least 0.2" in page and 'id="ranking"' not in page
+
+
+def misjudged(n: int) -> list[dict]:
+    """Canaries of a judge that is right on one gold pair of ten."""
+    return [
+        {"id": f"g{i}", "test_set": "gold", "model_a": "gold", "model_b": "bad", "first": first,
+         "verdict": "a" if i % 10 == 0 else "b", "status": "ok", "vote": 0, "replicate": 0}
+        for i in range(n) for first in "ab"]  # fmt: skip
+
+
+def test_the_sanity_checks_go_where_the_claim_goes(tmp_path, capsys):
+    """A judge that fails them is unfit, by whatever name its verdicts are read."""
+    run = judged_run(tmp_path / "run", 45)
+    write(run / "canaries.jsonl", misjudged(50))
+    annotate(run / "canaries.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(run / "judgments.jsonl")
+    (run / "judgments_2.jsonl").symlink_to(run / "judgments.jsonl")
+    for place in (run, run / "judgments.jsonl", tmp_path / "link.jsonl", run / "judgments_2.jsonl"):
+        assert claimed(place)["verdict"] == "judge unfit: no claim", place
+    (run / "judgments_2.jsonl").unlink()
+    (run / "canaries.jsonl").unlink()
+    assert main(["report", "--judgments", str(run), "--output", str(tmp_path / "page")]) == 2
+    assert "canaries.jsonl: it is gone, and manifest.json names it" in capsys.readouterr().err
+
+
+def test_rows_that_were_taken_away_are_missed(tmp_path, capsys):
+    """They could hold the questions; a folder without any of them says that nobody knows."""
+    run = judged_run(tmp_path / "run", 45)
+    assert "not known" not in claimed(run)["reason"]
+    (run / "selected/filtered-1.json").unlink()
+    assert main(["report", "--judgments", str(run), "--output", str(tmp_path / "page")]) == 2
+    assert (
+        "filtered-1.json: it is gone, and rows of other arms are there" in capsys.readouterr().err
+    )
+    (run / "selected").rename(tmp_path / "elsewhere")
+    assert "whether the arms were trained on the questions is not known" in claimed(run)["reason"]

@@ -288,22 +288,35 @@ def _folder(judgments: str) -> Path:
     return path if path.is_dir() else path.parent
 
 
+def _trained(judgments: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    "What a run's folder fixed, and the rows of its arms; none of a claim of an earlier version."
+    from alpagasus2.evidence.claim import read_claim
+    from alpagasus2.evidence.doubts import rows_of_arms
+
+    claim = read_claim(_folder(judgments) / "claim.json")
+    return claim, rows_of_arms(_folder(judgments), claim) if "seeds" in claim else {}
+
+
 def _of_run(
     judgments: str, terms: Mapping[str, Any], lines: Sequence[Any], results: Any, canaries: Any
 ) -> dict[str, Any]:
-    "The claim of a run's folder, with all that weakens it."
+    "The claim of a run's folder, which holds without the questions seen and at every rate."
     from alpagasus2.analysis import hold_without
-    from alpagasus2.evidence.claim import read_claim
-    from alpagasus2.evidence.doubts import doubts, given_away, rows_of_arms
+    from alpagasus2.evidence.doubts import given_away
 
-    claim, weak, known = read_claim(_folder(judgments) / "claim.json"), [], set()
-    if "seeds" in claim:
-        trained = rows_of_arms(_folder(judgments), claim)
-        asked = {(x["test_set"], x["id"]): x for x in lines}
-        known, weak = given_away(trained, [*asked.values()]), doubts(claim, trained)
+    asked = {(x["test_set"], x["id"]): x for x in lines}
+    known = given_away(_trained(judgments)[1], [*asked.values()])
     hold_without(results, lines, known, canaries=canaries, **terms)
-    results["claim"]["reason"] = " ".join([results["claim"]["reason"], *weak])
     return _over_rates(judgments, terms, results["claim"], known)
+
+
+def _doubted(judgments: str, claim: Mapping[str, Any]) -> dict[str, Any]:
+    "The claim, with what weakens it."
+    from alpagasus2.evidence.doubts import doubts
+
+    fixed, trained = _trained(judgments)
+    weak = doubts(fixed, trained) if "seeds" in fixed else []
+    return {**claim, "reason": " ".join([claim["reason"], *weak])}
 
 # %% ../nbs/07_cli.ipynb #0ffab8de
 def _analysed(
@@ -320,6 +333,7 @@ def _analysed(
     results = analyse(lines, **(fixed or given), **more)
     if fixed:
         results["claim"] = _of_run(judgments, fixed, lines, results, more.get("canaries"))
+        results["claim"] = _doubted(judgments, results["claim"])
     elif results:
         results["claim"] = without_claim(results["claim"])
     asked = {k: v for k, v in (("model_a", model_a), ("margin", margin)) if v is not None}
@@ -331,7 +345,8 @@ def _analysed(
             else {}
         )
         said = " and ".join(f"{k} {v}" for k, v in asked.items())
-        later = analyse(lines, **terms, canaries=more.get("canaries"))["claim"]
+        found = analyse(lines, **terms, **more)
+        later = _of_run(judgments, terms, lines, found, more.get("canaries"))
         results["claim"] = with_post_hoc(results["claim"], later, said)
     return results, fixed or given
 
@@ -579,6 +594,10 @@ def plan(
         f"power to {_sought(effect, controls, rates, equivalence)}, spread {noise['spread']:.2g} "
         f"standard deviations between prompts, {noise['ties']:.0%} ties; detectable: with 80% power"
     )
+    if any(r["labels"] is not None for r in rows):
+        print("labels: so many of a person, for the noise between prompts alone")
+    if any(r["power"] is None for r in rows):
+        print("no power is promised for one run of each arm, which supports no claim, nor for two")
     print(f"trainings: {arms} arms at {rates} learning rate{'s' * (rates > 1)}, so many runs each; "
           f"a further arm, such as a token-matched one, adds 1/{arms} to them")  # fmt: skip
     print("\n".join(power.plan_lines(rows)))

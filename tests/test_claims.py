@@ -15,6 +15,7 @@ from alpagasus2.cli import main
 from alpagasus2.core.files import UserError, json_sha256, write_json
 from alpagasus2.core.run_folder import annotate
 from alpagasus2.evidence.claim import read_claim, write_claim
+from alpagasus2.evidence.sampling import SEED, in_turn
 from alpagasus2.experiment import Run, judge_arms, report_run, select_arms
 from alpagasus2.recipe import Judge
 
@@ -327,3 +328,22 @@ def test_rows_that_were_taken_away_are_missed(tmp_path, capsys):
     )
     (run / "selected").rename(tmp_path / "elsewhere")
     assert "whether the arms were trained on the questions is not known" in claimed(run)["reason"]
+
+
+def contradicting(folder: Path) -> str:
+    """Labels by which the other arm wins all of the first 40 prompts that the page draws."""
+    drawn = in_turn([("t", f"q{i}") for i in range(60)])[:40]
+    said = [{"id": i, "test_set": t, "model_a": "filtered", "model_b": "random", "label": "b"}
+            for t, i in drawn]  # fmt: skip
+    write_json(folder / "labels.json", {"sample": {"seed": SEED}, "labels": said})
+    return str(folder / "labels.json")
+
+
+def test_later_terms_do_not_leave_the_labels_or_the_seen_prompts_behind(tmp_path):
+    run = judged_run(tmp_path / "run", 45)
+    found = claimed(run, "--margin", "0.05", "--labels", contradicting(tmp_path))
+    assert found["verdict"] == found["post_hoc"]["verdict"] == "within noise"
+    held = [{"id": f"h{i}", "instruction": f"{LONG}, number {i}.", "output": "Dear friend"}
+            for i in range(60)]  # fmt: skip
+    write_json(run / "selected" / "filtered-1.json", held)
+    assert claimed(run, "--margin", "0.05")["post_hoc"]["verdict"] == "within noise"

@@ -231,7 +231,7 @@ def _verdicts(judgments: str, judge: str | None) -> tuple[list[Any], bool]:
     if len(_judges(judgments)) > 1:  # a run's folder, whose claim says which judge decides
         judgments = str(Path(judgments) / "judgments.jsonl")
     lines, left_alone = load_judgments(judgments)
-    known = {"claim.json", "manifest.json"}
+    known = {"claim.json", "manifest.json", "results.json"}
     if unknown := {n for n in left_alone if n not in known and not n.startswith("canaries")}:
         print(f"left alone: {', '.join(sorted(unknown))}", file=sys.stderr)
     return lines, False
@@ -370,7 +370,7 @@ def _canaries(judgments: str) -> dict[str, list[float]]:
     return canary_outcomes(latest(path))
 
 # %% ../nbs/07_cli.ipynb #e56ded13
-def _read_files(output: str, judgments: str | None, others: Sequence[str]) -> list[Path]:
+def _read_files(judgments: str | None, others: Sequence[str]) -> list[Path]:
     "The files that a page of verdicts is made from: those named, and what lies beside them."
     from alpagasus2.report.formats import other_files
 
@@ -379,8 +379,8 @@ def _read_files(output: str, judgments: str | None, others: Sequence[str]) -> li
         return [p for p in found if p.is_file()]
     path, folder = Path(judgments), _folder(judgments)
     if path.is_dir():
-        made = {Path(output).resolve() / "results.json", folder / "manifest.json"}
-        found += [p for p in sorted(path.glob("[!.]*.json*")) if p.resolve() not in made]
+        made = ("results.json", "manifest.json")  # of a page that lies among the verdicts
+        found += [p for p in sorted(path.glob("[!.]*.json*")) if p.name not in made]
     else:
         reviewed, _ = other_files(path)
         found += {path, *reviewed, folder / "claim.json", _canaries_path(judgments)}
@@ -459,7 +459,7 @@ def _verdict_page(
     if lines:
         print(f"{results['claim']['verdict']}. {results['claim']['reason']}")
     print(page)
-    return _read_files(output, judgments, [*responses, *labels])
+    return _read_files(judgments, [*responses, *labels])
 
 # %% ../nbs/07_cli.ipynb #a3ec3bcb
 _PATHS = ("judgments", "responses", "labels", "scores")

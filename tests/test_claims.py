@@ -347,3 +347,38 @@ def test_later_terms_do_not_leave_the_labels_or_the_seen_prompts_behind(tmp_path
             for i in range(60)]  # fmt: skip
     write_json(run / "selected" / "filtered-1.json", held)
     assert claimed(run, "--margin", "0.05")["post_hoc"]["verdict"] == "within noise"
+
+
+def test_a_page_among_its_verdicts_is_checked(tmp_path, capsys):
+    run = judged_run(tmp_path / "run", 45)
+    assert not main(["report", "--judgments", str(run), "--output", str(run)])
+    assert not main(["verify", str(run)])
+    assert "left alone" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"first": "c"}, "first='c'; a or b"),
+        ({"verdict": "A"}, "verdict='A'; a, b, tie or null"),
+        ({"replicate": "0"}, "replicate='0'; a whole number"),
+        ({"response_a": 5}, "an answer that is no text"),
+        ({"model_b": "filtered"}, "filtered as both models"),
+    ],
+)
+def test_a_line_that_cannot_be_counted_is_named(wrong, why, tmp_path, capsys):
+    run = judged_run(tmp_path / "run", 45)
+    said = lines(run / "judgments.jsonl")
+    write(run / "judgments.jsonl", [{**said[0], **wrong}, *said[1:]])
+    assert main(["report", "--judgments", str(run), "--output", str(tmp_path / "page")]) == 2
+    assert f"the line of q0 has {why}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("label", [3, {"id": "q1", "test_set": "t", "model_a": "filtered",
+                                       "model_b": "random", "label": ["a"]}])  # fmt: skip
+def test_labels_that_are_none_are_named(label, tmp_path, capsys):
+    run = judged_run(tmp_path / "run", 45)
+    write_json(tmp_path / "labels.json", {"labels": [label]})
+    words = ["report", "--judgments", str(run), "--output", str(tmp_path / "page")]
+    assert main([*words, "--labels", str(tmp_path / "labels.json")]) == 2
+    assert "labels.json: " in capsys.readouterr().err

@@ -278,7 +278,7 @@ def _over_rates(
         canaries = _canaries(str(own))
         results: Any = analyse(lines, canaries=canaries, **terms) or unjudged
         hold_without(results, lines, known, canaries=canaries, **terms)
-        found[further] = results["claim"]
+        found[further] = _as_fixed(own.parent, results["claim"])
     return at_every_rate(found) if others else found[first]
 
 # %% ../nbs/07_cli.ipynb #20cedac1
@@ -286,6 +286,17 @@ def _folder(judgments: str) -> Path:
     "The folder of a run's verdicts."
     path = Path(judgments).resolve()
     return path if path.is_dir() else path.parent
+
+
+def _as_fixed(folder: Path, claim: Mapping[str, Any]) -> dict[str, Any]:
+    "No claim where a run's arms were not trained as its claim.json says."
+    from alpagasus2.evidence.claim import read_claim, unlike_fixed
+    from alpagasus2.evidence.doubts import unlike_claim
+
+    path = folder / "claim.json"
+    fixed = read_claim(path) if path.exists() else {}
+    where = unlike_claim(folder, fixed) if {"rows", "seeds", "steps"} <= {*fixed} else []
+    return unlike_fixed(claim, where)
 
 
 def _of_run(
@@ -303,7 +314,8 @@ def _of_run(
         known, weak = given_away(trained, [*asked.values()]), doubts(claim, trained)
     hold_without(results, lines, known, canaries=canaries, **terms)
     results["claim"]["reason"] = " ".join([results["claim"]["reason"], *weak])
-    return _over_rates(judgments, terms, results["claim"], known)
+    of_first = _as_fixed(_folder(judgments), results["claim"])
+    return _over_rates(judgments, terms, of_first, known)
 
 # %% ../nbs/07_cli.ipynb #0ffab8de
 def _analysed(

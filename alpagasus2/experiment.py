@@ -31,7 +31,14 @@ from alpagasus2.analysis import (
     load_judgments,
 )
 from .core import run_folder
-from .core.files import UserError, build, file_sha256, read_json, write_json
+from alpagasus2.core.files import (
+    UserError,
+    build,
+    file_sha256,
+    json_sha256,
+    read_json,
+    write_json,
+)
 from alpagasus2.data import (
     Example,
     Question,
@@ -44,11 +51,13 @@ from .endpoint.cache import Ask
 from alpagasus2.evidence.claim import (
     at_every_rate,
     at_one_rate,
+    claim_beside,
     fixed_terms,
     heldout_finding,
     read_claim,
+    unlike_fixed,
 )
-from .evidence.doubts import doubts
+from .evidence.doubts import doubts, unlike_claim
 from alpagasus2.evidence.filtering import (
     SEEN,
     contamination,
@@ -76,7 +85,7 @@ from .recipe import MATCHED, Arm, Judge, Rater, Recipe, Server, fix_claim
 from .report.page import write_report
 from .report.plots import plot_heldout, plot_outcomes, plot_slots
 from .selection import BY_SCORE, load_scores, random_to_total, select
-from .train import encode_rows, train
+from .train import Misfit, encode_rows, misfit_line, misfits, train
 
 # %% ../nbs/06a_experiment.ipynb #0716d970
 class Run:
@@ -91,11 +100,14 @@ class Run:
     ):
         self.recipe, self.dir, self.progress = recipe, Path(output_dir), progress
         self.tokens: dict[str, tuple[int, int]] = {}  # of the pool's rows, from `_token_counts`
+        self.own: dict[str, list[Example]] = {}  # rows that fit, by the file of an arm
         self.arms = recipe.arms | recipe.size_arms
         rows, problems = load_examples(recipe.data)
-        self.rows = rows[: recipe.limit]
         if problems:
             self.say(dropped(problems))
+        self.models = local.Models(recipe.base_model, recipe.training(0)[1])
+        self.left_out = _left_out(self, rows[: recipe.limit], bool(rates))
+        self.rows = _fitting(self, rows[: recipe.limit])
         self.test_sets = [load_questions(name)[: recipe.limit] for name in recipe.questions]
         self.questions = [q for test_set in self.test_sets for q in test_set]
         if recipe.sizes and not any(q.get("reference") for q in self.questions):
@@ -104,8 +116,9 @@ class Run:
                 f"sizes are compared by held-out loss, but no question of {asked} has a "
                 "`reference`; add a test set that has them, or leave out `sizes`"
             )
-        self.claim = fix_claim(recipe, self.dir, self.rows, self.test_sets, rates)
-        self.models = local.Models(recipe.base_model, recipe.training(0)[1])
+        given = rows[: recipe.limit]
+        self.claim = fix_claim(recipe, self.dir, given, self.test_sets, rates, self.left_out)
+        _keep_left_out(self)
         self.judged = judge.judge_files(self.dir, [name for name, _ in recipe.judges])
         for name, who in recipe.judges:
             if who.backend == "local" and not run_folder.is_complete(self.judged[name]):
@@ -139,6 +152,51 @@ class Run:
             return judge.endpoint_ask(who.model, who.base_url, config, who, plans, tell=self.say)
         options = self.recipe.training(0)[0].template_options
         return local.local_ask(self.model(who.model), plans.values(), options)
+
+# %% ../nbs/06a_experiment.ipynb #c55f9dad
+def _misfits(run: Run, rows: Sequence[Example], source: str) -> dict[str, Misfit]:
+    "The rows of a source that the training could not take whole; they are counted and named."
+    config, _ = run.recipe.training(0)
+    found = misfits(rows, run.models.tokenizer, config, run.recipe.keep_cut)
+    if len(found) == len(rows):
+        raise UserError(f"{source}: {misfit_line(found, len(rows), config)}; raise cutoff_len")
+    if found:
+        run.say(f"{source}: {misfit_line(found, len(rows), config)}; they are left out")
+    return found
+
+
+def _left_out(run: Run, rows: Sequence[Example], at_rate: bool) -> dict[str, Misfit] | None:
+    "What of the pool does not fit, read back or found; None where an earlier version began."
+    claim = claim_beside(run.dir) or (claim_beside(run.dir.parents[1]) if at_rate else None)
+    fixed = claim["pool"].get("left_out") if claim else {}
+    if fixed is None:
+        return None
+    path = run.dir / "left_out.json"
+    kept = read_json(path) if path.exists() else None
+    same = kept is not None and json_sha256(kept) == fixed.get("sha256")
+    return kept if same else _misfits(run, rows, run.recipe.data)
+
+
+def _keep_left_out(run: Run) -> None:
+    "Name the rows that do not fit in a file of the run."
+    path = run.dir / "left_out.json"
+    if run.left_out is not None and not (path.exists() and read_json(path) == run.left_out):
+        write_json(path, run.left_out)
+
+# %% ../nbs/06a_experiment.ipynb #8eb37624
+def _fitting(run: Run, rows: Sequence[Example]) -> list[Example]:
+    "The rows of the pool that fit."
+    lost = run.left_out or {}
+    return [r for r in rows if r["id"] not in lost]
+
+
+def _own_rows(run: Run, source: str) -> list[Example]:
+    "The rows that fit of an arm's own file; all where the pool has all of them."
+    if source not in run.own:
+        rows, _ = load_examples(source)
+        lost = {} if run.left_out is None else _misfits(run, rows, source)
+        run.own[source] = [r for r in rows if r["id"] not in lost]
+    return run.own[source]
 
 # %% ../nbs/06a_experiment.ipynb #b3f0c7f6
 def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
@@ -212,7 +270,7 @@ def _pool(run: Run, replicate: int, scores: Mapping[str, float]) -> list[Example
 def _arm_rows(run: Run, arm: Arm, replicate: int, scores: Mapping[str, float]) -> list[Example]:
     if arm.matched:
         return _matched_rows(run, arm, replicate, scores)
-    pool = load_examples(arm.data)[0] if arm.data else _pool(run, replicate, scores)
+    pool = _own_rows(run, arm.data) if arm.data else _pool(run, replicate, scores)
     size: dict[str, Any] = {arm.select or "random_k": arm.rows}
     if arm.value is not None:  # a filter keeps as many as it does; arms need equal numbers
         limit: dict[str, Any] = {str(arm.select): arm.value}
@@ -284,21 +342,26 @@ def train_arms(
             run.say(f"Training {part}: {len(selected[part])} rows")
             run.models.release()
             base, settings = run.recipe.base_model, run.recipe.training(replicate)
-            result = train(base, selected[part], output, *settings, run.progress)
+            train(base, selected[part], output, *settings, run.progress)
             run.models.release()
-            rows = run.arms[name].rows or len(selected[part])
-            _check_steps(part, run.recipe.steps(rows), result)
+        _check_trained(run, part, run.arms[name].rows or len(selected[part]))
     _check_runs_differ(run, arms)
 
 # %% ../nbs/06a_experiment.ipynb #84a074be
-def _check_steps(part: str, fixed: int, result: Mapping) -> None:
-    "Arms are comparable only at the number of steps that the claim fixed for so many rows."
-    if result["steps"] != fixed:
-        lost = ", ".join(result["left_out"]) or "none"
-        raise UserError(
-            f"{part}: {result['steps']} steps, but so many rows take {fixed} by claim.json; "
-            f"rows whose prompt fills cutoff_len: {lost}"
-        )
+def _check_trained(run: Run, part: str, chosen: int) -> None:
+    "Arms are comparable only at the rows and steps that the claim fixed for so many chosen rows."
+    result = read_json(run.dir / "adapters" / part / "train_result.json")
+    fixed = (run.recipe.trained_rows(chosen), run.recipe.steps(chosen))
+    if (made := (result["rows"], result["steps"])) == fixed:
+        return
+    lost = ", ".join(result["left_out"]) or "none"
+    found = (
+        f"{part}: trained on {made[0]} rows in {made[1]} steps, but by claim.json it is "
+        f"{fixed[0]} rows in {fixed[1]}; rows whose prompt fills cutoff_len: {lost}"
+    )
+    if run.left_out is None:  # of an earlier version, which drew from all rows
+        return run.say(f"{found}. So this run has no claim")
+    raise UserError(f"{found}; delete selected/{part}.json and adapters/{part}, and run again")
 
 # %% ../nbs/06a_experiment.ipynb #89c8170b
 def choose_and_train(
@@ -559,6 +622,7 @@ def _judged_results(
     hold_without(results, judgments, known, model_a, canaries, **fixed)
     doubts = " ".join(_doubts(run, selected))
     results["claim"]["reason"] = f"{results['claim']['reason']} {doubts}".strip()
+    results["claim"] = unlike_fixed(results["claim"], unlike_claim(run.dir, run.claim))
     results["claim"] = at_one_rate(results["claim"], run.claim.get("rates") or [])
     return results
 

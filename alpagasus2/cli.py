@@ -56,7 +56,7 @@ def _misfits(
     from alpagasus2.quant_lora import load_tokenizer
     from alpagasus2.train import TrainConfig, misfits
 
-    given = {} if cutoff_len is None else {"cutoff_len": cutoff_len}
+    given: dict[str, Any] = {} if cutoff_len is None else {"cutoff_len": cutoff_len}
     config = TrainConfig(template=template, **given)
     return {**misfits(rows, load_tokenizer(base_model), config, keep_cut)}
 
@@ -240,7 +240,8 @@ def select(
     theirs = {p: load_scores(p, rows, dimension, problems) for p in other_scores or []}
     agreed = _agreement(scores, found, theirs, len(kept)) if theirs else {}
     write_json(output, kept)
-    read = {"columns": columns, "preferred": preferred or None, "base_model": base_model}
+    read: dict[str, Any] = {"columns": columns, "preferred": preferred or None}
+    read["base_model"] = base_model
     fit = {"cutoff_len": cutoff_len, "template": template, "keep_cut": keep_cut}
     read |= fit if base_model else {}
     _record_selection(output, data, len(rows), {**rule, **read}, len(kept))
@@ -637,11 +638,14 @@ def plan(
 
 # %% ../nbs/07_cli.ipynb #a026340b
 def _run(recipe: Any, output_dir: str, dry_run: bool) -> None:
-    from alpagasus2.experiment import run_recipe, summary_lines
+    from alpagasus2.experiment import plan_table, refusals, run_recipe, summary_lines
     from alpagasus2.recipe import plan_of
 
     if dry_run:
         print("\n".join(plan_of(recipe)))
+        if found := refusals(recipe, output_dir):
+            raise UserError(f"{len(found)} things would stop this run: {'; '.join(found)}")
+        print("\n".join(plan_table(recipe)))
         return
     results = run_recipe(recipe, output_dir)
     print("\n".join(summary_lines(results)))

@@ -190,3 +190,24 @@ def test_a_folder_of_an_earlier_version_keeps_its_pool(finished, tmp_path):
     train_arms(again, chosen, ["longest"])
     assert not (older / "left_out.json").exists()
     assert trained(older)["longest"][0] < 30
+
+
+def test_a_dry_run_is_the_plan_and_names_all_that_would_stop_the_run(finished, tmp_path, capsys):
+    recipe, _ = finished
+    assert main(["run", str(recipe), "--dry_run", "--output_dir", str(tmp_path / "run")]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("train filtered"))
+    assert line.split()[2:5] == ["1", "30", "8"] and not (tmp_path / "run").exists()
+    faulty = tmp_path / "faulty.yaml"
+    text = (
+        recipe.read_text().replace("rows: 30", "rows: 90").replace("[sample_", "[nothing, sample_")
+    )
+    faulty.write_text(text + "train: {lora_target_modules: [q_proj, v_prj, k_prj]}\n")
+    assert main(["run", str(faulty), "--dry_run"]) == 2
+    said = capsys.readouterr().err
+    for what in (
+        "3 things",
+        "but 80 rows of the pool fit",
+        "nothing",
+        "no linear layer k_prj, v_prj",
+    ):
+        assert what in said

@@ -183,13 +183,14 @@ def recorded(
     output: str | Path,  # the file or folder about to be written
     config: Mapping,  # the resolved settings, JSON only, no secrets
     inputs: Sequence[str | Path] = (),  # files read; their hashes are kept
+    overwrite: bool = False,  # replace what was made with other settings
     **notes: Any,  # what else is known at the start, and a kill must not lose
 ) -> Iterator[dict]:  # put what is known at the end here: cost, counts
     "Describe `output` in the manifest beside it; raises `UserError` on a changed setting."
     output, config = Path(output), json.loads(files.dumps(config))
     old = manifest_entry(output)
     change = changed_setting(old["config"], config) if "config" in old else None
-    if change and output.exists():
+    if change and output.exists() and not overwrite:
         raise UserError(f"{output}: {change}; choose another output, or delete this one")
     hashes = {Path(p).name: files.file_sha256(p) for p in inputs if Path(p).is_file()}
     started = now() if change else old.get("started", now())

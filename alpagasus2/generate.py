@@ -19,7 +19,14 @@ from typing import Any, Literal, cast
 from pydantic import Field
 
 from .core.families import context_length
-from .core.files import UserError, adapter_sha256, say, settings, write_json
+from alpagasus2.core.files import (
+    UserError,
+    adapter_sha256,
+    check_safe_name,
+    say,
+    settings,
+    write_json,
+)
 from .core.run_folder import Journal, resumed
 from .data import AnyTemplate, Question, Template, question_of, template_of
 from .endpoint.batch_api import announced
@@ -204,6 +211,16 @@ def _refuse_other_adapters(lines: Iterable[Response], journal: Journal) -> None:
                 f"now {now}, so it was trained again; choose another output, or delete this one"
             )
 
+
+def _refuse_edited_questions(lines: Iterable[Response], journal: Journal) -> None:
+    for line in lines:
+        done = journal.get(line)
+        if done and question_of(cast(Response, done)) != question_of(line):
+            raise UserError(
+                f"{journal.path}: question {line['id']} of {line['test_set']} was edited since "
+                "it was answered; choose another output, or give the question another id"
+            )
+
 # %% ../nbs/03_generate.ipynb #895ebe52
 def generate(
     questions: Sequence[Question],  # from `load_questions`
@@ -222,6 +239,7 @@ def generate(
     lines = answer_lines(questions, models, replicate, adapters)
     with resumed(output, settings, "answer", progress) as step:
         _refuse_other_adapters(lines, step.journal)
+        _refuse_edited_questions(lines, step.journal)
         todo = step.todo(lines)
         for name, answers in models.items():
             step.bar.set_description(name)
@@ -255,6 +273,7 @@ Form = Literal["seed", "alpaca_eval"]
 
 def _original(x: Response) -> tuple[str, dict[str, Any]]:
     "Its file, and its record: the question, and a column for the model."
+    check_safe_name(x["test_set"], "the test set")
     field = {"vicuna": "text", "koala": "prompt"}.get(x["test_set"], "instruction")
     record: dict[str, Any] = {"question_id": x["id"], field: x["instruction"]}
     if field == "instruction":
@@ -268,6 +287,7 @@ def _original(x: Response) -> tuple[str, dict[str, Any]]:
 def _alpaca_eval(x: Response) -> tuple[str, dict[str, Any]]:
     "Its file, and its record."
     name = f"{x['model']}-{x['replicate']}" if x.get("replicate") else x["model"]
+    check_safe_name(name, "the model")
     return f"{name}/model_outputs.json", {
         "instruction": "\n\n".join(filter(None, question_of(x))),
         "output": x["response"],

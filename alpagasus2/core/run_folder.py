@@ -134,12 +134,22 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 # %% ../../nbs/core/run_folder.ipynb #19a37636
+_WITHOUT = "move it away, and the files beside it count as they are, not as finished"
+
+
 def read_manifest(
     folder: str | Path,  # an output folder
 ) -> dict:  # {} when it has none
-    "The manifest of a folder."
+    "The manifest of a folder; `UserError` says what to do about one that cannot be read."
     path = Path(folder) / "manifest.json"
-    return files.read_json(path) if path.exists() else {}
+    try:
+        found = files.read_json(path) if path.exists() else {}
+    except UserError as e:
+        raise UserError(f"{e}; {_WITHOUT}") from None
+    outputs = found.get("outputs", {}) if isinstance(found, dict) else None
+    if not isinstance(outputs, dict) or not all(isinstance(x, dict) for x in outputs.values()):
+        raise UserError(f"{path}: it does not describe outputs by name; {_WITHOUT}")
+    return found
 
 
 def manifest_entry(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Answer', 'Answers', 'Backend', 'Form', 'GenerateConfig', 'Response', 'encode_prompts', 'local_answers',
-           'endpoint_requests', 'endpoint_answers', 'server_ask', 'answer_lines', 'generate', 'length_warnings',
-           'export_responses']
+           'endpoint_requests', 'endpoint_answers', 'server_ask', 'answer_lines', 'read_responses', 'generate',
+           'length_warnings', 'export_responses']
 
 # %% ../nbs/03_generate.ipynb #77de68da
 import re
@@ -23,6 +23,7 @@ from alpagasus2.core.files import (
     UserError,
     adapter_sha256,
     check_safe_name,
+    read_jsonl,
     say,
     settings,
     write_json,
@@ -199,6 +200,33 @@ def answer_lines(
         | {"model": name, "replicate": replicate, **weights.get(name, {})}
         for name in models for q in questions
     ]  # fmt: skip
+    return cast(list[Response], lines)
+
+# %% ../nbs/03_generate.ipynb #f4c2838e
+_TEXTS = ("id", "test_set", "model", "instruction", "response")  # each answer has them
+_MAYBE = ("input", "category", "finish_reason", "cluster", "adapter")  # text, null, or not there
+
+
+def _wrong_field(line: Mapping[str, Any]) -> str | None:
+    "What cannot be read of a line of answers, in words."
+    for field in (*_TEXTS, *_MAYBE):
+        value = line.get(field)
+        if not isinstance(value, str) and (value is not None or field in _TEXTS):
+            return f"{field} is {value!r}, not text"
+    run = line.get("replicate", 0)
+    return None if type(run) is int and run >= 0 else f"replicate is {run!r}, not a whole number"
+
+
+def read_responses(
+    path: str | Path,  # responses.jsonl
+) -> list[Response]:
+    "Read a file of answers; `UserError` names a line that is none."
+    lines = read_jsonl(path)
+    for line in lines:
+        line.setdefault("input", "")
+        if wrong := _wrong_field(line):
+            where = f"{path}: the answer of {line.get('model')!r} to {line.get('id')!r}"
+            raise UserError(f"{where}: {wrong}; mend the line, or leave it out")
     return cast(list[Response], lines)
 
 # %% ../nbs/03_generate.ipynb #7c00bfb4

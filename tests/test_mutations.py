@@ -15,7 +15,7 @@ import gzip
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,11 +138,11 @@ def torn(data: bytes, draw: random.Random) -> bytes:
     )  # fmt: skip
 
 
-def spoiled(value: Any, draw: random.Random) -> tuple[str, bytes]:
+def spoiled(value: Any, draw: random.Random, endings: Sequence[str]) -> tuple[str, bytes]:
     """An ending and the bytes of a mutation."""
     for _ in range(draw.choice((0, 1, 1, 1, 2, 3))):
         value = changed(value, draw)
-    ending = draw.choice(list(WRITERS))
+    ending = draw.choice(endings)
     text = WRITERS[ending](value)
     text = readable(text) if draw.random() < 0.5 else text
     encoding = draw.choice(("utf-8",) * 8 + ENCODINGS)
@@ -162,6 +162,7 @@ class Kind:
     examples: tuple[Any, ...]
     command: Callable[[Path, Path], list[str]]  # of the file, and of a path for the result
     holds: Callable[[Path, int], None]  # asserts of the result (need not be there) and the status
+    endings: tuple[str, ...] = tuple(WRITERS)
 
 
 def strict(path: Path) -> Any:
@@ -216,6 +217,19 @@ def ask(file: Path, out: Path) -> list[str]:
     return ["generate", "--questions", str(file), *words]
 
 
+def judge(file: Path, out: Path) -> list[str]:
+    words = ["--model", "none", "--base_url", "http://127.0.0.1:9", "--output", str(out)]
+    return ["judge", "--responses", str(file), *words, "--dry_run"]
+
+
+def plan(file: Path, out: Path) -> list[str]:
+    """A recipe in YAML, of which JSON is a part, about rows that are there."""
+    rows = file.with_name("rows.json")
+    rows.write_text(json.dumps(ROWS))
+    file.write_bytes(file.read_bytes().replace(b"ROWS", str(rows).encode()))
+    return ["run", str(file), "--output_dir", str(out), "--dry_run"]
+
+
 DATA = (
     ROWS,
     [{**r, "category": "maths", "flaw": None, "score": 2.5, "tags": ["a"]} for r in ROWS],
@@ -247,11 +261,29 @@ QUESTIONS = (
     [{"id": "t", "instruction": "Do.", "instances": [{"input": "This", "output": "OK"}]},
      {"idx": 1, "Skill": "Math", "Instruction": "1+1?"}],
 )  # fmt: skip
+RESPONSES = (
+    [{"id": f"q{n}", "test_set": "my", "category": "maths", "instruction": "1+1?", "input": "",
+      "model": model, "replicate": 0, "response": "Zwéi", "finish_reason": "stop",
+      "prompt_tokens": 9, "response_tokens": 3} for model in ("a", "b") for n in range(2)],
+)  # fmt: skip
+RECIPES = (
+    {"base_model": "smollm2-135m", "preset": "quickstart", "data": "ROWS",
+     "rater": {"kind": "flaws"}, "replicates": 1, "questions": ["sample_questions"],
+     "arms": {"filtered": {"select": "top_k", "rows": 2},
+              "random": {"select": "random_k", "rows": 2}},
+     "judge": {"backend": "local"}, "margin": 0.05},
+    {"base_model": "smollm2-135m", "data": "ROWS", "rater": {"kind": "llm", "model": "m"},
+     "arms": {"filtered": {"select": "top_k", "rows": 2},
+              "longest": {"select": "longest_k", "rows": 2}},
+     "judge": {"model": "m", "max_cost": 2}, "questions": ["vicuna"], "train": {"num_epochs": 1}},
+)  # fmt: skip
 KINDS = {
     "rows": Kind(DATA, check, good_rows),
     "pool": Kind(DATA, select, good_rows),
     "scores": Kind(SCORES, select_by_scores, one_known_row),
     "questions": Kind(QUESTIONS, ask, nothing),
+    "responses": Kind(RESPONSES, judge, nothing, (".jsonl",)),
+    "recipes": Kind(RECIPES, plan, nothing, (".json",)),
 }
 
 
@@ -278,7 +310,7 @@ def ended(words: list[str], capsys: pytest.CaptureFixture) -> tuple[int, str]:
 def met(name: str, number: int, folder: Path, capsys: pytest.CaptureFixture) -> int:
     """Meet one mutation; its status."""
     kind, draw = KINDS[name], random.Random(f"{name} {number}")
-    ending, data = spoiled(draw.choice(kind.examples), draw)
+    ending, data = spoiled(draw.choice(kind.examples), draw, kind.endings)
     folder.mkdir()
     file, out = folder / f"file{ending}", folder / "result.json"
     file.write_bytes(data)
@@ -318,8 +350,9 @@ def test_sound_files_are_read(name, tmp_path, capsys):
     kind = KINDS[name]
     for n, example in enumerate(kind.examples):
         (tmp_path / str(n)).mkdir()
-        file, out = tmp_path / str(n) / "file.json", tmp_path / str(n) / "result.json"
-        file.write_text(json.dumps(example))
+        ending, out = kind.endings[0], tmp_path / str(n) / "result.json"
+        file = tmp_path / str(n) / f"file{ending}"
+        file.write_text(WRITERS[ending](example))
         status, said = ended(kind.command(file, out), capsys)
         assert status == 0 or "preference" in said or "have a problem" in said, said
         kind.holds(out, status)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .options import rows_of
-from ..core.files import UserError, check_safe_name, read_jsonl
+from ..core.files import UserError, check_safe_name
 from ..core.run_folder import cost_of, dollars, has_failed, status_counts
 from ..data import load_test_sets, template_of
 
@@ -172,6 +172,7 @@ def judge(
 ) -> None:
     "Compare the answers of two or more models, in both orders."
     from alpagasus2.endpoint.client import EndpointConfig
+    from alpagasus2.generate import read_responses
     from alpagasus2.judge import (
         JudgeConfig,
         canaries_path,
@@ -184,7 +185,7 @@ def judge(
 
     if not model:
         raise UserError("--model: name the model that judges")
-    lines = [line for path in responses for line in read_jsonl(path)]
+    lines: list[Any] = [line for path in responses for line in read_responses(path)]
     pairs = pair_arms(lines, model_a, model_b)[:limit]
     for told in missing_answers(pairs):
         print(told, file=sys.stderr)

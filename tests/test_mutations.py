@@ -287,6 +287,39 @@ KINDS = {
 }
 
 
+# --- words of the command line --------------------------------------------------------------------
+WORDS = (
+    "", " ", "nan", "inf", "-inf", "1e999", "-5", "0", "-0.5", "1.5", "2", "9" * 30, "²", "true",
+    "null", "[]", "{}", "[1", "{a: 1}", "a=b", "=", "../up", "/dev/null/x", "\x00", "\ud83d",
+    "=1+1", "word " * 3000, "--", "--limit", "rows.json", ".",
+)  # fmt: skip
+NUMBERS = ("limit", "seed", "top_k", "low", "high", "temperature", "max_cost", "cutoff_len",
+           "learning_rate", "batch_size", "rows", "mean_tokens", "replicate", "prompts", "runs",
+           "effect", "spread", "quantile", "max_wait", "columns", "protocol", "select")  # fmt: skip
+HERE = ["--base_url", "http://127.0.0.1:9", "--dry_run"]
+COMMANDS = (
+    ["check", "rows.json", "--output", "out.json"],
+    ["select", "--data", "rows.json", "--random_k", "2", "--seed", "1", "--output", "out.json"],
+    ["rate", "--data", "rows.json", "--model", "m", "--output", "out.jsonl", "--limit", "2", *HERE],
+    ["generate", "--questions", "vicuna", "--base_model", "m", "--output", "out.jsonl", *HERE],
+    ["judge", "--responses", "said.jsonl", "--model", "m", "--output", "out.jsonl", *HERE],
+    ["estimate", "--base_model", "llama-2-7b", "--rows", "9", "--device", "T4"],
+    ["plan", "--effect", "0.05", "--prompts", "80", "--runs", "3"],
+)
+
+
+def misspelt(words: Sequence[str], draw: random.Random) -> list[str]:
+    """The words with some of them changed, left out, said twice, or an option more."""
+    words = list(words)
+    for _ in range(draw.choice((1, 1, 1, 2))):
+        at = draw.randrange(1, len(words)) if len(words) > 1 else 0
+        words[at : at + 1] = draw.choice(
+            ([draw.choice(WORDS)], [], [words[at]] * 2, [words[at][:-1]],
+             [words[at], f"--{draw.choice(NUMBERS)}", draw.choice(WORDS)])
+        )  # fmt: skip
+    return words
+
+
 # --- the tests ------------------------------------------------------------------------------------
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,13 +368,42 @@ def meet_all(name: str, numbers: range, folder: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_spoiled_file_ends_in_a_result_or_a_sentence(name, tmp_path, capsys):
-    meet_all(name, range(IN_CI // len(KINDS)), tmp_path, capsys)
+    meet_all(name, range(IN_CI // (len(KINDS) + 1)), tmp_path, capsys)
+
+
+def meet_words(numbers: range, capsys: pytest.CaptureFixture) -> None:
+    Path("rows.json").write_text(json.dumps(ROWS))
+    Path("said.jsonl").write_text(as_lines(RESPONSES[0]))
+    failed, statuses = [], set()
+    for number in numbers:
+        draw = random.Random(f"arguments {number}")
+        words = misspelt(draw.choice(COMMANDS), draw)
+        try:
+            status, said = ended(words, capsys)
+            assert status in (0, 2), said
+            assert status == 0 or (said.strip() and "\n" not in said.strip()), said
+            statuses.add(status)
+        except Exception as e:
+            failed.append(f"{number}: {words}: {type(e).__name__}: {e}"[:300])
+    assert not failed, f"{len(failed)} of {len(numbers)}:\n" + "\n".join(failed[:20])
+    assert statuses == {0, 2}, "mutations that all end alike test nothing"
+
+
+def test_wrong_words_end_in_a_result_or_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    meet_words(range(30, 62), capsys)
+
+
+@pytest.mark.slow
+def test_many_wrong_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    meet_words(range(100, 400), capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_many_spoiled_files(name, tmp_path, capsys):
-    first = IN_CI // len(KINDS)
+    first = IN_CI // (len(KINDS) + 1)
     meet_all(name, range(first, first + IN_ALL // len(KINDS)), tmp_path, capsys)
 
 

@@ -27,6 +27,7 @@ from alpagasus2.core.files import (
     file_sha256,
     json_sha256,
     settings,
+    unwritable,
 )
 from alpagasus2.data import (
     AnyTemplate,
@@ -432,6 +433,8 @@ def load_recipe(
         raise UserError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if found := unwritable(values):  # the claim could not hold it
+        raise UserError(f"{path}: it holds {found}; take it out")
     return build(Recipe, values, str(path))
 
 # %% ../nbs/06_recipe.ipynb #b06fb603

@@ -25,15 +25,17 @@ from pydantic import Field
 
 from alpagasus2.core.files import (
     UserError,
+    adapter_hashes,
     check_names,
     check_output,
     json_sha256,
+    read_json,
     replace_folder,
     say,
     settings,
     write_json,
 )
-from .core.run_folder import recorded
+from .core.run_folder import hold, is_complete, manifest_entry, recorded
 from .data import AnyTemplate, Example, Template, dropped, load_examples, template_of
 from .model.attention import Kernel
 from .model.check import check_own, checked, own_losses
@@ -55,6 +57,8 @@ from alpagasus2.quant_lora import (
     QuantLoraConfig,
     adapter_parameters,
     add_lora,
+    base_sha256,
+    check_adapters,
     compute_dtype,
     free_memory,
     load_base,
@@ -798,8 +802,62 @@ def save_adapter(
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    write_json(part / "train_result.json", result)
+    write_json(part / "train_result.json", {**result, "sha256": adapter_hashes(part)})
     replace_folder(part, output_dir)
+
+# %% ../nbs/02_train.ipynb #5e9e71df
+def _finished(output_dir: Path, settings: Mapping[str, Any], trained_on: str) -> dict | None:
+    "What a finished training of these rows measured; None where there is something to do."
+    kept = manifest_entry(output_dir).get("trained_on")
+    if kept is None or not is_complete(output_dir):
+        return None
+    if kept != trained_on:
+        raise UserError(
+            f"{output_dir} was trained on other rows; choose another folder, or --overwrite it"
+        )
+    if not is_complete(output_dir, settings):
+        return None  # `recorded` names the setting
+    check_adapters({output_dir.name: output_dir}, settings["base_model"])
+    say(f"{output_dir} is finished, by these rows and settings; --overwrite trains it again")
+    return read_json(output_dir / "train_result.json")
+
+# %% ../nbs/02_train.ipynb #8523dd6e
+def _train(
+    base_model: str, data_path: str | Path | list[Example], output_dir: Path, config: TrainConfig,
+    quant_lora: QuantLoraConfig, progress: bool, report_to: str | None, overwrite: bool,
+) -> dict:  # fmt: skip
+    "`train` in a folder that this process holds."
+    main = accelerate.PartialState().is_main_process
+    rows, files = _read(data_path)
+    tokenizer = load_tokenizer(base_model)
+    train_rows, held_rows = split_rows(rows, config)
+    encoded, counts = encode_rows(train_rows, tokenizer, config)
+    held = encode_rows(held_rows, tokenizer, config)[0] if held_rows else []
+    settings = {"base_model": str(base_model), **asdict(config), **asdict(quant_lora)}
+    checkpoint = _checkpoint(output_dir, settings, encoded)
+    trained_on = checkpoint.settings["rows"]
+    done = None if overwrite else _finished(output_dir, settings, trained_on)
+    if _any_process(done is not None):
+        return done or {}
+    recording: Any = nullcontext({})
+    if main:
+        recording = recorded(output_dir, settings, files, overwrite, trained_on=trained_on)
+    state = {"asked_budget": config.token_budget, **_kept_state(checkpoint, config)}
+    config = replace(config, token_budget=state.get("token_budget", config.token_budget))
+    with _tracking(report_to, output_dir, settings) as track, recording as entry:
+        model, config = _prepared(base_model, quant_lora, config, encoded)
+        measure = own_loss if config.trainer else mean_loss
+        evaluate = partial(measure, model, held) if held else None
+        steps = _steps_of(config, tokenizer, state)
+        log = fit(model, encoded, config, evaluate, progress, checkpoint, track, steps, state)
+        result = {**counts, **_summary(model, config, counts, log, state)}
+        result["base_sha256"] = base_sha256(base_model)
+        if main:
+            save_adapter(model, tokenizer, output_dir, result)
+            checkpoint.path.unlink(missing_ok=True)
+        entry |= {"seconds": result["seconds"], "check": result["check"]}
+    accelerate.PartialState().wait_for_everyone()  # nobody reads an adapter before it is there
+    return result
 
 # %% ../nbs/02_train.ipynb #27bfb2a8
 def train(
@@ -810,32 +868,13 @@ def train(
     quant_lora: QuantLoraConfig | None = None,  # default: likewise
     progress: bool = True,  # show a bar
     report_to: str | None = None,  # tensorboard, wandb or trackio
+    overwrite: bool = False,  # train again what is finished
 ) -> dict:  # the content of train_result.json
     "Train an adapter and save it with its tokenizer and `train_result.json`; run again to resume."
     config, quant_lora = config or TrainConfig(), quant_lora or QuantLoraConfig()
     output_dir = Path(output_dir).resolve()
     main = accelerate.PartialState(cpu=pick_device() == "cpu").is_main_process
     _check(output_dir, config)
-    rows, files = _read(data_path)
-    tokenizer = load_tokenizer(base_model)
-    train_rows, held_rows = split_rows(rows, config)
-    encoded, counts = encode_rows(train_rows, tokenizer, config)
-    held = encode_rows(held_rows, tokenizer, config)[0] if held_rows else []
-    settings = {"base_model": str(base_model), **asdict(config), **asdict(quant_lora)}
-    checkpoint = _checkpoint(output_dir, settings, encoded)
-    recording: Any = recorded(output_dir, settings, files) if main else nullcontext({})
-    state = {"asked_budget": config.token_budget, **_kept_state(checkpoint, config)}
-    config = replace(config, token_budget=state.get("token_budget", config.token_budget))
-    with _tracking(report_to, output_dir, settings) as track, recording as entry:
-        model, config = _prepared(base_model, quant_lora, config, encoded)
-        measure = own_loss if config.trainer else mean_loss
-        evaluate = partial(measure, model, held) if held else None
-        steps = _steps_of(config, tokenizer, state)
-        log = fit(model, encoded, config, evaluate, progress, checkpoint, track, steps, state)
-        result = {**counts, **_summary(model, config, counts, log, state)}
-        if main:
-            save_adapter(model, tokenizer, output_dir, result)
-            checkpoint.path.unlink(missing_ok=True)
-        entry |= {"seconds": result["seconds"], "check": result["check"]}
-    accelerate.PartialState().wait_for_everyone()  # nobody reads an adapter before it is there
-    return result
+    with hold(output_dir) if main else nullcontext():
+        given = (base_model, data_path, output_dir, config, quant_lora)
+        return _train(*given, progress, report_to, overwrite)

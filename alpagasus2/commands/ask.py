@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .options import rows_of
-from ..core.files import UserError, read_jsonl
+from ..core.files import UserError, check_safe_name
 from ..core.run_folder import cost_of, dollars, has_failed, status_counts
 from ..data import load_test_sets, template_of
 
@@ -172,6 +172,7 @@ def judge(
 ) -> None:
     "Compare the answers of two or more models, in both orders."
     from alpagasus2.endpoint.client import EndpointConfig
+    from alpagasus2.generate import read_responses
     from alpagasus2.judge import (
         JudgeConfig,
         canaries_path,
@@ -184,7 +185,7 @@ def judge(
 
     if not model:
         raise UserError("--model: name the model that judges")
-    lines = [line for path in responses for line in read_jsonl(path)]
+    lines: list[Any] = [line for path in responses for line in read_responses(path)]
     pairs = pair_arms(lines, model_a, model_b)[:limit]
     for told in missing_answers(pairs):
         print(told, file=sys.stderr)
@@ -212,6 +213,7 @@ def _named_path(text: str) -> tuple[str, str]:
     name, found, path = text.partition("=")
     if not (name and found and path):
         raise UserError(f"--adapters {text!r}: write NAME=PATH")
+    check_safe_name(name, "--adapters: the name")
     if not Path(path).exists() and path.count("/") != 1:
         raise UserError(f"--adapters {text!r}: no folder {path}")
     return name, path
@@ -226,12 +228,15 @@ def _server(
     return lambda questions: endpoint_answers(ask, questions)
 
 # %% ../../nbs/commands/ask.ipynb #43161119
-def _check_source(base_model: str, base_url: Any, adapters: Any, export: Sequence[str]) -> None:
+def _check_source(
+    base_model: str, base_url: Any, adapters: Any, export: Sequence[str], name: str
+) -> None:
     "Refuse what cannot be answered, or not be written, before a model is loaded."
     if not base_model:
         raise UserError("--base_model: name the model that answers")
     if base_url and adapters:
         raise UserError("--adapters: a server's adapters are models of their own; use --base_model")
+    check_safe_name(name, "--name")
     if unknown := set(export) - {"seed", "alpaca_eval"}:
         raise UserError(f"--export: {sorted(unknown)[0]!r} is unknown; use seed or alpaca_eval")
 
@@ -266,12 +271,14 @@ def generate(
     from alpagasus2.generate import GenerateConfig, export_responses
     from alpagasus2.generate import generate as answer
 
-    _check_source(base_model, base_url, adapters, export or [])
+    _check_source(base_model, base_url, adapters, export or [], name)
     settings, limits = _sorted_out(config, GenerateConfig, EndpointConfig)
     asked = load_test_sets(questions, limit)
     paths = dict(_named_path(a) for a in adapters or [])
     if name in paths:
         raise UserError(f"--name {name}: an adapter has this name, too; give the base another")
+    if "base" in paths:
+        raise UserError("--adapters base=...: so the model without adapters is called; rename it")
     print(f"{len(asked):,} questions for {', '.join([name, *paths])}", file=sys.stderr)
     if base_url:
         models = {name: _server(base_model, base_url, output, settings, limits, asked)}

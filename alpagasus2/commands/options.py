@@ -48,6 +48,19 @@ def config_class(
     return getattr(importlib.import_module(f"alpagasus2.{module}"), cls)
 
 # %% ../../nbs/commands/options.ipynb #7f951bee
+_SIGNED = ("threshold", "low", "high", "seed", "effect")  # numbers that may be below 0
+_COUNTS = ("limit", "rows", "mean_tokens", "top_k", "random_k", "longest_k")  # of at least one
+
+
+def _wanted_of(name: str, value: float) -> str | None:
+    "What an option's number should have been; None where it may be what it is."
+    if not isfinite(value):
+        return "a finite number"
+    if name in _COUNTS and value <= 0:
+        return "a number above 0"
+    return "a number not below 0" if value < 0 and name not in _SIGNED else None
+
+
 def _empty_parser(command: str, about: str | None) -> Any:
     "A parser that knows --config, and raises its error where `exit_status` prints it."
     from jsonargparse import ArgumentParser
@@ -61,8 +74,8 @@ def _empty_parser(command: str, about: str | None) -> Any:
         def parse_args(self, *args: Any, **named: Any) -> Any:
             found = super().parse_args(*args, **named)
             for name, value in vars(found).items():
-                if isinstance(value, float) and not isfinite(value):
-                    raise UserError(f"{command}: --{name} {value}: a finite number is wanted")
+                if type(value) in (int, float) and (wanted := _wanted_of(name, value)):
+                    raise UserError(f"{command}: --{name} {value}: {wanted} is wanted")
             return found
 
     parser = Parser(prog=f"alpagasus2 {command}", description=about, allow_abbrev=False)

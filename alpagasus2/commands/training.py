@@ -74,6 +74,7 @@ def train(
     preferred: bool = False,  # of preferences, take the good side
     report_to: str | None = None,  # tensorboard, wandb or trackio: follow the figures there
     limit: int | None = None,  # only the first so many rows
+    overwrite: bool = False,  # train again what is finished, and replace it
     dry_run: bool = False,  # count rows, tokens and steps, and stop
     **config: Any,
 ) -> None:
@@ -90,7 +91,9 @@ def train(
     if dry_run:
         _dry_run(base_model, rows, settings)
         return
-    result = train_adapter(base_model, rows, output_dir, settings, quant_lora, report_to=report_to)
+    result = train_adapter(
+        base_model, rows, output_dir, settings, quant_lora, report_to=report_to, overwrite=overwrite
+    )
     if not first:
         return
     print(

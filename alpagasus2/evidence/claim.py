@@ -512,14 +512,22 @@ def heldout_finding(
     )
 
 # %% ../../nbs/evidence/claim.ipynb #38af81c5
+_RESTORE = "put back a copy of it, or begin in another folder"
+
+
 def read_claim(
     path: str | Path,  # claim.json
 ) -> dict[str, Any]:  # its content: recipe, model_a, control, aa, rows, steps, seeds, pool, files
     "What was fixed before the run; raises `UserError` when the file was changed since."
-    content = read_json(path)
-    plan = {k: v for k, v in content.items() if k != "sha256"}
-    if json_sha256(plan) != content.get("sha256"):
-        raise UserError(f"{path}: not what was written before the run; a claim cannot be changed")
+    try:
+        content = read_json(path)
+    except UserError as e:
+        raise UserError(f"{e}; {_RESTORE}") from None
+    plan = {k: v for k, v in content.items() if k != "sha256"} if isinstance(content, dict) else {}
+    if not plan or json_sha256(plan) != content.get("sha256"):
+        raise UserError(
+            f"{path}: not what was written before the run; a claim cannot be changed: {_RESTORE}"
+        )
     if manifest_entry(path).get("sha256") not in (None, content["sha256"]):
         raise UserError(f"{path}: not the claim with which the run began, by its manifest.json")
     return content

@@ -282,7 +282,7 @@ def _verdicts(judgments: str, judge: str | None) -> tuple[list[Any], bool]:
     if len(_judges(judgments)) > 1:  # a run's folder, whose claim says which judge decides
         judgments = str(Path(judgments) / "judgments.jsonl")
     lines, left_alone = load_judgments(judgments)
-    known = {"claim.json", "manifest.json"}
+    known = {"claim.json", "manifest.json", "results.json"}
     if unknown := {n for n in left_alone if n not in known and not n.startswith("canaries")}:
         print(f"left alone: {', '.join(sorted(unknown))}", file=sys.stderr)
     return lines, False
@@ -350,23 +350,36 @@ def _as_fixed(folder: Path, claim: Mapping[str, Any]) -> dict[str, Any]:
     return unlike_fixed(claim, where)
 
 
+def _trained(judgments: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    "What a run's folder fixed, and the rows of its arms; none of a claim of an earlier version."
+    from alpagasus2.evidence.claim import read_claim
+    from alpagasus2.evidence.doubts import rows_of_arms
+
+    claim = read_claim(_folder(judgments) / "claim.json")
+    return claim, rows_of_arms(_folder(judgments), claim) if "seeds" in claim else {}
+
+
 def _of_run(
     judgments: str, terms: Mapping[str, Any], lines: Sequence[Any], results: Any, canaries: Any
 ) -> dict[str, Any]:
-    "The claim of a run's folder, with all that weakens it."
+    "The claim of a run's folder, which holds without the questions seen and at every rate."
     from alpagasus2.analysis import hold_without
-    from alpagasus2.evidence.claim import read_claim
-    from alpagasus2.evidence.doubts import doubts, given_away, rows_of_arms
+    from alpagasus2.evidence.doubts import given_away
 
-    claim, weak, known = read_claim(_folder(judgments) / "claim.json"), [], set()
-    if "seeds" in claim:
-        trained = rows_of_arms(_folder(judgments), claim)
-        asked = {(x["test_set"], x["id"]): x for x in lines}
-        known, weak = given_away(trained, [*asked.values()]), doubts(claim, trained)
+    asked = {(x["test_set"], x["id"]): x for x in lines}
+    known = given_away(_trained(judgments)[1], [*asked.values()])
     hold_without(results, lines, known, canaries=canaries, **terms)
-    results["claim"]["reason"] = " ".join([results["claim"]["reason"], *weak])
     of_first = _as_fixed(_folder(judgments), results["claim"])
     return _over_rates(judgments, terms, of_first, known)
+
+
+def _doubted(judgments: str, claim: Mapping[str, Any]) -> dict[str, Any]:
+    "The claim, with what weakens it."
+    from alpagasus2.evidence.doubts import doubts
+
+    fixed, trained = _trained(judgments)
+    weak = doubts(fixed, trained) if "seeds" in fixed else []
+    return {**claim, "reason": " ".join([claim["reason"], *weak])}
 
 # %% ../nbs/07_cli.ipynb #0ffab8de
 def _analysed(
@@ -383,6 +396,7 @@ def _analysed(
     results = analyse(lines, **(fixed or given), **more)
     if fixed:
         results["claim"] = _of_run(judgments, fixed, lines, results, more.get("canaries"))
+        results["claim"] = _doubted(judgments, results["claim"])
     elif results:
         results["claim"] = without_claim(results["claim"])
     asked = {k: v for k, v in (("model_a", model_a), ("margin", margin)) if v is not None}
@@ -394,33 +408,47 @@ def _analysed(
             else {}
         )
         said = " and ".join(f"{k} {v}" for k, v in asked.items())
-        later = analyse(lines, **terms, canaries=more.get("canaries"))["claim"]
+        found = analyse(lines, **terms, **more)
+        later = _of_run(judgments, terms, lines, found, more.get("canaries"))
         results["claim"] = with_post_hoc(results["claim"], later, said)
     return results, fixed or given
 
 # %% ../nbs/07_cli.ipynb #fbb2f1dc
-def _canaries(judgments: str) -> dict[str, list[float]]:
-    "Outcomes of the sanity checks of the judge: of a run's folder, or beside a file of judgments."
-    from alpagasus2.analysis import canary_outcomes
+def _canaries_path(judgments: str) -> Path:
+    "Of a folder, of the run that a file belongs to, or else beside the file."
     from alpagasus2.judge import canaries_path
 
-    path = Path(judgments)
-    lines = latest(path / "canaries.jsonl" if path.is_dir() else canaries_path(path))
-    return canary_outcomes(lines)
+    path, folder = Path(judgments).resolve(), _folder(judgments)
+    whole = path.is_dir() or (folder / "claim.json").exists()
+    return folder / "canaries.jsonl" if whole else canaries_path(path)
+
+
+def _canaries(judgments: str) -> dict[str, list[float]]:
+    "Outcomes of the sanity checks of the judge; `UserError` where they were taken away."
+    from alpagasus2.analysis import canary_outcomes
+
+    path = _canaries_path(judgments)
+    if manifest_entry(path) and not path.exists():
+        raise UserError(f"{path}: it is gone, and manifest.json names it; put it back")
+    return canary_outcomes(latest(path))
 
 # %% ../nbs/07_cli.ipynb #e56ded13
-def _read_files(output: str, judgments: str | None, others: Sequence[str]) -> list[Path]:
+def _read_files(judgments: str | None, others: Sequence[str]) -> list[Path]:
     "The files that a page of verdicts is made from: those named, and what lies beside them."
-    from alpagasus2.judge import canaries_path
     from alpagasus2.report.formats import other_files
 
     found = [Path(p) for p in others]
-    if judgments and (path := Path(judgments)).is_dir():
-        made = {Path(output).resolve() / "results.json", path.resolve() / "manifest.json"}
-        found += [p for p in sorted(path.glob("*.json*")) if p.resolve() not in made]
-    elif judgments:
+    if not judgments:
+        return [p for p in found if p.is_file()]
+    path, folder = Path(judgments), _folder(judgments)
+    if path.is_dir():
+        made = ("results.json", "manifest.json")  # of a page that lies among the verdicts
+        found += [p for p in sorted(path.glob("[!.]*.json*")) if p.name not in made]
+    else:
         reviewed, _ = other_files(path)
-        found += {path, *reviewed, path.parent / "claim.json", canaries_path(path)}
+        found += {path, *reviewed, folder / "claim.json", _canaries_path(judgments)}
+    if (folder / "claim.json").exists():  # the claim looks at the arms' rows, and at every rate
+        found += [*folder.glob("selected/*.json"), *folder.glob("rates/*/*.jsonl")]
     return [p for p in found if p.is_file()]
 
 # %% ../nbs/07_cli.ipynb #0103af40
@@ -494,7 +522,7 @@ def _verdict_page(
     if lines:
         print(f"{results['claim']['verdict']}. {results['claim']['reason']}")
     print(page)
-    return _read_files(output, judgments, [*responses, *labels])
+    return _read_files(judgments, [*responses, *labels])
 
 # %% ../nbs/07_cli.ipynb #a3ec3bcb
 _PATHS = ("judgments", "responses", "labels", "scores")
@@ -629,6 +657,10 @@ def plan(
         f"power to {_sought(effect, controls, rates, equivalence)}, spread {noise['spread']:.2g} "
         f"standard deviations between prompts, {noise['ties']:.0%} ties; detectable: with 80% power"
     )
+    if any(r["labels"] is not None for r in rows):
+        print("labels: so many of a person, for the noise between prompts alone")
+    if any(r["power"] is None for r in rows):
+        print("no power is promised for one run of each arm, which supports no claim, nor for two")
     print(f"trainings: {arms} arms at {rates} learning rate{'s' * (rates > 1)}, so many runs each; "
           f"a further arm, such as a token-matched one, adds 1/{arms} to them")  # fmt: skip
     print("\n".join(power.plan_lines(rows)))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Answer', 'Answers', 'Backend', 'Form', 'GenerateConfig', 'Response', 'encode_prompts', 'local_answers',
-           'endpoint_requests', 'endpoint_answers', 'server_ask', 'answer_lines', 'generate', 'length_warnings',
-           'export_responses']
+           'endpoint_requests', 'endpoint_answers', 'server_ask', 'answer_lines', 'read_responses', 'generate',
+           'length_warnings', 'export_responses']
 
 # %% ../nbs/03_generate.ipynb #77de68da
 import re
@@ -19,7 +19,15 @@ from typing import Any, Literal, cast
 from pydantic import Field
 
 from .core.families import context_length
-from .core.files import UserError, adapter_sha256, say, settings, write_json
+from alpagasus2.core.files import (
+    UserError,
+    adapter_sha256,
+    check_safe_name,
+    read_jsonl,
+    say,
+    settings,
+    write_json,
+)
 from .core.run_folder import Journal, resumed
 from .data import AnyTemplate, Question, Template, question_of, template_of
 from .endpoint.batch_api import announced
@@ -194,6 +202,33 @@ def answer_lines(
     ]  # fmt: skip
     return cast(list[Response], lines)
 
+# %% ../nbs/03_generate.ipynb #f4c2838e
+_TEXTS = ("id", "test_set", "model", "instruction", "response")  # each answer has them
+_MAYBE = ("input", "category", "finish_reason", "cluster", "adapter")  # text, null, or not there
+
+
+def _wrong_field(line: Mapping[str, Any]) -> str | None:
+    "What cannot be read of a line of answers, in words."
+    for field in (*_TEXTS, *_MAYBE):
+        value = line.get(field)
+        if not isinstance(value, str) and (value is not None or field in _TEXTS):
+            return f"{field} is {value!r}, not text"
+    run = line.get("replicate", 0)
+    return None if type(run) is int and run >= 0 else f"replicate is {run!r}, not a whole number"
+
+
+def read_responses(
+    path: str | Path,  # responses.jsonl
+) -> list[Response]:
+    "Read a file of answers; `UserError` names a line that is none."
+    lines = read_jsonl(path)
+    for line in lines:
+        line.setdefault("input", "")
+        if wrong := _wrong_field(line):
+            where = f"{path}: the answer of {line.get('model')!r} to {line.get('id')!r}"
+            raise UserError(f"{where}: {wrong}; mend the line, or leave it out")
+    return cast(list[Response], lines)
+
 # %% ../nbs/03_generate.ipynb #7c00bfb4
 def _refuse_other_adapters(lines: Iterable[Response], journal: Journal) -> None:
     for line in lines:
@@ -202,6 +237,16 @@ def _refuse_other_adapters(lines: Iterable[Response], journal: Journal) -> None:
             raise UserError(
                 f"{journal.path}: the adapter of {line['model']} was {done.get('adapter')} and is "
                 f"now {now}, so it was trained again; choose another output, or delete this one"
+            )
+
+
+def _refuse_edited_questions(lines: Iterable[Response], journal: Journal) -> None:
+    for line in lines:
+        done = journal.get(line)
+        if done and question_of(cast(Response, done)) != question_of(line):
+            raise UserError(
+                f"{journal.path}: question {line['id']} of {line['test_set']} was edited since "
+                "it was answered; choose another output, or give the question another id"
             )
 
 # %% ../nbs/03_generate.ipynb #895ebe52
@@ -222,6 +267,7 @@ def generate(
     lines = answer_lines(questions, models, replicate, adapters)
     with resumed(output, settings, "answer", progress) as step:
         _refuse_other_adapters(lines, step.journal)
+        _refuse_edited_questions(lines, step.journal)
         todo = step.todo(lines)
         for name, answers in models.items():
             step.bar.set_description(name)
@@ -255,6 +301,7 @@ Form = Literal["seed", "alpaca_eval"]
 
 def _original(x: Response) -> tuple[str, dict[str, Any]]:
     "Its file, and its record: the question, and a column for the model."
+    check_safe_name(x["test_set"], "the test set")
     field = {"vicuna": "text", "koala": "prompt"}.get(x["test_set"], "instruction")
     record: dict[str, Any] = {"question_id": x["id"], field: x["instruction"]}
     if field == "instruction":
@@ -268,6 +315,7 @@ def _original(x: Response) -> tuple[str, dict[str, Any]]:
 def _alpaca_eval(x: Response) -> tuple[str, dict[str, Any]]:
     "Its file, and its record."
     name = f"{x['model']}-{x['replicate']}" if x.get("replicate") else x["model"]
+    check_safe_name(name, "the model")
     return f"{name}/model_outputs.json", {
         "instruction": "\n\n".join(filter(None, question_of(x))),
         "output": x["response"],

@@ -25,7 +25,14 @@ from .model.chat import prompt_ids
 from .model.check import checked
 from .model.decode import for_answers
 from .model.likelihood import Signals, choice_logprobs, flaws, signals, superfiltering
-from .quant_lora import QuantLoraConfig, as_arm, load_adapters, load_base, load_tokenizer
+from alpagasus2.quant_lora import (
+    QuantLoraConfig,
+    as_arm,
+    check_adapters,
+    load_adapters,
+    load_base,
+    load_tokenizer,
+)
 
 # %% ../nbs/04a_local.ipynb #de91c5e6
 @dataclass
@@ -151,6 +158,7 @@ def adapted(
 
     @cache
     def load() -> Any:
+        check_adapters(adapters, models.base_model)
         models.release()  # other adapters stay on the base that they were put on
         return load_adapters(models.base, adapters) if adapters else models.base
 

@@ -6,25 +6,34 @@
 __all__ = ['SMALL_MODEL', 'quiet_libraries', 'QuantLoraConfig', 'pick_device', 'compute_dtype', 'free_memory', 'small_model',
            'resolve_model', 'load_tokenizer', 'keep_trainable', 'load_config', 'expert_weights', 'load_base',
            'weight_count', 'weights_held', 'adapter_parameters', 'LoraProduct', 'in_one_step', 'linear_layers',
-           'add_lora', 'load_adapters', 'as_arm']
+           'add_lora', 'base_sha256', 'check_adapters', 'load_adapters', 'as_arm']
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
 import copy
+import hashlib
 import importlib.util
 import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
 
 from .core import families
-from .core.files import UserError, cache_dir, say, settings
+from alpagasus2.core.files import (
+    UserError,
+    adapter_hashes,
+    cache_dir,
+    read_json,
+    say,
+    settings,
+)
 from .model.dropout import Dropout
 from .model.lora import lora_linear
 
@@ -43,11 +52,15 @@ def quiet_libraries() -> Iterator[None]:
 # %% ../nbs/01_quant_lora.ipynb #ac3478d6
 with quiet_libraries():
     import bitsandbytes as bnb
+    import huggingface_hub
     import peft
     import psutil
     import torch
     import transformers
+    from peft.tuners import lora as peft_lora
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    _PLAIN = (peft_lora.Linear, peft_lora.Linear4bit)  # bitsandbytes is loaded for the second
 
 # %% ../nbs/01_quant_lora.ipynb #80d57fb6
 @contextmanager
@@ -364,7 +377,7 @@ def _one_step(usual: Any) -> Any:
     return OneStep
 
 
-_ONE_STEP = {c: _one_step(c) for c in (peft.tuners.lora.Linear, peft.tuners.lora.Linear4bit)}
+_ONE_STEP = {c: _one_step(c) for c in _PLAIN}
 
 
 def in_one_step(
@@ -469,6 +482,75 @@ def add_lora(
             raise UserError(f"lora_target_modules: {str(e).split('. ')[0]}") from e
     return _quick(wrapped).train()
 
+# %% ../nbs/01_quant_lora.ipynb #a0cbfd3c
+def _first_values(file: Any, name: str) -> list:
+    "Shape of a tensor, and the first numbers of its first row."
+    part = file.get_slice(name)
+    shape = part.get_shape()
+    cut = (*(slice(0, 1) for _ in shape[:-1]), slice(0, 16))
+    values = part[cut] if shape else file.get_tensor(name)
+    return [shape, values.bfloat16().float().flatten().tolist()]
+
+
+def _folder_of(base_model: str | Path) -> Path:
+    "Where a base lies; of a hub id in the hub's cache."
+    folder = Path(resolve_model(base_model))
+    with suppress(ValueError):  # a path that is not there is no hub id
+        kept = huggingface_hub.try_to_load_from_cache(str(base_model), "config.json")
+        return Path(kept).parent if isinstance(kept, str) else folder
+    return folder
+
+
+def base_sha256(
+    base_model: str | Path,  # a local folder, a hub id, or smollm2-135m
+) -> str | None:  # 16 hex digits; None where its weights are not on this machine as safetensors
+    "What tells one base from another, whatever it is called; reads a few bytes of each tensor."
+    folder = _folder_of(base_model)
+    found: dict[str, list] = {}
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {n: _first_values(file, n) for n in file.keys() if "lm_head" not in n}
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:16] if found else None
+
+# %% ../nbs/01_quant_lora.ipynb #c1ec0cc2
+def _check_adapter(name: str, path: Path, base: str | None) -> None:
+    "As far as its training recorded it."
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (path / file).exists():
+            raise UserError(f"adapter {name}: {path} holds no {file}")
+    record = path / "train_result.json"
+    result = read_json(record) if record.exists() else {}
+    for what, kept in result.get("sha256", {}).items():
+        if adapter_hashes(path).get(what) != kept:
+            raise UserError(
+                f"adapter {name}: {path} is damaged, its {what} differ from those that were "
+                "trained; train it again, or copy it anew"
+            )
+    if base and result.get("base_sha256") not in (None, base):
+        trained = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        raise UserError(f"adapter {name}: {path} was trained on another base ({trained}); name it")
+
+
+def check_adapters(
+    adapters: Mapping[str, str | Path],  # name -> adapter folder, or hub id
+    base_model: str | Path,  # what they are to stand on
+) -> None:
+    "Raise `UserError` for an adapter that was changed since, or was trained on another base."
+    base = base_sha256(base_model) if adapters else None
+    for name, path in adapters.items():
+        if Path(path).exists():
+            _check_adapter(name, Path(path), base)
+
+# %% ../nbs/01_quant_lora.ipynb #d60d5f8f
+def _check_layers(model: Any, name: str, path: str | Path) -> None:
+    "Raise `ValueError` unless an adapter and the layers made for it are the same."
+    weights = peft.utils.load_peft_weights(str(path), device="cpu")
+    found = peft.set_peft_model_state_dict(model, weights, adapter_name=name)
+    missing = [key for key in found.missing_keys if "lora_" in key and f".{name}." in key]
+    for key in (*found.unexpected_keys, *missing):
+        whose = "the adapter lacks" if key in missing else "the base lacks"
+        raise ValueError(f"it is for a base with other layers: {whose} {key}")
+
 # %% ../nbs/01_quant_lora.ipynb #1ffc26a8
 @_loading()
 def load_adapters(
@@ -476,17 +558,19 @@ def load_adapters(
     adapters: Mapping[str, str | Path],  # name -> adapter folder; at least one
 ) -> Any:  # a PeftModel; choose with `set_adapter(name)`, or `disable_adapter()` for the base
     "Put trained adapters side by side on one base: one load serves all arms."
+    check_adapters(adapters, model.config._name_or_path)
     wrapped = None
     for name, path in adapters.items():
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (Path(path) / file).exists() and Path(path).exists():
-                raise UserError(f"adapter {name}: {path} holds no {file}")
         try:
             if wrapped is None:
                 wrapped = peft.PeftModel.from_pretrained(model, str(path), adapter_name=name)
             else:
                 wrapped.load_adapter(str(path), adapter_name=name)
-        except (OSError, ValueError) as e:
+            _check_layers(wrapped, name, path)
+        except RuntimeError as e:
+            reason = str(e).split("\n")[-1].strip()
+            raise UserError(f"adapter {name}: {path} does not fit the base: {reason}") from e
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as e:
             raise UserError(f"adapter {name}: {path}: {str(e).splitlines()[0]}") from e
     return _quick(wrapped)
 

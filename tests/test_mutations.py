@@ -15,7 +15,7 @@ import gzip
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,11 +138,11 @@ def torn(data: bytes, draw: random.Random) -> bytes:
     )  # fmt: skip
 
 
-def spoiled(value: Any, draw: random.Random) -> tuple[str, bytes]:
+def spoiled(value: Any, draw: random.Random, endings: Sequence[str]) -> tuple[str, bytes]:
     """An ending and the bytes of a mutation."""
     for _ in range(draw.choice((0, 1, 1, 1, 2, 3))):
         value = changed(value, draw)
-    ending = draw.choice(list(WRITERS))
+    ending = draw.choice(endings)
     text = WRITERS[ending](value)
     text = readable(text) if draw.random() < 0.5 else text
     encoding = draw.choice(("utf-8",) * 8 + ENCODINGS)
@@ -162,6 +162,7 @@ class Kind:
     examples: tuple[Any, ...]
     command: Callable[[Path, Path], list[str]]  # of the file, and of a path for the result
     holds: Callable[[Path, int], None]  # asserts of the result (need not be there) and the status
+    endings: tuple[str, ...] = tuple(WRITERS)
 
 
 def strict(path: Path) -> Any:
@@ -216,6 +217,19 @@ def ask(file: Path, out: Path) -> list[str]:
     return ["generate", "--questions", str(file), *words]
 
 
+def judge(file: Path, out: Path) -> list[str]:
+    words = ["--model", "none", "--base_url", "http://127.0.0.1:9", "--output", str(out)]
+    return ["judge", "--responses", str(file), *words, "--dry_run"]
+
+
+def plan(file: Path, out: Path) -> list[str]:
+    """A recipe in YAML, of which JSON is a part, about rows that are there."""
+    rows = file.with_name("rows.json")
+    rows.write_text(json.dumps(ROWS))
+    file.write_bytes(file.read_bytes().replace(b"ROWS", str(rows).encode()))
+    return ["run", str(file), "--output_dir", str(out), "--dry_run"]
+
+
 DATA = (
     ROWS,
     [{**r, "category": "maths", "flaw": None, "score": 2.5, "tags": ["a"]} for r in ROWS],
@@ -247,12 +261,63 @@ QUESTIONS = (
     [{"id": "t", "instruction": "Do.", "instances": [{"input": "This", "output": "OK"}]},
      {"idx": 1, "Skill": "Math", "Instruction": "1+1?"}],
 )  # fmt: skip
+RESPONSES = (
+    [{"id": f"q{n}", "test_set": "my", "category": "maths", "instruction": "1+1?", "input": "",
+      "model": model, "replicate": 0, "response": "Zwéi", "finish_reason": "stop",
+      "prompt_tokens": 9, "response_tokens": 3} for model in ("a", "b") for n in range(2)],
+)  # fmt: skip
+RECIPES = (
+    {"base_model": "smollm2-135m", "preset": "quickstart", "data": "ROWS",
+     "rater": {"kind": "flaws"}, "replicates": 1, "questions": ["sample_questions"],
+     "arms": {"filtered": {"select": "top_k", "rows": 2},
+              "random": {"select": "random_k", "rows": 2}},
+     "judge": {"backend": "local"}, "margin": 0.05},
+    {"base_model": "smollm2-135m", "data": "ROWS", "rater": {"kind": "llm", "model": "m"},
+     "arms": {"filtered": {"select": "top_k", "rows": 2},
+              "longest": {"select": "longest_k", "rows": 2}},
+     "judge": {"model": "m", "max_cost": 2}, "questions": ["vicuna"], "train": {"num_epochs": 1}},
+)  # fmt: skip
 KINDS = {
     "rows": Kind(DATA, check, good_rows),
     "pool": Kind(DATA, select, good_rows),
     "scores": Kind(SCORES, select_by_scores, one_known_row),
     "questions": Kind(QUESTIONS, ask, nothing),
+    "responses": Kind(RESPONSES, judge, nothing, (".jsonl",)),
+    "recipes": Kind(RECIPES, plan, nothing, (".json",)),
 }
+
+
+# --- words of the command line --------------------------------------------------------------------
+WORDS = (
+    "", " ", "nan", "inf", "-inf", "1e999", "-5", "0", "-0.5", "1.5", "2", "9" * 30, "²", "true",
+    "null", "[]", "{}", "[1", "{a: 1}", "a=b", "=", "../up", "/dev/null/x", "\x00", "\ud83d",
+    "=1+1", "word " * 3000, "--", "--limit", "rows.json", ".",
+)  # fmt: skip
+NUMBERS = ("limit", "seed", "top_k", "low", "high", "temperature", "max_cost", "cutoff_len",
+           "learning_rate", "batch_size", "rows", "mean_tokens", "replicate", "prompts", "runs",
+           "effect", "spread", "quantile", "max_wait", "columns", "protocol", "select")  # fmt: skip
+HERE = ["--base_url", "http://127.0.0.1:9", "--dry_run"]
+COMMANDS = (
+    ["check", "rows.json", "--output", "out.json"],
+    ["select", "--data", "rows.json", "--random_k", "2", "--seed", "1", "--output", "out.json"],
+    ["rate", "--data", "rows.json", "--model", "m", "--output", "out.jsonl", "--limit", "2", *HERE],
+    ["generate", "--questions", "vicuna", "--base_model", "m", "--output", "out.jsonl", *HERE],
+    ["judge", "--responses", "said.jsonl", "--model", "m", "--output", "out.jsonl", *HERE],
+    ["estimate", "--base_model", "llama-2-7b", "--rows", "9", "--device", "T4"],
+    ["plan", "--effect", "0.05", "--prompts", "80", "--runs", "3"],
+)
+
+
+def misspelt(words: Sequence[str], draw: random.Random) -> list[str]:
+    """The words with some of them changed, left out, said twice, or an option more."""
+    words = list(words)
+    for _ in range(draw.choice((1, 1, 1, 2))):
+        at = draw.randrange(1, len(words)) if len(words) > 1 else 0
+        words[at : at + 1] = draw.choice(
+            ([draw.choice(WORDS)], [], [words[at]] * 2, [words[at][:-1]],
+             [words[at], f"--{draw.choice(NUMBERS)}", draw.choice(WORDS)])
+        )  # fmt: skip
+    return words
 
 
 # --- the tests ------------------------------------------------------------------------------------
@@ -278,7 +343,7 @@ def ended(words: list[str], capsys: pytest.CaptureFixture) -> tuple[int, str]:
 def met(name: str, number: int, folder: Path, capsys: pytest.CaptureFixture) -> int:
     """Meet one mutation; its status."""
     kind, draw = KINDS[name], random.Random(f"{name} {number}")
-    ending, data = spoiled(draw.choice(kind.examples), draw)
+    ending, data = spoiled(draw.choice(kind.examples), draw, kind.endings)
     folder.mkdir()
     file, out = folder / f"file{ending}", folder / "result.json"
     file.write_bytes(data)
@@ -303,13 +368,42 @@ def meet_all(name: str, numbers: range, folder: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_spoiled_file_ends_in_a_result_or_a_sentence(name, tmp_path, capsys):
-    meet_all(name, range(IN_CI // len(KINDS)), tmp_path, capsys)
+    meet_all(name, range(IN_CI // (len(KINDS) + 1)), tmp_path, capsys)
+
+
+def meet_words(numbers: range, capsys: pytest.CaptureFixture) -> None:
+    Path("rows.json").write_text(json.dumps(ROWS))
+    Path("said.jsonl").write_text(as_lines(RESPONSES[0]))
+    failed, statuses = [], set()
+    for number in numbers:
+        draw = random.Random(f"arguments {number}")
+        words = misspelt(draw.choice(COMMANDS), draw)
+        try:
+            status, said = ended(words, capsys)
+            assert status in (0, 2), said
+            assert status == 0 or (said.strip() and "\n" not in said.strip()), said
+            statuses.add(status)
+        except Exception as e:
+            failed.append(f"{number}: {words}: {type(e).__name__}: {e}"[:300])
+    assert not failed, f"{len(failed)} of {len(numbers)}:\n" + "\n".join(failed[:20])
+    assert statuses == {0, 2}, "mutations that all end alike test nothing"
+
+
+def test_wrong_words_end_in_a_result_or_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    meet_words(range(30, 62), capsys)
+
+
+@pytest.mark.slow
+def test_many_wrong_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    meet_words(range(100, 400), capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_many_spoiled_files(name, tmp_path, capsys):
-    first = IN_CI // len(KINDS)
+    first = IN_CI // (len(KINDS) + 1)
     meet_all(name, range(first, first + IN_ALL // len(KINDS)), tmp_path, capsys)
 
 
@@ -318,8 +412,9 @@ def test_sound_files_are_read(name, tmp_path, capsys):
     kind = KINDS[name]
     for n, example in enumerate(kind.examples):
         (tmp_path / str(n)).mkdir()
-        file, out = tmp_path / str(n) / "file.json", tmp_path / str(n) / "result.json"
-        file.write_text(json.dumps(example))
+        ending, out = kind.endings[0], tmp_path / str(n) / "result.json"
+        file = tmp_path / str(n) / f"file{ending}"
+        file.write_text(WRITERS[ending](example))
         status, said = ended(kind.command(file, out), capsys)
         assert status == 0 or "preference" in said or "have a problem" in said, said
         kind.holds(out, status)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from stand_ins import tiny_llama
 import alpagasus2.train as training
 from alpagasus2.cli import main
 from alpagasus2.core.files import UserError
+from alpagasus2.core.run_folder import hold
 from alpagasus2.data import load_examples
 from alpagasus2.model.checkpoint import Checkpoint
 from alpagasus2.quant_lora import QuantLoraConfig, load_tokenizer
@@ -111,6 +113,38 @@ def weights(output: Path) -> bytes:
 def uninterrupted(bench: Path) -> bytes:
     assert main(words(bench, bench / "whole")) == 0
     return weights(bench / "whole")
+
+
+def said(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The sentence with which a command that ends with status 2 ends."""
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+def test_one_training_at_a_time_in_a_folder(bench, tmp_path, capsys):
+    output = tmp_path / "adapter"
+    with hold(output):
+        assert "another process is writing it" in said(words(bench, output), capsys)
+    assert [p.name for p in tmp_path.iterdir()] == [".adapter.lock"]
+
+
+def test_a_finished_training_is_not_done_again(bench, uninterrupted, capsys):
+    output, made = bench / "whole", (bench / "whole/train_result.json").stat().st_mtime_ns
+    assert main(words(bench, output)) == 0
+    assert "is finished" in capsys.readouterr().err
+    assert (output / "train_result.json").stat().st_mtime_ns == made
+    assert "trained on other rows" in said(words(bench, output, limit=20), capsys)
+    assert "learning_rate was" in said(words(bench, output, learning_rate=1e-3), capsys)
+
+
+def test_a_changed_adapter_is_no_finished_training(bench, uninterrupted, tmp_path, capsys):
+    shutil.copytree(bench / "whole", tmp_path / "whole")
+    shutil.copy(bench / "manifest.json", tmp_path)
+    file = tmp_path / "whole/adapter_model.safetensors"
+    file.write_bytes(uninterrupted[:-1] + bytes([uninterrupted[-1] ^ 1]))
+    assert "weights differ" in said(words(bench, tmp_path / "whole"), capsys)
+    assert main(words(bench, tmp_path / "whole", overwrite=True)) == 0
+    assert weights(tmp_path / "whole") == uninterrupted
 
 
 def kill_and_finish(arguments: list[str], output: Path, kills: int, last: int, seed: int) -> None:

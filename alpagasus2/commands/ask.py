@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .options import rows_of
-from ..core.files import UserError, read_jsonl
+from .options import add_result, rows_of
+from ..core.files import UserError, check_safe_name
 from ..core.run_folder import cost_of, dollars, has_failed, status_counts
 from ..data import load_test_sets, template_of
 
@@ -87,7 +87,9 @@ def _rate_locally(
         return
     from alpagasus2.local import Models, rate_by_signals
 
-    _say_status(output, rate_by_signals(Models(model), rows, rater, output, template))
+    lines = rate_by_signals(Models(model), rows, rater, output, template)
+    add_result(files={output: status_counts(lines)})
+    _say_status(output, lines)
 
 # %% ../../nbs/commands/ask.ipynb #47588e3f
 def _with_options(plan: Any, backend: str, options: dict[str, Any] | None) -> Any:
@@ -150,6 +152,7 @@ def rate(
     )  # fmt: skip
     if ask:
         lines = carry_out(plan, ask, output, retry)
+        add_result(files={output: status_counts(lines)})
         _say_status(output, lines)
         _say_scores(lines)
         _check_all_answered(output, lines)
@@ -172,6 +175,7 @@ def judge(
 ) -> None:
     "Compare the answers of two or more models, in both orders."
     from alpagasus2.endpoint.client import EndpointConfig
+    from alpagasus2.generate import read_responses
     from alpagasus2.judge import (
         JudgeConfig,
         canaries_path,
@@ -184,7 +188,7 @@ def judge(
 
     if not model:
         raise UserError("--model: name the model that judges")
-    lines = [line for path in responses for line in read_jsonl(path)]
+    lines: list[Any] = [line for path in responses for line in read_responses(path)]
     pairs = pair_arms(lines, model_a, model_b)[:limit]
     for told in missing_answers(pairs):
         print(told, file=sys.stderr)
@@ -202,6 +206,7 @@ def judge(
         backend, model, base_url, settings, limits, plans, retry, dry_run, template_options
     )  # fmt: skip
     judged = {str(p): carry_out(plan, ask, p, retry) for p, plan in plans.items() if ask}
+    add_result(files={path: status_counts(lines) for path, lines in judged.items()})
     for path, lines in judged.items():
         _say_status(path, lines)
     for path, lines in judged.items():
@@ -212,6 +217,7 @@ def _named_path(text: str) -> tuple[str, str]:
     name, found, path = text.partition("=")
     if not (name and found and path):
         raise UserError(f"--adapters {text!r}: write NAME=PATH")
+    check_safe_name(name, "--adapters: the name")
     if not Path(path).exists() and path.count("/") != 1:
         raise UserError(f"--adapters {text!r}: no folder {path}")
     return name, path
@@ -226,12 +232,15 @@ def _server(
     return lambda questions: endpoint_answers(ask, questions)
 
 # %% ../../nbs/commands/ask.ipynb #43161119
-def _check_source(base_model: str, base_url: Any, adapters: Any, export: Sequence[str]) -> None:
+def _check_source(
+    base_model: str, base_url: Any, adapters: Any, export: Sequence[str], name: str
+) -> None:
     "Refuse what cannot be answered, or not be written, before a model is loaded."
     if not base_model:
         raise UserError("--base_model: name the model that answers")
     if base_url and adapters:
         raise UserError("--adapters: a server's adapters are models of their own; use --base_model")
+    check_safe_name(name, "--name")
     if unknown := set(export) - {"seed", "alpaca_eval"}:
         raise UserError(f"--export: {sorted(unknown)[0]!r} is unknown; use seed or alpaca_eval")
 
@@ -243,6 +252,7 @@ def _say_answers(output: str, lines: Sequence[Any]) -> None:
     for warning in length_warnings(lines):
         print(warning, file=sys.stderr)
     cut = sum(x["finish_reason"] == "length" for x in lines)
+    add_result(output=output, answers=len(lines), cut=cut)
     print(f"{output}: {len(lines):,} answers, {cut:,} of them cut at the length limit")
 
 # %% ../../nbs/commands/ask.ipynb #bd307a3e
@@ -266,12 +276,14 @@ def generate(
     from alpagasus2.generate import GenerateConfig, export_responses
     from alpagasus2.generate import generate as answer
 
-    _check_source(base_model, base_url, adapters, export or [])
+    _check_source(base_model, base_url, adapters, export or [], name)
     settings, limits = _sorted_out(config, GenerateConfig, EndpointConfig)
     asked = load_test_sets(questions, limit)
     paths = dict(_named_path(a) for a in adapters or [])
     if name in paths:
         raise UserError(f"--name {name}: an adapter has this name, too; give the base another")
+    if "base" in paths:
+        raise UserError("--adapters base=...: so the model without adapters is called; rename it")
     print(f"{len(asked):,} questions for {', '.join([name, *paths])}", file=sys.stderr)
     if base_url:
         models = {name: _server(base_model, base_url, output, settings, limits, asked)}
@@ -314,5 +326,6 @@ def leaderboard(
         say=lambda line: print(line, file=sys.stderr), dry_run=dry_run,
     )  # fmt: skip
     if results:
+        add_result(output_dir=output_dir)
         table = Path(output_dir) / "leaderboard.md"
         print(f"{table.read_text(encoding='utf-8')}\n{table}")

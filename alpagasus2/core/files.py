@@ -6,7 +6,7 @@
 __all__ = ['T', 'UserError', 'unknown_name', 'check_names', 'check_safe_name', 'SettingError', 'settings', 'build', 'printable',
            'say', 'say_once', 'atomic', 'dumps', 'write_json', 'write_jsonl', 'unwritable', 'replace_folder',
            'standing', 'check_output', 'read_json', 'read_jsonl', 'cache_dir', 'file_sha256', 'json_sha256',
-           'adapter_sha256']
+           'adapter_sha256', 'adapter_hashes']
 
 # %% ../../nbs/core/files.ipynb #44fad563
 import dataclasses
@@ -337,3 +337,15 @@ def adapter_sha256(
     "What tells one trained adapter from another."
     weights = Path(path) / "adapter_model.safetensors"
     return file_sha256(weights)[:16] if weights.exists() else str(path)
+
+# %% ../../nbs/core/files.ipynb #f3bfec2e
+def adapter_hashes(
+    folder: str | Path,  # an adapter
+) -> dict[str, str]:  # {"weights", "config"}: hex digests
+    "SHA-256 of an adapter's weights, and of its settings without the name of its base."
+    config = read_json(Path(folder) / "adapter_config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}: adapter_config.json holds no named values")
+    config.pop("base_model_name_or_path", None)
+    weights = file_sha256(Path(folder) / "adapter_model.safetensors")
+    return {"weights": weights, "config": json_sha256(dict(sorted(config.items())))}

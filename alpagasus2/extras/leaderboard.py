@@ -40,6 +40,7 @@ except ModuleNotFoundError as e:
 from alpagasus2.quant_lora import (
     QuantLoraConfig,
     as_arm,
+    check_adapters,
     load_adapters,
     load_base,
     load_tokenizer,
@@ -411,6 +412,7 @@ class Arms:
         config: LeaderboardConfig,  # max_length, add_bos_token, token_budget
     ) -> Scorer:
         "Load the base with its adapters."
+        check_adapters(self.adapters, self.base_model)
         model = load_base(self.base_model, self.quant_lora)
         model = load_adapters(model, self.adapters) if self.adapters else model
         return Scorer(model, load_tokenizer(self.base_model), config)

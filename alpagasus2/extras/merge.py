@@ -16,7 +16,13 @@ from ..core.files import UserError, build, read_json, replace_folder, write_json
 from ..core.run_folder import manifest_entry, recorded
 from ..model.forward import Encoded
 from ..model.likelihood import target_logprobs
-from ..quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
+from alpagasus2.quant_lora import (
+    QuantLoraConfig,
+    check_adapters,
+    load_adapters,
+    load_base,
+    load_tokenizer,
+)
 
 # %% ../../nbs/extras/merge.ipynb #32d5d90a
 import torch
@@ -44,6 +50,7 @@ def _base_of(adapter: str | Path, base_model: str | Path | None) -> tuple[str, Q
     base = str(base_model or settings["base_model"] or "")
     if not base:
         raise UserError(f"{adapter} does not say what base it was trained on; give base_model")
+    check_adapters({"default": adapter}, base)  # before the base is loaded
     return base, config
 
 # %% ../../nbs/extras/merge.ipynb #5b1a8a61
@@ -59,12 +66,8 @@ def merged_model(
     "The base with the adapter's product added to its weights."
     if merge_base == "original":
         config = dataclasses.replace(config, load_in_4bit=False, load_in_8bit=False)
-    try:
-        config = dataclasses.replace(config, unpacked=True)
-        model = load_adapters(load_base(base_model, config), {"default": adapter})
-    except RuntimeError as e:
-        reason = str(e).split("\n")[-1].strip()
-        raise UserError(f"{adapter} does not fit the base {base_model}: {reason}") from e
+    config = dataclasses.replace(config, unpacked=True)
+    model = load_adapters(load_base(base_model, config), {"default": adapter})
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, LoraLayer):

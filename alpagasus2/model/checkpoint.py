@@ -6,6 +6,7 @@
 __all__ = ['Checkpoint', 'StopRequest']
 
 # %% ../../nbs/model/checkpoint.ipynb #77de68da
+import hashlib
 import json
 import os
 import signal
@@ -38,6 +39,19 @@ def _unflatten(tensors: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[i
         state.setdefault(int(i), {})[key] = value
     return state
 
+# %% ../../nbs/model/checkpoint.ipynb #77c9b26b
+_KEPT = {"settings", "step", "log", "numbers", "groups", "state"}  # the texts in a file
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> str:
+    "SHA-256 over names, types, shapes and bytes, and over the texts."
+    about = {n: [str(t.dtype), [*t.shape]] for n, t in sorted(tensors.items())}
+    texts = {n: texts[n] for n in sorted(_KEPT & texts.keys())}
+    found = hashlib.sha256(json.dumps([about, texts]).encode())
+    for name in about:
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
 # %% ../../nbs/model/checkpoint.ipynb #c1dfd96e
 class Checkpoint:
     "The state of one unfinished training."
@@ -62,13 +76,15 @@ class Checkpoint:
         moments = optimizer.state_dict()
         tensors, numbers = _flatten(moments["state"])
         tensors |= {f"parameter {n}": p.detach() for n, p in parameters.items()}
-        about = {"settings": self.settings, "step": step, "log": log, "numbers": numbers,
-                 "groups": moments["param_groups"], "state": dict(state or {})}  # fmt: skip
+        kept = {"settings": self.settings, "step": step, "log": log, "numbers": numbers,
+                "groups": moments["param_groups"], "state": dict(state or {})}  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f"{self.path.name}.part")  # a killed run's is written over
         whole = {n: t.contiguous().cpu() for n, t in tensors.items()}
+        about = {n: json.dumps(v) for n, v in kept.items()}
+        about["sha256"] = json.dumps(_digest(whole, about))
         try:
-            save_file(whole, part, {n: json.dumps(v) for n, v in about.items()})
+            save_file(whole, part, about)
             os.replace(part, self.path)
         except SafetensorError as e:  # how the library reports a full disk
             raise OSError(f"{self.path}: the checkpoint could not be written: {e}") from e
@@ -80,12 +96,16 @@ class Checkpoint:
         parameters: Mapping[str, torch.Tensor],  # set in place
         optimizer: torch.optim.Optimizer,  # set in place
     ) -> tuple[int, dict[str, list]]:  # steps done (0 without a file), the log so far
-        "Take up the training that the file holds, if there is one."
+        "Take up the training that the file holds, if there is one; each byte of it is checked."
         about = self.check()
         if not about:
             return 0, {}
         with safe_open(self.path, "pt") as file:
             tensors = {n: file.get_tensor(n) for n in file.keys()}
+            text = file.metadata()
+        kept = about.pop("sha256", None)  # earlier versions wrote none
+        if about.keys() - _KEPT or kept not in (None, _digest(tensors, text)):
+            raise UserError(f"{self.path} is damaged (its hash differs); remove it to start anew")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors.pop(f"parameter {name}"))

@@ -32,28 +32,69 @@ from alpagasus2.commands.options import (
 from .commands.training import doctor, estimate, merge, preview, train
 from .core.files import UserError, file_sha256, read_json, read_jsonl, write_json
 from .core.run_folder import annotate, latest, manifest_entry
-from .data import examine, grouped, load_examples, load_test_sets
+from alpagasus2.data import (
+    Examined,
+    Example,
+    Problem,
+    Template,
+    examine,
+    grouped,
+    load_examples,
+    load_test_sets,
+)
 
 # %% ../nbs/07_cli.ipynb #c1dfd96e
+def _misfits(
+    rows: list[Example], base_model: str | None, cutoff_len: int | None, template: Template,
+    keep_cut: bool,
+) -> dict[str, str]:  # fmt: skip
+    "Row id -> `answer` or `prompt`, what does not fit; {} where no model is named."
+    if base_model is None:
+        if cutoff_len is not None or keep_cut:
+            raise UserError("--cutoff_len and --keep_cut: tokens are a model's; add --base_model")
+        return {}
+    from alpagasus2.quant_lora import load_tokenizer
+    from alpagasus2.train import TrainConfig, misfits
+
+    given: dict[str, Any] = {} if cutoff_len is None else {"cutoff_len": cutoff_len}
+    config = TrainConfig(template=template, **given)
+    return {**misfits(rows, load_tokenizer(base_model), config, keep_cut)}
+
+
+def _too_long(found: Examined, lost: Mapping[str, str]) -> list[Problem]:
+    "The problems of rows that do not fit, by their places in the file."
+    says = {"answer": "prompt and answer are longer than cutoff_len",
+            "prompt": "the prompt alone fills cutoff_len"}  # fmt: skip
+    gone = {p.row for p in found.problems if p.drops}
+    places = (n for n in range(found.total) if n not in gone)
+    numbered = zip(places, found.rows, strict=True)
+    return [Problem(n, "long", says[lost[r["id"]]]) for n, r in numbered if r["id"] in lost]
+
+
 def check(
     path: str,  # a file, a folder of `save_to_disk`, a catalogued name or a hub id
     output: str | None = None,  # write the good rows here, with their ids, in our fields
     columns: str | None = None,  # OURS=THEIRS,... where the fields have other names
     preferred: bool = False,  # of preferences, take the good side
+    base_model: str | None = None,  # also name the rows that its training could not take whole
+    cutoff_len: int | None = None,  # tokens of the training; default: 256
+    template: Template = "alpaca",  # of the training: alpaca or chat
+    keep_cut: bool = False,  # only those without room for any of the answer
 ) -> None:
     "List what is wrong with a data set; exit status 2 when something is."
     found = examine(path, columns=columns, preferred=preferred)
+    lost = _misfits(found.rows, base_model, cutoff_len, template, keep_cut)
+    found.problems += _too_long(found, lost)
     for line in grouped(found.problems):
         print(f"{path}: {line}")
+    good = [r for r in found.rows if r["id"] not in lost]
     if output:
-        write_json(output, found.rows)
-    print(f"{path}: {len(found.rows):,} of {found.total:,} rows are good")
+        write_json(output, good)
+    print(f"{path}: {len(good):,} of {found.total:,} rows are good")
+    kinds = {p.kind for p in found.problems}
     if rows := len({p.row for p in found.problems}):
-        hint = (
-            "; --preferred true takes the good side"
-            if "preference" in {p.kind for p in found.problems}
-            else ""
-        )
+        hint = "; --preferred true takes the good side" if "preference" in kinds else ""
+        hint += "; `run` and `select` leave the long ones out" if "long" in kinds else ""
         raise UserError(f"{path}: {rows} rows have a problem, listed above{hint}")
 
 # %% ../nbs/07_cli.ipynb #8ae253e6
@@ -177,6 +218,10 @@ def select(
     questions: list[str] | None = None,  # test sets that the kept rows should not hold
     compare: list[str] | None = None,  # files of rows that other filters kept of the same data
     other_scores: list[str] | None = None,  # other raters' scores: their agreement with --scores
+    base_model: str | None = None,  # leave out the rows that its training could not take whole
+    cutoff_len: int | None = None,  # tokens of that training; default: 256
+    template: Template = "alpaca",  # of that training: alpaca or chat
+    keep_cut: bool = False,  # leave out only those without room for any of the answer
 ) -> None:
     "Keep some rows by exactly one rule."
     from alpagasus2.selection import load_scores
@@ -189,17 +234,23 @@ def select(
     rule = {"threshold": threshold, "top_k": top_k, "quantile": quantile, "random_k": random_k,
             "longest_k": longest_k, "drop_near_duplicates": drop_near_duplicates,
             "quota": _shares(quota), "seed": seed}  # fmt: skip
-    kept = select_rows(rows, found, **rule)
+    lost = _misfits(rows, base_model, cutoff_len, template, keep_cut)
+    fitting = [r for r in rows if r["id"] not in lost]
+    kept = select_rows(fitting, found, **rule)
     theirs = {p: load_scores(p, rows, dimension, problems) for p in other_scores or []}
     agreed = _agreement(scores, found, theirs, len(kept)) if theirs else {}
     write_json(output, kept)
-    read = {"columns": columns, "preferred": preferred or None}
+    read: dict[str, Any] = {"columns": columns, "preferred": preferred or None}
+    read["base_model"] = base_model
+    fit = {"cutoff_len": cutoff_len, "template": template, "keep_cut": keep_cut}
+    read |= fit if base_model else {}
     _record_selection(output, data, len(rows), {**rule, **read}, len(kept))
     unscored = f"; {sum(r['id'] not in found for r in rows):,} had no score" if found else ""
-    print(f"{output}: kept {len(kept):,} of {len(rows):,} rows{unscored}")
+    long = f"; {len(lost):,} do not fit in cutoff_len" if base_model else ""
+    print(f"{output}: kept {len(kept):,} of {len(rows):,} rows{unscored}{long}")
     if report:
         selected = {Path(output).stem: kept, **others}
-        print(_filter_page(rows, found or {}, selected, questions or [], report, agreed))
+        print(_filter_page(fitting, found or {}, selected, questions or [], report, agreed))
 
 # %% ../nbs/07_cli.ipynb #5440b9bf
 def _judges(judgments: str) -> dict[str, Path]:
@@ -278,7 +329,7 @@ def _over_rates(
         canaries = _canaries(str(own))
         results: Any = analyse(lines, canaries=canaries, **terms) or unjudged
         hold_without(results, lines, known, canaries=canaries, **terms)
-        found[further] = results["claim"]
+        found[further] = _as_fixed(own.parent, results["claim"])
     return at_every_rate(found) if others else found[first]
 
 # %% ../nbs/07_cli.ipynb #20cedac1
@@ -286,6 +337,17 @@ def _folder(judgments: str) -> Path:
     "The folder of a run's verdicts."
     path = Path(judgments).resolve()
     return path if path.is_dir() else path.parent
+
+
+def _as_fixed(folder: Path, claim: Mapping[str, Any]) -> dict[str, Any]:
+    "No claim where a run's arms were not trained as its claim.json says."
+    from alpagasus2.evidence.claim import read_claim, unlike_fixed
+    from alpagasus2.evidence.doubts import unlike_claim
+
+    path = folder / "claim.json"
+    fixed = read_claim(path) if path.exists() else {}
+    where = unlike_claim(folder, fixed) if {"rows", "seeds", "steps"} <= {*fixed} else []
+    return unlike_fixed(claim, where)
 
 
 def _of_run(
@@ -303,7 +365,8 @@ def _of_run(
         known, weak = given_away(trained, [*asked.values()]), doubts(claim, trained)
     hold_without(results, lines, known, canaries=canaries, **terms)
     results["claim"]["reason"] = " ".join([results["claim"]["reason"], *weak])
-    return _over_rates(judgments, terms, results["claim"], known)
+    of_first = _as_fixed(_folder(judgments), results["claim"])
+    return _over_rates(judgments, terms, of_first, known)
 
 # %% ../nbs/07_cli.ipynb #0ffab8de
 def _analysed(
@@ -575,11 +638,14 @@ def plan(
 
 # %% ../nbs/07_cli.ipynb #a026340b
 def _run(recipe: Any, output_dir: str, dry_run: bool) -> None:
-    from alpagasus2.experiment import run_recipe, summary_lines
+    from alpagasus2.experiment import plan_table, refusals, run_recipe, summary_lines
     from alpagasus2.recipe import plan_of
 
     if dry_run:
         print("\n".join(plan_of(recipe)))
+        if found := refusals(recipe, output_dir):
+            raise UserError(f"{len(found)} things would stop this run: {'; '.join(found)}")
+        print("\n".join(plan_table(recipe)))
         return
     results = run_recipe(recipe, output_dir)
     print("\n".join(summary_lines(results)))

@@ -112,7 +112,7 @@ class Problem:
 
     row: int  # counts from 0
     kind: Literal[
-        "malformed", "preference", "empty", "duplicate", "unwritable", "unwanted", "field"
+        "malformed", "preference", "empty", "duplicate", "unwritable", "unwanted", "field", "long"
     ]
     detail: str  # what is wrong, in words
 

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['Run', 'rate_pool', 'select_arms', 'stages', 'train_arms', 'choose_and_train', 'heldout_lines', 'measure_heldout',
            'served_arm', 'answer_questions', 'generate_and_measure', 'judge_arms', 'size_results', 'run_results',
-           'run_rate', 'run_cost', 'run_figures', 'report_run', 'run_recipe', 'remake_report', 'summary_lines',
-           'quickstart_recipe']
+           'run_rate', 'run_cost', 'run_figures', 'report_run', 'run_recipe', 'refusals', 'plan_table', 'remake_report',
+           'summary_lines', 'quickstart_recipe']
 
 # %% ../nbs/06a_experiment.ipynb #77de68da
 import contextlib
 import filecmp
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import combinations, groupby, product
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +32,14 @@ from alpagasus2.analysis import (
     load_judgments,
 )
 from .core import run_folder
-from .core.files import UserError, build, file_sha256, read_json, write_json
+from alpagasus2.core.files import (
+    UserError,
+    build,
+    file_sha256,
+    json_sha256,
+    read_json,
+    write_json,
+)
 from alpagasus2.data import (
     Example,
     Question,
@@ -41,14 +49,17 @@ from alpagasus2.data import (
     template_settings,
 )
 from .endpoint.cache import Ask
+from .endpoint.client import Address
 from alpagasus2.evidence.claim import (
     at_every_rate,
     at_one_rate,
+    claim_beside,
     fixed_terms,
     heldout_finding,
     read_claim,
+    unlike_fixed,
 )
-from .evidence.doubts import doubts
+from .evidence.doubts import doubts, unlike_claim
 from alpagasus2.evidence.filtering import (
     SEEN,
     contamination,
@@ -59,6 +70,15 @@ from alpagasus2.evidence.filtering import (
 )
 from .evidence.intervals import heldout_summary
 from .evidence.scaling import Costs, arm_table, fewest_rows, priced, size_points
+from alpagasus2.extras.estimate import (
+    Shape,
+    adapted,
+    estimate,
+    find_device,
+    load_config,
+    shape_of,
+)
+from .extras.hub import check_disk
 from .extras.verify import PAGE, seal
 from alpagasus2.generate import (
     Answers,
@@ -71,12 +91,22 @@ from alpagasus2.generate import (
 from .judges import add_judges, agreement_line, named_verdicts
 from .model.check import checked
 from .model.likelihood import heldout_nll
-from .quant_lora import as_arm, load_tokenizer
-from .recipe import MATCHED, Arm, Judge, Rater, Recipe, Server, fix_claim
+from .quant_lora import QuantLoraConfig, as_arm, load_tokenizer
+from alpagasus2.recipe import (
+    MATCHED,
+    Arm,
+    Judge,
+    Rater,
+    Recipe,
+    Server,
+    check_pool,
+    check_sizes,
+    fix_claim,
+)
 from .report.page import write_report
 from .report.plots import plot_heldout, plot_outcomes, plot_slots
 from .selection import BY_SCORE, load_scores, random_to_total, select
-from .train import encode_rows, train
+from .train import Misfit, encode_rows, misfit_line, misfits, train
 
 # %% ../nbs/06a_experiment.ipynb #0716d970
 class Run:
@@ -91,11 +121,14 @@ class Run:
     ):
         self.recipe, self.dir, self.progress = recipe, Path(output_dir), progress
         self.tokens: dict[str, tuple[int, int]] = {}  # of the pool's rows, from `_token_counts`
+        self.own: dict[str, list[Example]] = {}  # rows that fit, by the file of an arm
         self.arms = recipe.arms | recipe.size_arms
         rows, problems = load_examples(recipe.data)
-        self.rows = rows[: recipe.limit]
         if problems:
             self.say(dropped(problems))
+        self.models = local.Models(recipe.base_model, recipe.training(0)[1])
+        self.left_out = _left_out(self, rows[: recipe.limit], bool(rates))
+        self.rows = _fitting(self, rows[: recipe.limit])
         self.test_sets = [load_questions(name)[: recipe.limit] for name in recipe.questions]
         self.questions = [q for test_set in self.test_sets for q in test_set]
         if recipe.sizes and not any(q.get("reference") for q in self.questions):
@@ -104,8 +137,9 @@ class Run:
                 f"sizes are compared by held-out loss, but no question of {asked} has a "
                 "`reference`; add a test set that has them, or leave out `sizes`"
             )
-        self.claim = fix_claim(recipe, self.dir, self.rows, self.test_sets, rates)
-        self.models = local.Models(recipe.base_model, recipe.training(0)[1])
+        given = rows[: recipe.limit]
+        self.claim = fix_claim(recipe, self.dir, given, self.test_sets, rates, self.left_out)
+        _keep_left_out(self)
         self.judged = judge.judge_files(self.dir, [name for name, _ in recipe.judges])
         for name, who in recipe.judges:
             if who.backend == "local" and not run_folder.is_complete(self.judged[name]):
@@ -139,6 +173,51 @@ class Run:
             return judge.endpoint_ask(who.model, who.base_url, config, who, plans, tell=self.say)
         options = self.recipe.training(0)[0].template_options
         return local.local_ask(self.model(who.model), plans.values(), options)
+
+# %% ../nbs/06a_experiment.ipynb #c55f9dad
+def _misfits(run: Run, rows: Sequence[Example], source: str) -> dict[str, Misfit]:
+    "The rows of a source that the training could not take whole; they are counted and named."
+    config, _ = run.recipe.training(0)
+    found = misfits(rows, run.models.tokenizer, config, run.recipe.keep_cut)
+    if len(found) == len(rows):
+        raise UserError(f"{source}: {misfit_line(found, len(rows), config)}; raise cutoff_len")
+    if found:
+        run.say(f"{source}: {misfit_line(found, len(rows), config)}; they are left out")
+    return found
+
+
+def _left_out(run: Run, rows: Sequence[Example], at_rate: bool) -> dict[str, Misfit] | None:
+    "What of the pool does not fit, read back or found; None where an earlier version began."
+    claim = claim_beside(run.dir) or (claim_beside(run.dir.parents[1]) if at_rate else None)
+    fixed = claim["pool"].get("left_out") if claim else {}
+    if fixed is None:
+        return None
+    path = run.dir / "left_out.json"
+    kept = read_json(path) if path.exists() else None
+    same = kept is not None and json_sha256(kept) == fixed.get("sha256")
+    return kept if same else _misfits(run, rows, run.recipe.data)
+
+
+def _keep_left_out(run: Run) -> None:
+    "Name the rows that do not fit in a file of the run."
+    path = run.dir / "left_out.json"
+    if run.left_out is not None and not (path.exists() and read_json(path) == run.left_out):
+        write_json(path, run.left_out)
+
+# %% ../nbs/06a_experiment.ipynb #8eb37624
+def _fitting(run: Run, rows: Sequence[Example]) -> list[Example]:
+    "The rows of the pool that fit."
+    lost = run.left_out or {}
+    return [r for r in rows if r["id"] not in lost]
+
+
+def _own_rows(run: Run, source: str) -> list[Example]:
+    "The rows that fit of an arm's own file; all where the pool has all of them."
+    if source not in run.own:
+        rows, _ = load_examples(source)
+        lost = {} if run.left_out is None else _misfits(run, rows, source)
+        run.own[source] = [r for r in rows if r["id"] not in lost]
+    return run.own[source]
 
 # %% ../nbs/06a_experiment.ipynb #b3f0c7f6
 def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
@@ -212,7 +291,7 @@ def _pool(run: Run, replicate: int, scores: Mapping[str, float]) -> list[Example
 def _arm_rows(run: Run, arm: Arm, replicate: int, scores: Mapping[str, float]) -> list[Example]:
     if arm.matched:
         return _matched_rows(run, arm, replicate, scores)
-    pool = load_examples(arm.data)[0] if arm.data else _pool(run, replicate, scores)
+    pool = _own_rows(run, arm.data) if arm.data else _pool(run, replicate, scores)
     size: dict[str, Any] = {arm.select or "random_k": arm.rows}
     if arm.value is not None:  # a filter keeps as many as it does; arms need equal numbers
         limit: dict[str, Any] = {str(arm.select): arm.value}
@@ -284,21 +363,26 @@ def train_arms(
             run.say(f"Training {part}: {len(selected[part])} rows")
             run.models.release()
             base, settings = run.recipe.base_model, run.recipe.training(replicate)
-            result = train(base, selected[part], output, *settings, run.progress)
+            train(base, selected[part], output, *settings, run.progress)
             run.models.release()
-            rows = run.arms[name].rows or len(selected[part])
-            _check_steps(part, run.recipe.steps(rows), result)
+        _check_trained(run, part, run.arms[name].rows or len(selected[part]))
     _check_runs_differ(run, arms)
 
 # %% ../nbs/06a_experiment.ipynb #84a074be
-def _check_steps(part: str, fixed: int, result: Mapping) -> None:
-    "Arms are comparable only at the number of steps that the claim fixed for so many rows."
-    if result["steps"] != fixed:
-        lost = ", ".join(result["left_out"]) or "none"
-        raise UserError(
-            f"{part}: {result['steps']} steps, but so many rows take {fixed} by claim.json; "
-            f"rows whose prompt fills cutoff_len: {lost}"
-        )
+def _check_trained(run: Run, part: str, chosen: int) -> None:
+    "Arms are comparable only at the rows and steps that the claim fixed for so many chosen rows."
+    result = read_json(run.dir / "adapters" / part / "train_result.json")
+    fixed = (run.recipe.trained_rows(chosen), run.recipe.steps(chosen))
+    if (made := (result["rows"], result["steps"])) == fixed:
+        return
+    lost = ", ".join(result["left_out"]) or "none"
+    found = (
+        f"{part}: trained on {made[0]} rows in {made[1]} steps, but by claim.json it is "
+        f"{fixed[0]} rows in {fixed[1]}; rows whose prompt fills cutoff_len: {lost}"
+    )
+    if run.left_out is None:  # of an earlier version, which drew from all rows
+        return run.say(f"{found}. So this run has no claim")
+    raise UserError(f"{found}; delete selected/{part}.json and adapters/{part}, and run again")
 
 # %% ../nbs/06a_experiment.ipynb #89c8170b
 def choose_and_train(
@@ -559,6 +643,7 @@ def _judged_results(
     hold_without(results, judgments, known, model_a, canaries, **fixed)
     doubts = " ".join(_doubts(run, selected))
     results["claim"]["reason"] = f"{results['claim']['reason']} {doubts}".strip()
+    results["claim"] = unlike_fixed(results["claim"], unlike_claim(run.dir, run.claim))
     results["claim"] = at_one_rate(results["claim"], run.claim.get("rates") or [])
     return results
 
@@ -755,6 +840,152 @@ def run_recipe(
     judge_arms(run)
     others = {rate: run_rate(run, rate, scores, selected) for rate in recipe.rates[1:]}
     return report_run(run, scores, selected, others)
+
+# %% ../nbs/06a_experiment.ipynb #17be9452
+def _fitting_pool(recipe: Recipe) -> list[Example]:
+    "The pool's rows that fit; `UserError` where the arms or sizes cannot be filled with them."
+    rows = load_examples(recipe.data)[0][: recipe.limit]
+    config, _ = recipe.training(0)
+    lost = misfits(rows, load_tokenizer(recipe.base_model), config, recipe.keep_cut)
+    fitting = [r for r in rows if r["id"] not in lost]
+    check_sizes(recipe, fitting)
+    check_pool(recipe, fitting)
+    seen = len(fitting) * (recipe.pool_share if recipe.replicates > 1 else 1)
+    for name, arm in recipe.arms.items():
+        if arm.select == "quantile" and arm.rows > (1 - (arm.value or 0)) * seen + 1:
+            kept = f"quantile {arm.value:g} of {seen:,.0f} rows that fit keeps about "
+            kept += f"{(1 - (arm.value or 0)) * seen:,.0f}"
+            raise UserError(f"{name}: {arm.rows} rows, but {kept}; ask for fewer")
+    return fitting
+
+# %% ../nbs/06a_experiment.ipynb #cad6596f
+def _asked(recipe: Recipe) -> list[Rater | Judge | Server]:
+    "The endpoints of a recipe."
+    who: list[Any] = [who for _, who in recipe.judges if who.backend == "endpoint"]
+    rated = any(a.select in BY_SCORE for a in recipe.arms.values())
+    rater = recipe.rater
+    if rated and rater.kind == "llm" and rater.backend == "endpoint":
+        who.append(rater)
+    return [*who, *filter(None, [recipe.server])]
+
+
+def _checks(recipe: Recipe, output_dir: str | Path) -> list[Callable[[], Any]]:
+    "What a run would find out later, each a call that raises `UserError`."
+    base, rater = recipe.base_model, recipe.rater
+    judges = [w for _, w in recipe.judges if w.backend == "local"]
+    return [
+        partial(_fitting_pool, recipe),
+        *(partial(load_examples, a.data) for a in recipe.arms.values() if a.data),
+        *(partial(load_questions, name) for name in recipe.questions),
+        *(partial(_check_endpoint, w) for w in _asked(recipe)),
+        *(partial(judge.load_prompt, p, rater.low, rater.high) for p in [rater.prompt] if p),
+        partial(_shape, recipe),
+        *(partial(_check_judge, w.model or base) for w in judges),
+        lambda: check_disk(output_dir, _bytes(recipe)),
+    ]
+
+
+def _check_judge(model: str) -> None:
+    local.check_local_judge(local.Models(model))
+
+
+def _check_endpoint(who: Rater | Judge | Server) -> None:
+    Address(who.base_url, who.headers).connection()
+
+
+def _layers(recipe: Recipe) -> QuantLoraConfig:
+    "The adapter's settings with the short names of its layers."
+    _, config = recipe.training(0)
+    wanted = config.lora_target_modules
+    if isinstance(wanted, str):
+        return config
+    return replace(config, lora_target_modules=[name.rsplit(".", 1)[-1] for name in wanted])
+
+
+def _shape(recipe: Recipe) -> Shape | None:
+    "The base's architecture, which has the adapter's layers; None: no estimate for its family."
+    load_config(recipe.base_model)
+    try:
+        shape = shape_of(recipe.base_model)
+    except UserError:
+        return None
+    adapted(shape, _layers(recipe))
+    return shape
+
+
+def _bytes(recipe: Recipe) -> int:
+    "Disk that the adapters take, in fp32, with the checkpoint of one of them."
+    (_, config), shape = recipe.training(0), _shape(recipe)
+    trainings = len(recipe.arms) * max(1, len(recipe.rates)) + len(recipe.size_arms)
+    layers = adapted(shape, _layers(recipe)) if shape else {}
+    weights = sum(n * config.lora_r * (i + o) for (_, i, o), n in layers.items())
+    return 4 * weights * (recipe.replicates * trainings + 3)
+
+# %% ../nbs/06a_experiment.ipynb #51a7eace
+def refusals(
+    recipe: Recipe,  # what would be done
+    output_dir: str | Path,  # where; it need not be there
+) -> list[str]:  # a sentence each
+    "Everything that would stop a run, as far as it can be known before."
+    found: dict[str, None] = {}
+    for check in _checks(recipe, output_dir):
+        try:
+            check()
+        except (UserError, OSError) as e:
+            found[" ".join(str(e).split())] = None
+    return [*found]
+
+# %% ../nbs/06a_experiment.ipynb #d6c87eba
+def _training_costs(recipe: Recipe, rows: Sequence[Example]) -> Callable[[int], tuple[str, str]]:
+    "A function from an arm's rows to minutes and GB of its training, as text."
+    (config, _), shape, device = recipe.training(0), _shape(recipe), find_device()
+    if shape is None:
+        return lambda n: ("-", "-")
+    _, counts = encode_rows(rows[:1000], load_tokenizer(recipe.base_model), config)
+    names = ("cutoff_len", "num_epochs", "micro_batch_size", "batch_size", "gradient_checkpointing")
+    settings = {name: getattr(config, name) for name in names}
+
+    def costs(n: int) -> tuple[str, str]:
+        mean = counts["tokens"] / counts["rows"]
+        found = estimate(shape, n, mean, quant_lora=_layers(recipe), device=device, **settings)
+        minutes = "-" if found.seconds is None else f"{found.seconds / 60:.1f}"
+        return minutes, f"{found.total / 1e9:.1f}"
+
+    return costs
+
+# %% ../nbs/06a_experiment.ipynb #2c501c4c
+def _judged(recipe: Recipe, who: Judge, sets: Sequence[Sequence[Question]]) -> tuple[int, int]:
+    "Pairs of answers that a judge compares, and its calls: both orders, the sanity checks too."
+    n = sum(len(q[: recipe.limit][: who.questions]) for q in sets)
+    pairs = n * sum(len(others) for _, others in _compared(recipe)) * recipe.replicates
+    known = len(judge.canary_pairs([], "")) + 2 * min(30, n) + min(6, n)
+    return pairs, 2 * (pairs + known) if who.backend == "endpoint" else 0
+
+
+def plan_table(
+    recipe: Recipe,  # one that `refusals` finds nothing against
+) -> list[str]:  # the lines of a table
+    "Every step of a run: how often, rows, steps, calls, minutes, GB; `-`: not known before."
+    rows, runs = _fitting_pool(recipe), recipe.replicates
+    costs, sets = _training_costs(recipe, rows), [load_questions(q) for q in recipe.questions]
+    asked = sum(len(q[: recipe.limit]) for q in sets)
+    rates = max(1, len(recipe.rates))
+    table = [("step", "times", "rows", "steps", "calls", "minutes", "GB")]
+    if any(a.select in BY_SCORE for a in recipe.arms.values()):
+        calls = len(rows) if recipe.rater in _asked(recipe) else 0
+        table.append(("rate", "1", f"{len(rows):,}", "", f"{calls:,}", "-", "-"))
+    for name, arm in (recipe.arms | recipe.size_arms).items():
+        n, times = arm.rows, str(runs * (rates if name in recipe.arms else 1))
+        known = (f"{n:,}", f"{recipe.steps(n):,}", "", *costs(n)) if n else ("-", "-", "", "-", "-")
+        table.append((f"train {name}", times, *known))
+    answers = asked * (1 + len(recipe.arms)) * runs
+    calls = answers if recipe.server else 0
+    table.append(("answer", str(rates), f"{answers:,}", "", f"{calls:,}", "-", "-"))
+    for name, who in recipe.judges:
+        pairs, calls = _judged(recipe, who, sets)
+        table.append((f"judge {name}", str(rates), f"{pairs:,}", "", f"{calls:,}", "-", "-"))
+    wide = max(len(line[0]) for line in table)
+    return [f"{step:{wide}}" + "".join(f"{x:>10}" for x in line) for step, *line in table]
 
 # %% ../nbs/06a_experiment.ipynb #edea67bd
 def _where_paths_hold(folder: Path, named: str) -> Path:

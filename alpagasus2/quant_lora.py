@@ -57,7 +57,10 @@ with quiet_libraries():
     import psutil
     import torch
     import transformers
+    from peft.tuners import lora as peft_lora
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    _PLAIN = (peft_lora.Linear, peft_lora.Linear4bit)  # bitsandbytes is loaded for the second
 
 # %% ../nbs/01_quant_lora.ipynb #80d57fb6
 @contextmanager
@@ -374,7 +377,7 @@ def _one_step(usual: Any) -> Any:
     return OneStep
 
 
-_ONE_STEP = {c: _one_step(c) for c in (peft.tuners.lora.Linear, peft.tuners.lora.Linear4bit)}
+_ONE_STEP = {c: _one_step(c) for c in _PLAIN}
 
 
 def in_one_step(

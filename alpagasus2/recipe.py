@@ -25,6 +25,7 @@ from alpagasus2.core.files import (
     build,
     check_names,
     file_sha256,
+    json_sha256,
     settings,
     unwritable,
 )
@@ -44,7 +45,7 @@ from .generate import GenerateConfig
 from .judge import file_name
 from .quant_lora import QuantLoraConfig
 from .selection import BY_SCORE
-from .train import TrainConfig, preset_configs
+from .train import TrainConfig, held_out, preset_configs
 
 # %% ../nbs/06_recipe.ipynb #902ba3cd
 @settings
@@ -276,6 +277,7 @@ class Recipe:
     generate: dict[str, Any] = field(default_factory=dict)  # of `GenerateConfig`, or of a `Server`
     replicates: int = Field(1, gt=0)  # draws and training seeds; 3 for a claim
     pool_share: float = Field(0.8, gt=0, le=1)  # of the pool, that each of several replicates sees
+    keep_cut: bool = False  # keep rows whose answer loses its end at `cutoff_len`
     controls: list[str] = field(default_factory=list)  # model_a must beat them all; [random]
     selectors: list[str] = field(default_factory=list)  # arms with a claim each; [model_a]
     margin: float | None = None  # non-inferiority margin in win rate; None: superiority
@@ -317,6 +319,7 @@ class Recipe:
         if not self.questions:
             raise UserError("questions: name at least one test set")
         _ = self.training(0), self.generation, self.served_as("base", 0)  # refused before any work
+        _ = [self.steps(k) for k in (rows, *self.sizes)]
 
     @property
     def judges(self) -> list[tuple[str, Judge]]:
@@ -362,10 +365,14 @@ class Recipe:
         "What an arm's files are called: `filtered`, or `filtered-0` with several replicates."
         return arm if self.replicates == 1 else f"{arm}-{replicate}"
 
+    def trained_rows(self, rows: int) -> int:
+        "How many of an arm's rows are trained on; the others are held out (`val_set_size`)."
+        return rows - held_out(rows, self.training(0)[0])
+
     def steps(self, rows: int) -> int:
         "How many optimiser steps the training on so many rows takes."
         config, _ = self.training(0)
-        return math.ceil(rows / config.batch_size) * config.num_epochs
+        return math.ceil(self.trained_rows(rows) / config.batch_size) * config.num_epochs
 
     def training(self, replicate: int) -> tuple[TrainConfig, QuantLoraConfig]:
         "The training settings of one replicate."
@@ -479,17 +486,19 @@ def check_pool(
     recipe: Recipe,
     rows: Sequence[Example],  # its pool, checked
 ) -> None:
-    "Refuse arms that a replicate's part of the pool cannot fill."
-    if recipe.replicates == 1:
-        return
-    seen = round(recipe.pool_share * len(rows))
+    "Refuse arms that the pool, or a replicate's part of it, cannot fill."
+    several, n = recipe.replicates > 1, len(rows)
+    seen = round(recipe.pool_share * n) if several else n
     for name, arm in recipe.arms.items():
-        if not arm.data and arm.rows > seen:
-            raise UserError(
-                f"{name}: {arm.rows} rows, but each of {recipe.replicates} replicates draws from "
-                f"{seen} of the pool's {len(rows)} rows (pool_share {recipe.pool_share:g}); ask "
-                "for fewer, or set pool_share: 1, and the claim holds for these rows alone"
-            )
+        if arm.data or arm.rows <= seen:
+            continue
+        if not several:
+            raise UserError(f"{name}: {arm.rows} rows, but {n} rows of the pool fit; ask for fewer")
+        raise UserError(
+            f"{name}: {arm.rows} rows, but each of {recipe.replicates} replicates draws from "
+            f"{seen} of the pool's {len(rows)} rows (pool_share {recipe.pool_share:g}); ask "
+            "for fewer, or set pool_share: 1, and the claim holds for these rows alone"
+        )
 
 # %% ../nbs/06_recipe.ipynb #13f4540b
 def _claimed(recipe: dict) -> dict:
@@ -508,7 +517,8 @@ def _claimed(recipe: dict) -> dict:
         return {k: v for k, v in part.items() if k not in costs and (k, v) not in later.items()}
 
     costly = any(arm.get("select") == "cost_matched" for arm in recipe["arms"].values())
-    new = {"sizes": [], "controls": [], "selectors": [], "equivalence": False, "rates": []}
+    new = {"sizes": [], "controls": [], "selectors": [], "equivalence": False, "rates": [],
+           "keep_cut": False}  # fmt: skip
     new |= {} if costly else {"price_hour": recipe.get("price_hour")}
     fixed = {k: v for k, v in recipe.items() if (k, v) not in new.items()}
     if recipe.get("replicates") == 1:
@@ -527,8 +537,7 @@ def _changed_key(old: dict, plan: dict) -> str | None:
     old = {**old, "recipe": _claimed(old["recipe"])}
     if "pool_share" not in old["recipe"]:  # every replicate sees the whole pool; it stays so
         plan = {**plan, "recipe": {k: v for k, v in plan["recipe"].items() if k != "pool_share"}}
-    if "pairs" not in old:  # nor did a claim count its pairs
-        plan = {k: v for k, v in plan.items() if k != "pairs"}
+    plan = {k: v for k, v in plan.items() if k not in ("pairs", "trained_rows") or k in old}
     return next((k for k in plan if old.get(k) != plan[k]), None)
 
 # %% ../nbs/06_recipe.ipynb #3364895b
@@ -553,10 +562,13 @@ def _pairs(recipe: Recipe, test_sets: Sequence[Sequence[Question]]) -> dict[str,
 
 
 def _plan(
-    recipe: Recipe, rows: Sequence[Example], test_sets: Sequence[Sequence[Question]]
-) -> dict[str, Any]:
+    recipe: Recipe, rows: Sequence[Example], test_sets: Sequence[Sequence[Question]],
+    left_out: Mapping[str, str] | None,
+) -> dict[str, Any]:  # fmt: skip
     "What a claim says, but for its hash."
     model_a, arm = next(iter(recipe.arms.items()))
+    lost = {"rows": len(left_out or ()), "sha256": json_sha256(left_out)}
+    fit = {} if left_out is None else {"left_out": lost}
     plan = {
         "recipe": _claimed(asdict(recipe)),
         "model_a": model_a,
@@ -566,9 +578,11 @@ def _plan(
         "steps": recipe.steps(arm.rows),
         "seeds": [recipe.seed + r for r in range(recipe.replicates)],
         "pairs": _pairs(recipe, test_sets),
-        "pool": {"rows": len(rows), "sha256": _pool_hash(Path(recipe.data), rows)},
+        "pool": {"rows": len(rows), "sha256": _pool_hash(Path(recipe.data), rows), **fit},
         "files": {p: file_sha256(p) for p in _files(recipe)},
     }
+    if (trained := recipe.trained_rows(arm.rows)) != arm.rows:
+        plan["trained_rows"] = trained
     if len(recipe.beaten) > 1:
         plan["controls"] = recipe.beaten
     if recipe.selectors:
@@ -588,14 +602,16 @@ def fix_claim(
     rows: Sequence[Example],  # the pool, checked
     test_sets: Sequence[Sequence[Question]] = (),  # what will be asked
     rates: Sequence[float] = (),  # learning rates that it is one of
+    left_out: Mapping[str, str] | None = None,  # ids of rows that do not fit; None: nobody asked
 ) -> dict:  # the content of claim.json
     "Write claim.json, or check that the one that is there says the same."
-    check_sizes(recipe, rows)
-    plan, path = _plan(recipe, rows, test_sets), output_dir / "claim.json"
+    fitting = [r for r in rows if r["id"] not in (left_out or ())]
+    check_sizes(recipe, fitting)
+    plan, path = _plan(recipe, rows, test_sets, left_out), output_dir / "claim.json"
     plan |= {"rates": list(rates)} if rates else {}
     claim = claim_beside(output_dir)
     if claim is None:
-        check_pool(recipe, rows)
+        check_pool(recipe, fitting)
         return write_claim(path, plan)
     if changed := _changed_key(claim, plan):
         raise UserError(

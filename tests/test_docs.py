@@ -250,8 +250,9 @@ def test_readmes_recipe_is_one_and_its_make_targets_exist(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     found = blocks(ROOT / "README.md")
     (tmp_path / "recipe.yaml").write_text(next(b.text for b in found if b.kind == "yaml"))
-    assert main(["run", "recipe.yaml", "--dry_run"]) == 0
-    assert "filtered (9,000 rows)" in capsys.readouterr().out
+    assert main(["run", "recipe.yaml", "--dry_run"]) == 2  # its rows are not here
+    told = capsys.readouterr()
+    assert "filtered (9,000 rows)" in told.out and "rows.json" in told.err
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     text = "".join(b.text for p in ("README.md", "CONTRIBUTING.md") for b in blocks(ROOT / p))
     asked = re.findall(r"^make ([a-z-]+)", text, re.M)

@@ -46,7 +46,7 @@ SECONDS = {"rating": 30.0, "row": 20.0}  # what the stand-ins say that they took
 def stand_in_training(_: str, rows: list, output: Path, config: Any, *__: object) -> dict:
     "An adapter that nobody trained, and what its training took."
     steps = math.ceil(len(rows) / config.batch_size) * config.num_epochs
-    write_json(output / "train_result.json", {"steps": steps, "left_out": []})
+    write_json(output / "train_result.json", {"rows": len(rows), "steps": steps, "left_out": []})
     (output / "adapter_model.safetensors").write_text(str(output))
     annotate(output, seconds=SECONDS["row"] * len(rows))
     return read_json(output / "train_result.json")

@@ -15,9 +15,7 @@ from hashlib import sha256
 from typing import Any, cast, get_args
 from weakref import WeakKeyDictionary
 
-import bitsandbytes as bnb
 import torch
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from ..core import families
 from alpagasus2.core.files import (
@@ -32,6 +30,10 @@ from alpagasus2.core.files import (
 from ..core.run_folder import environment
 from . import attention, forward, fused
 from .forward import Encoded, Way, evaluating, plain_lm, run_as
+from ..quant_lora import bnb
+
+# %% ../../nbs/model/check.ipynb #1b9eeffc
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 # %% ../../nbs/model/check.ipynb #b71f59b0
 def check_rows(

@@ -43,11 +43,29 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 
 # %% ../nbs/05_analysis.ipynb #c572e926
+def _wrong_field(line: Judgment) -> str:
+    "What a line says that cannot be counted, and what was wanted; empty where it can."
+    run, answers = line.get("replicate", 0), (line.get("response_a"), line.get("response_b"))
+    if line["first"] not in ("a", "b"):
+        return f"first={line['first']!r}; a or b is wanted"
+    if line["verdict"] not in ("a", "b", "tie", None):
+        return f"verdict={line['verdict']!r}; a, b, tie or null is wanted"
+    if not isinstance(run, int):
+        return f"replicate={run!r}; a whole number is wanted"
+    if line["model_a"] == line["model_b"]:
+        return f"{line['model_a']} as both models; two are wanted"
+    if not all(isinstance(x, str | None) for x in answers):
+        return "an answer that is no text; text or null is wanted"
+    return ""
+
+
 def _judgment_lines(path: Path) -> list[Judgment]:
     lines = latest(path)
     for line in lines:
         if lacking := {"id", "model_a", "model_b", "first", "verdict"} - set(line):
             raise UserError(f"{path}: a line has no `{min(lacking)}`; are these judgments?")
+        if wrong := _wrong_field(line):
+            raise UserError(f"{path}: the line of {line['id']} has {wrong}")
     return lines
 
 # %% ../nbs/05_analysis.ipynb #60bd39fb
@@ -131,7 +149,7 @@ def load_judgments(
             used |= {path.name, mirror.name}
     if not lines:
         raise UserError(f"{source}: no judgments*.jsonl and no pair A-B-TEST.json, B-A-TEST.json")
-    return lines, [p.name for p in sorted(source.glob("*.json*")) if p.name not in used]
+    return lines, [p.name for p in sorted(source.glob("[!.]*.json*")) if p.name not in used]
 
 # %% ../nbs/05_analysis.ipynb #e00286e3
 _SWAP = {"a": "b", "b": "a"}

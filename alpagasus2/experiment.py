@@ -59,7 +59,7 @@ from alpagasus2.evidence.claim import (
     read_claim,
     unlike_fixed,
 )
-from .evidence.doubts import doubts, unlike_claim
+from .evidence.doubts import doubts, home_of, unlike_claim
 from alpagasus2.evidence.filtering import (
     SEEN,
     contamination,
@@ -238,7 +238,7 @@ def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
 
 
 def _saved_scores(run: Run) -> dict[str, float]:
-    output = run.dir / "ratings.jsonl"
+    output = home_of(run.dir, run.claim) / "ratings.jsonl"
     scores = load_scores(output, run.rows, run.recipe.rater.selector)
     if not scores:
         raise UserError(f"{output}: no row got a readable score; see the `review` of its lines")
@@ -778,10 +778,10 @@ def run_figures(
 # %% ../nbs/06a_experiment.ipynb #0b4919e2
 def _raw_files(run: Run) -> list[Path]:
     "The files that the page of a run is made from."
-    names = ("claim.json", "ratings.jsonl", "heldout.jsonl", "responses.jsonl")
+    names, home = ("claim.json", "heldout.jsonl", "responses.jsonl"), home_of(run.dir, run.claim)
     paths = [*(run.dir / n for n in names), run.dir / "adapters" / "manifest.json"]
     paths += [q for p in run.judged.values() for q in (p, judge.canaries_path(p))]
-    paths += sorted((run.dir / "selected").glob("*.json"))
+    paths += [home / "ratings.jsonl", *sorted((home / "selected").glob("*.json"))]
     paths += [Path(p) for p in (run.recipe.data, *run.claim["files"])]
     return [p for p in paths if p.is_file()]
 
@@ -1009,7 +1009,8 @@ def remake_report(
         run = Run(recipe, folder, progress=False, rates=claim.get("rates") or ())
         rated = any(a.select in BY_SCORE for a in recipe.arms.values())
         parts = [recipe.part(a, r) for r, a in product(range(recipe.replicates), run.arms)]
-        selected = {p: read_json(folder / "selected" / f"{p}.json") for p in parts}
+        rows = home_of(folder, claim) / "selected"
+        selected = {p: read_json(rows / f"{p}.json") for p in parts}
         further = {rate: path / "results.json" for rate, path in reports.items()}
         _write_page(run, _saved_scores(run) if rated else {}, selected, further, output)
 

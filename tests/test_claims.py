@@ -13,7 +13,9 @@ from test_judges import Fair, answered, fair, recipe
 
 from alpagasus2.cli import main
 from alpagasus2.core.files import UserError, json_sha256, write_json
+from alpagasus2.core.run_folder import annotate
 from alpagasus2.evidence.claim import read_claim, write_claim
+from alpagasus2.evidence.sampling import SEED, in_turn
 from alpagasus2.experiment import Run, judge_arms, report_run, select_arms
 from alpagasus2.recipe import Judge
 
@@ -290,3 +292,93 @@ def test_terminal_and_page_say_why(tmp_path, capsys):
     assert results["ranking"] is None
     page = (run / "page/index.html").read_text()
     assert "needed at least 0.2" in page and 'id="ranking"' not in page
+
+
+def misjudged(n: int) -> list[dict]:
+    """Canaries of a judge that is right on one gold pair of ten."""
+    return [
+        {"id": f"g{i}", "test_set": "gold", "model_a": "gold", "model_b": "bad", "first": first,
+         "verdict": "a" if i % 10 == 0 else "b", "status": "ok", "vote": 0, "replicate": 0}
+        for i in range(n) for first in "ab"]  # fmt: skip
+
+
+def test_the_sanity_checks_go_where_the_claim_goes(tmp_path, capsys):
+    """A judge that fails them is unfit, by whatever name its verdicts are read."""
+    run = judged_run(tmp_path / "run", 45)
+    write(run / "canaries.jsonl", misjudged(50))
+    annotate(run / "canaries.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(run / "judgments.jsonl")
+    (run / "judgments_2.jsonl").symlink_to(run / "judgments.jsonl")
+    for place in (run, run / "judgments.jsonl", tmp_path / "link.jsonl", run / "judgments_2.jsonl"):
+        assert claimed(place)["verdict"] == "judge unfit: no claim", place
+    (run / "judgments_2.jsonl").unlink()
+    (run / "canaries.jsonl").unlink()
+    assert main(["report", "--judgments", str(run), "--output", str(tmp_path / "page")]) == 2
+    assert "canaries.jsonl: it is gone, and manifest.json names it" in capsys.readouterr().err
+
+
+def test_rows_that_were_taken_away_are_missed(tmp_path, capsys):
+    """They could hold the questions; a folder without any of them says that nobody knows."""
+    run = judged_run(tmp_path / "run", 45)
+    assert "not known" not in claimed(run)["reason"]
+    (run / "selected/filtered-1.json").unlink()
+    assert main(["report", "--judgments", str(run), "--output", str(tmp_path / "page")]) == 2
+    assert (
+        "filtered-1.json: it is gone, and rows of other arms are there" in capsys.readouterr().err
+    )
+    (run / "selected").rename(tmp_path / "elsewhere")
+    assert "whether the arms were trained on the questions is not known" in claimed(run)["reason"]
+
+
+def contradicting(folder: Path) -> str:
+    """Labels by which the other arm wins all of the first 40 prompts that the page draws."""
+    drawn = in_turn([("t", f"q{i}") for i in range(60)])[:40]
+    said = [{"id": i, "test_set": t, "model_a": "filtered", "model_b": "random", "label": "b"}
+            for t, i in drawn]  # fmt: skip
+    write_json(folder / "labels.json", {"sample": {"seed": SEED}, "labels": said})
+    return str(folder / "labels.json")
+
+
+def test_later_terms_do_not_leave_the_labels_or_the_seen_prompts_behind(tmp_path):
+    run = judged_run(tmp_path / "run", 45)
+    found = claimed(run, "--margin", "0.05", "--labels", contradicting(tmp_path))
+    assert found["verdict"] == found["post_hoc"]["verdict"] == "within noise"
+    held = [{"id": f"h{i}", "instruction": f"{LONG}, number {i}.", "output": "Dear friend"}
+            for i in range(60)]  # fmt: skip
+    write_json(run / "selected" / "filtered-1.json", held)
+    assert claimed(run, "--margin", "0.05")["post_hoc"]["verdict"] == "within noise"
+
+
+def test_a_page_among_its_verdicts_is_checked(tmp_path, capsys):
+    run = judged_run(tmp_path / "run", 45)
+    assert not main(["report", "--judgments", str(run), "--output", str(run)])
+    assert not main(["verify", str(run)])
+    assert "left alone" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"first": "c"}, "first='c'; a or b"),
+        ({"verdict": "A"}, "verdict='A'; a, b, tie or null"),
+        ({"replicate": "0"}, "replicate='0'; a whole number"),
+        ({"response_a": 5}, "an answer that is no text"),
+        ({"model_b": "filtered"}, "filtered as both models"),
+    ],
+)
+def test_a_line_that_cannot_be_counted_is_named(wrong, why, tmp_path, capsys):
+    run = judged_run(tmp_path / "run", 45)
+    said = lines(run / "judgments.jsonl")
+    write(run / "judgments.jsonl", [{**said[0], **wrong}, *said[1:]])
+    assert main(["report", "--judgments", str(run), "--output", str(tmp_path / "page")]) == 2
+    assert f"the line of q0 has {why}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("label", [3, {"id": "q1", "test_set": "t", "model_a": "filtered",
+                                       "model_b": "random", "label": ["a"]}])  # fmt: skip
+def test_labels_that_are_none_are_named(label, tmp_path, capsys):
+    run = judged_run(tmp_path / "run", 45)
+    write_json(tmp_path / "labels.json", {"labels": [label]})
+    words = ["report", "--judgments", str(run), "--output", str(tmp_path / "page")]
+    assert main([*words, "--labels", str(tmp_path / "labels.json")]) == 2
+    assert "labels.json: " in capsys.readouterr().err

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from stand_ins import without
 
-from alpagasus2.catalog import describe_data
-from alpagasus2.cli import main
+from alpagasus2.catalog import dataset_path, describe_data
+from alpagasus2.cli import COMMANDS, EXAMPLES, FIELDS, build_parser, main
 from alpagasus2.core.files import dumps
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -284,3 +284,50 @@ def test_kept_rows_carry_the_licence_of_their_set(tmp_path):
         words = ["--data", data, "--random_k", "5", "--output", str(tmp_path / output)]
         assert main(["select", *words]) == 0
         assert describe_data(tmp_path / output, 5)["licence"] == "CC0-1.0"
+
+
+# --- for scripts ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_quiet_and_json_and_its_example_parses(command):
+    parser = build_parser(command)
+    found = parser.parse_args([*shlex.split(EXAMPLES[command]), "--quiet", "--json"])
+    assert found.quiet and found.json
+    text = parser.format_help()
+    assert f"alpagasus2 {command} {EXAMPLES[command]}"[:60] in " ".join(text.split())
+
+
+CHEAP = {
+    "plan": "--prompts 80 --runs 3",
+    "fetch": "",
+    "check": "rows.json --output good.json",
+    "select": "--data rows.json --random_k 4 --output best.json",
+    "rate": "--data rows.json --output ratings.jsonl --rater flaws --dry_run",
+    "preview": "--base_model smollm2-135m --data_path rows.json",
+    "estimate": "--base_model llama-2-7b",
+    "train": "--base_model smollm2-135m --data_path rows.json --preset quickstart --dry_run",
+    "generate": "--base_model smollm2-135m --questions sample_questions --output r.jsonl --dry_run",
+    "report": "--output page --responses answers.jsonl",
+    "verify": "page",
+}
+
+
+def test_json_is_one_object_with_the_documented_fields_and_quiet_says_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    rows = json.loads(dataset_path("sample.json").read_text())[:12]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    asked = {"id": "q", "test_set": "own", "instruction": "Name a colour.", "input": ""}
+    answers = [asked | {"model": m, "response": m, "replicate": 0, "finish_reason": "stop",
+                        "prompt": "p"} for m in "ab"]  # fmt: skip
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(x) + "\n" for x in answers))
+    for command, words in CHEAP.items():
+        assert main([command, *words.split(), "--json"]) == 0, command
+        found = json.loads(capsys.readouterr().out)  # nothing stands beside the object
+        assert list(found) == ["command", "status", "error", "result", "printed"]
+        assert (found["command"], found["status"], found["error"]) == (command, 0, None)
+        assert set(found["result"]) <= set(FIELDS[command]), command
+        if FIELDS[command] and "--dry_run" not in words:
+            assert found["result"], command
+        assert main([command, *words.split(), "--quiet"]) == 0
+        assert capsys.readouterr().out == "", command

@@ -29,7 +29,6 @@ import pytest
 from stand_ins import tiny_llama
 from test_endpoint import serving
 
-from alpagasus2.catalog import dataset_path
 from alpagasus2.cli import COMMANDS, build_parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,8 +88,8 @@ def expanded(line: str, known: dict[str, str]) -> list[str]:
 def parsed(words: list[str], place: str) -> None:
     """What the command's parser says to it: an unknown option or a wrong type fails here."""
     if words[0] != "alpagasus2":
-        if "alpagasus2" in words:  # accelerate launch ... -m alpagasus2 train ...
-            parsed(words[words.index("alpagasus2") :], place)
+        if "-m" in words:  # accelerate launch ... -m alpagasus2 train ...
+            parsed(words[words.index("-m") + 1 :], place)
         return
     if words[1] in ("--help", "--version") or "--help" in words:
         return
@@ -177,14 +176,36 @@ def test_pages_leave_what_they_promise(tiny, tmp_path, monkeypatch, capsys):
     assert "mine (2 rows)" in said
 
 
-def test_readme_step_by_step(tiny, tmp_path, monkeypatch):
-    few = "sample_questions --limit 1 --max_new_tokens 4"
-    swaps = {"smollm2-135m": tiny, "meta-llama/Llama-2-7b-hf": tiny, "koala vicuna": few}
-    rows = json.loads(dataset_path("sample.json").read_text())[:12]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    follow(ROOT / "README.md", tmp_path, swaps | {"9000": "8"}, monkeypatch)
-    assert len(json.loads((tmp_path / "best.json").read_text())) == 8
-    assert (tmp_path / "report" / "index.html").exists()
+def shown(after: str) -> list[str]:
+    """The lines of the output that README.md shows after a text."""
+    return (ROOT / "README.md").read_text().split(after, 1)[1].split("```text\n")[1].splitlines()
+
+
+def test_readme_step_by_step_prints_what_it_shows(tiny, tmp_path, monkeypatch, capsys):
+    follow(ROOT / "README.md", tmp_path, {"smollm2-135m": tiny}, monkeypatch)
+    said = capsys.readouterr().out.splitlines()
+    output = shown("## Your own rows")
+    output = output[: output.index("```")]
+    assert len(output) == 4 and said[:4] == output
+    assert len(json.loads((tmp_path / "best.json").read_text())) == 60
+    assert len(said) == 8 and all(" -> " in line for line in said[4:])
+
+
+def test_the_front_page_is_short_and_has_a_picture_and_a_way_to_install():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 800
+    head, _, rest = text.partition("## Try it")
+    assert "images/index_" in head
+    assert all(x in rest for x in ("git clone ", "make quickstart", "pip install", "colab.svg"))
+
+
+@pytest.mark.slow
+def test_readmes_worst_rows_with_the_real_model(tmp_path, monkeypatch, capsys):
+    follow(ROOT / "README.md", tmp_path, {}, monkeypatch)
+    said = capsys.readouterr().out.splitlines()
+    assert set(said[4:7]) == set(
+        shown("What was rated lowest")[:3]
+    )  # the fourth and fifth are near
 
 
 # --- with the real model, as a shell does it -----------------------------------------------------

@@ -151,6 +151,25 @@ def test_each_learning_rate_has_its_adapters_and_the_same_rows(at_two_rates):
     assert "Learning rates" in (folder / "report/index.html").read_text()
 
 
+def test_a_page_of_one_rate_is_checked_with_the_rows_of_the_run(at_two_rates, capsys):
+    _, folder, _ = at_two_rates
+    for where in (folder, folder / "rates/0.0002"):
+        assert cli.main(["verify", str(where)]) in (0, None)
+        sealed = read_json(where / "report/manifest.json")["outputs"]["index.html"]["inputs"]
+        rows = [p for p in sealed if "selected/filtered.json" in p]
+        assert rows and (where / "report" / rows[0]).resolve() == folder / "selected/filtered.json"
+    capsys.readouterr()
+
+
+def test_a_report_leaves_locks_alone(at_two_rates, tmp_path, capsys):
+    _, folder, _ = at_two_rates
+    cli.report(str(tmp_path / "page"), str(folder))
+    assert "lock" not in capsys.readouterr().err
+    sealed = read_json(tmp_path / "page/manifest.json")["outputs"]["index.html"]["inputs"]
+    assert sealed and not [p for p in sealed if "lock" in p]
+    assert {"filtered.json", "judgments.jsonl"} <= {Path(p).name for p in sealed}
+
+
 def test_unequal_text_is_said_where_no_arm_is_matched_to_it(at_two_rates):
     _, folder, results = at_two_rates
     targets = {x["arm"]: x["target_tokens"] for x in results["arms"]}

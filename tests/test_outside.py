@@ -178,3 +178,71 @@ def test_differences_of_scores_hold_the_truth(kind, spread):
         held.append(low <= 0 <= high)
         wrong.append(entry["verdict"] == "supported")
     assert np.mean(held) > 0.93 - 0.015 and np.mean(wrong) < 0.03 + 0.012  # two errors of counting
+
+
+def table(path: Path, scores: dict, head: tuple = ("item", "model", "run")) -> str:
+    "A CSV file of scores by item, model and run."
+    with path.open("w", newline="") as f:
+        csv.writer(f).writerows([(*head, "score"), *((*k, v) for k, v in scores.items())])
+    return str(path)
+
+
+def scored(tmp_path: Path, capsys, *options: str) -> tuple[int, dict, str]:
+    "Exit status, claim and warnings, and what was said, of a report of a file of scores."
+    page, rest = tmp_path / "page", ["--output", str(tmp_path / "page"), *options]
+    status = main(["report", "--scores", str(tmp_path / "s.csv"), *rest])
+    said = capsys.readouterr()
+    return status, results_of(page) if not status else {}, said.out + said.err
+
+
+def runs_of(runs: dict[str, range], seed: int = 0) -> dict:
+    "Scores on 200 items, on which ours is ahead by 20 points."
+    rng, right = random.Random(seed), {"ours": 0.7, "random": 0.5}
+    return {
+        (i, m, r): int(rng.random() < right[m]) for m in runs for r in runs[m] for i in range(200)
+    }
+
+
+def test_one_run_that_was_evaluated_three_times_is_one_run(tmp_path, capsys):
+    once = runs_of({"ours": range(1), "random": range(1)})
+    table(tmp_path / "s.csv", {(i, m, r): v for (i, m, _), v in once.items() for r in range(3)})
+    _, results, said = scored(tmp_path, capsys)
+    assert results["claim"]["verdict"] == "not tested against run-to-run noise"
+    assert "Runs 0 and 1 of ours have the same score on every item" in said
+
+
+def test_runs_that_only_one_model_has_are_named(tmp_path, capsys):
+    table(tmp_path / "s.csv", runs_of({"ours": range(5), "random": range(2, 6)}))
+    _, results, _ = scored(tmp_path, capsys)
+    assert results["scores"][0]["replicates"] == 3
+    told = "ours and random: runs 0, 1, 5 are left out, since only one of them has them."
+    assert told in results["warnings"]
+
+
+def test_options_that_no_score_could_mean_are_refused(tmp_path, capsys):
+    table(tmp_path / "s.csv", runs_of({"ours": range(3), "random": range(3)}))
+    for options, why in (
+        (("--margin", "5"), "margin=5.0: scores from 0 to 1 differ by 1 at most"),
+        (("--lower_is_better", "loss"), "--lower_is_better loss: no metric of these is called so"),
+        (("--model_a", "ours", "--control", "ours"), "ours is model_a and the control"),
+    ):
+        status, _, said = scored(tmp_path, capsys, *options)
+        assert status == 2 and why in said, said
+
+
+def test_scores_that_cannot_be_compared_are_refused(tmp_path, capsys):
+    far = {(i, m, 0): v for i in range(30) for m, v in (("a", 1e308), ("b", -1e308))}
+    nameless = {(i, m, 0): 1 for i in range(30) for m in ("a", "")}
+    for scores, why in ((far, "a score is infinite, or over 1e+150"), (nameless, "no name")):
+        table(tmp_path / "s.csv", scores)
+        status, _, said = scored(tmp_path, capsys)
+        assert status == 2 and why in said, said
+
+
+def test_a_cluster_is_of_its_test_set(tmp_path, capsys):
+    scores = runs_of({"ours": range(1), "random": range(1)})
+    cells = {(i, m, f"t{i % 2}", f"passage {i // 10}"): v for (i, m, _), v in scores.items()}
+    table(tmp_path / "s.csv", cells, ("item", "model", "test_set", "cluster"))
+    _, results, _ = scored(tmp_path, capsys)
+    assert [e["clusters"] for e in results["scores"]] == [20, 20]
+    assert results["scores_pooled"][0]["clusters"] == 40

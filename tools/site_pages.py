@@ -56,7 +56,7 @@ def default_text(
     action: Action,  # an option
 ) -> str:
     "Its default, or that it is required."
-    if action.required or not action.option_strings:
+    if action.required or not (action.option_strings or action.nargs == "?"):
         return "required"
     if action.default in (None, ""):
         return ""
@@ -77,7 +77,7 @@ def option_rows(
 ) -> Iterator[str]:
     "One line of the table for each option."
     for action in parser._actions:
-        if action.dest in ("help", "config", "print_config"):
+        if action.dest in ("help", "config", "print_config", "quiet", "json"):
             continue
         name = next(iter(action.option_strings), action.dest)
         kind = type_text(getattr(action, "_typehint", None) or action.type or str)
@@ -87,19 +87,28 @@ def option_rows(
 
 def commands_page() -> str:
     "The command reference, from the parsers themselves."
-    from alpagasus2.cli import COMMANDS, POSITIONAL, build_parser
+    from alpagasus2.cli import COMMANDS, EXAMPLES, FIELDS, POSITIONAL, build_parser
 
     page = [
         "# Commands\n\nEvery option of every command, written from the parsers when this site was "
         "built. `--config FILE.yaml` reads options from a file and `--print_config` prints them "
-        "all, everywhere. A user's mistake is one sentence and exit status 2; Ctrl-C is 130.\n"
+        "all, everywhere. A user's mistake is one sentence and exit status 2; Ctrl-C is 130.\n",
+        "## For scripts {#for-scripts}\n\nEvery command takes `--quiet` (no progress bars and "
+        "nothing on standard output; warnings and errors stay) and `--json`: one object on "
+        "standard output, with the `command`, its exit `status`, the `error` (a sentence, or "
+        "null), the `result`, and the lines `printed` otherwise. The fields of `result` are "
+        "named below; a command that fails has those that it had found by then.\n",
     ]
     for name, (function, _) in COMMANDS.items():
         first = f" {POSITIONAL[name].upper()}" if name in POSITIONAL else ""
         rows = list(option_rows(build_parser(name)))
         table = ["| option | what it is | type | default |", "|---|---|---|---|", *rows]
         page.append(f"## alpagasus2 {name} {{#{name}}}\n\n{function.__doc__}\n")
-        page.append(f"```\nalpagasus2 {name}{first} [options]\n```\n")
+        page.append(
+            f"```\nalpagasus2 {name}{first} [options]\nalpagasus2 {name} {EXAMPLES[name]}\n```\n"
+        )
+        if FIELDS[name]:
+            page.append(f"`result` of `--json`: {', '.join(f'`{f}`' for f in FIELDS[name])}.\n")
         page.append("\n".join(table) + "\n" if rows else "It has no options.\n")
     return "\n".join(page)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .options import rows_of
+from .options import add_result, rows_of
 from ..core.files import UserError, check_safe_name
 from ..core.run_folder import cost_of, dollars, has_failed, status_counts
 from ..data import load_test_sets, template_of
@@ -87,7 +87,9 @@ def _rate_locally(
         return
     from alpagasus2.local import Models, rate_by_signals
 
-    _say_status(output, rate_by_signals(Models(model), rows, rater, output, template))
+    lines = rate_by_signals(Models(model), rows, rater, output, template)
+    add_result(files={output: status_counts(lines)})
+    _say_status(output, lines)
 
 # %% ../../nbs/commands/ask.ipynb #47588e3f
 def _with_options(plan: Any, backend: str, options: dict[str, Any] | None) -> Any:
@@ -150,6 +152,7 @@ def rate(
     )  # fmt: skip
     if ask:
         lines = carry_out(plan, ask, output, retry)
+        add_result(files={output: status_counts(lines)})
         _say_status(output, lines)
         _say_scores(lines)
         _check_all_answered(output, lines)
@@ -203,6 +206,7 @@ def judge(
         backend, model, base_url, settings, limits, plans, retry, dry_run, template_options
     )  # fmt: skip
     judged = {str(p): carry_out(plan, ask, p, retry) for p, plan in plans.items() if ask}
+    add_result(files={path: status_counts(lines) for path, lines in judged.items()})
     for path, lines in judged.items():
         _say_status(path, lines)
     for path, lines in judged.items():
@@ -248,6 +252,7 @@ def _say_answers(output: str, lines: Sequence[Any]) -> None:
     for warning in length_warnings(lines):
         print(warning, file=sys.stderr)
     cut = sum(x["finish_reason"] == "length" for x in lines)
+    add_result(output=output, answers=len(lines), cut=cut)
     print(f"{output}: {len(lines):,} answers, {cut:,} of them cut at the length limit")
 
 # %% ../../nbs/commands/ask.ipynb #bd307a3e
@@ -321,5 +326,6 @@ def leaderboard(
         say=lambda line: print(line, file=sys.stderr), dry_run=dry_run,
     )  # fmt: skip
     if results:
+        add_result(output_dir=output_dir)
         table = Path(output_dir) / "leaderboard.md"
         print(f"{table.read_text(encoding='utf-8')}\n{table}")

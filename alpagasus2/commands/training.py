@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..catalog import describe_data
-from .options import rows_of
+from .options import add_result, rows_of
 from ..core.files import UserError, atomic, check_output, dumps, write_json
 from ..data import load_examples, prompt, response_of, template_of
 
@@ -47,7 +47,9 @@ def _dry_run(base_model: str, rows: list[Any], settings: Any) -> None:
     kept, _ = split_rows(rows, settings)
     encoded, counts = encode_rows(kept, load_tokenizer(base_model), settings)
     steps = len(batch_schedule(len(encoded), settings))
-    print(dumps({**counts, "steps": steps}))
+    planned = {**counts, "steps": steps}
+    add_result(planned=planned)
+    print(dumps(planned))
 
 # %% ../../nbs/commands/training.ipynb #2e303ba3
 def _after_training(
@@ -96,6 +98,9 @@ def train(
     )
     if not first:
         return
+    add_result(
+        output_dir=output_dir, **{k: result[k] for k in ("rows", "steps", "seconds", "loss")}
+    )
     print(
         f"{output_dir}: {result['steps']} steps over {result['rows']:,} rows, "
         f"loss {result['loss'][0]:.3f} to {result['loss'][-1]:.3f}, {result['seconds']:.0f} s"
@@ -152,6 +157,7 @@ def estimate(
     settings |= {**about, "quant_lora": quant_lora, "device": find_device(device)}
     shape = shape_of(base_model)
     found = estimate_training(shape, **settings)
+    add_result(tokens=found.tokens, seconds=found.seconds, bytes=found.total, fits=found.fits)
     where, n, mean = device or "this machine", about["rows"], about["mean_tokens"]
     print(f"{base_model} on {where}; {n:,} rows of {mean:.0f} tokens, {how}")
     print(*report_lines(found), sep="\n")
@@ -192,6 +198,7 @@ def merge(
     print(f"comparing on {len(held)} rows of {data_path}", file=sys.stderr)
     result = merge_adapter(adapter, output_dir, held, base_model, merge_base, compare)
     write_card(output_dir)
+    add_result(output_dir=output_dir)
     print(*merge_table(result), sep="\n")
     print(f"{output_dir}: the {merge_base} merge, loaded again and compared")
 
@@ -241,8 +248,10 @@ def doctor(
     "Check versions, device, 4-bit product, logins and free disk space, and say what to do."
     from alpagasus2.extras.doctor import diagnose
 
-    failed = []
+    failed, findings = [], []
     for finding in diagnose(folder, base_model):
+        findings.append(vars(finding))
+        add_result(findings=findings)
         print(finding.line(color=_in_color()), flush=True)
         if finding.status == "fail":
             failed.append(finding.name)

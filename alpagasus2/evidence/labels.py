@@ -27,7 +27,8 @@ def load_labels(
     try:
         file = read_json(path)
         skipped = [{**x, "label": "skipped"} for x in file.get("skipped") or []]
-        rows, seed = [*skipped, *file["labels"]], (file.get("sample") or {}).get("seed")
+        rows = [*skipped, *({**x} for x in file["labels"])]
+        seed = (file.get("sample") or {}).get("seed")
     except (AttributeError, KeyError, TypeError):
         raise UserError(
             f"{path}: no `labels`; save the file with the page's labelling mode"
@@ -37,7 +38,7 @@ def load_labels(
         label = {"replicate": 0, **row, "seed": seed}
         if lacking := {"id", "test_set", "model_a", "model_b", "label"} - set(label):
             raise UserError(f"{path}: label {n} has no `{min(lacking)}`")
-        if label["label"] not in SIGNS and label["label"] != "skipped":
+        if label["label"] not in [*SIGNS, "skipped"]:
             raise UserError(f"{path}: label {n} is {label['label']!r}; use a, b or tie")
         label["label"] = None if label["label"] == "skipped" else label["label"]
         labels[tuple(label[k] for k in (*PAIR, "replicate"))] = label

@@ -183,6 +183,8 @@ def measured_noise(
     results: Mapping[str, Any],  # results.json's content
 ) -> dict[str, float]:  # spread, in standard deviations between prompts; ties
     "The largest spread bound of its pairs of trained arms, and their share of ties."
+    if not isinstance(results, Mapping):
+        raise UserError(f"a list of {len(results)}, and no results.json of a report")
     pairs = [p for p in results.get("pooled") or [] if (p.get("replicates") or 0) >= 3 and p["n"]]
     if not pairs:
         raise UserError("the results have no pair with three training runs or more")
@@ -198,6 +200,11 @@ class Prices:
     verdict: float | None = None  # US dollars
     training_hours: float | None = None  # of one run of one arm
     hour: float | None = None  # US dollars for an hour of the machine
+
+    def __post_init__(self) -> None:
+        for name, price in vars(self).items():
+            if price is not None and not 0 <= price < np.inf:
+                raise UserError(f"{name}={price}: a price or a time is 0 or more")
 
 
 def _costs(prompts: int, runs: int, arms: int, prices: Prices) -> dict[str, Any]:
@@ -235,6 +242,10 @@ def plan(
         raise UserError(f"effect={effect}: in win rate, above 0 and below 0.5, such as 0.05")
     if not 0 <= spread < np.inf:
         raise UserError(f"spread={spread}: in standard deviations between prompts, such as 0.1")
+    if not equivalence and not 0 <= ties <= 1 - 2 * effect:
+        raise UserError(
+            f"ties={ties}: with an effect of {effect:g} they are between 0 and {1 - 2 * effect:g}"
+        )
     if arms < 1 + max(controls, 1):
         raise UserError(f"arms={arms}: model_a and its controls ({controls}) are more")
     sd, runs, rows = prompt_sd(ties), list(runs), []
@@ -243,7 +254,7 @@ def plan(
             design = Design(n, r, sd, spread * sd, controls=controls, rates=rates)
             found = _promised(design, effect, equivalence) if r > 2 else (None, None)
             shown = dict(zip(("power", "detectable"), found, strict=True))
-            shown["labels"] = labels_needed(n, effect, sd)
+            shown["labels"] = labels_needed(n, effect, sd) if r > 2 and not equivalence else None
             rows.append({"prompts": n, "runs": r, **shown, **_costs(n, rates * r, arms, prices)})
     return rows
 

@@ -344,6 +344,19 @@ def _chosen(rows: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     return rows[kept]
 
 # %% ../../nbs/report/outside.ipynb #2431f8d1
+def _less_is_better(rows: pd.DataFrame, lower: Sequence[str]) -> set[tuple[str, str]]:
+    "Test set and metric of those named, with or without the filter; `UserError` for another name."
+    known = rows[["test_set", "metric"]].drop_duplicates().itertuples(index=False, name=None)
+    names = {(t, m): {m, m.partition(",")[0]} for t, m in known}
+    for name in lower:
+        if not any(name in own for own in names.values()):
+            there = ", ".join(dict.fromkeys(m for _, m in names))
+            raise UserError(
+                f"--lower_is_better {name}: no metric of these is called so; there are {there}"
+            )
+    return {key for key, own in names.items() if own & set(lower)}
+
+
 def read_scores(
     sources: Sequence[str | Path],  # files and folders
     metrics: Sequence[str] = (),  # to compare; default: each task's first one
@@ -366,7 +379,7 @@ def read_scores(
     rows = _chosen(rows, metrics)[[*COLUMNS]]
     check_scores(rows, ", ".join(map(str, sources)))
     less = {x for part in parts for x in part.lower}
-    less |= {(t, m) for t, m in zip(rows["test_set"], rows["metric"], strict=True) if m in lower}
+    less |= _less_is_better(rows, lower)
     notes = tuple(dict.fromkeys(n for part in parts for n in part.notes))
     return Scores(rows, frozenset(less), notes), [f for part in parts for f in part.files]
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DASH', 'as_percent', 'as_score', 'as_p', 'UNKNOWN_EFFECT', 'as_number', 'as_count', 'as_interval', 'as_text',
-           'as_check', 'as_undecided', 'facts', 'tiles', 'viewer_pairs', 'pair_name', 'run_key', 'label_samples',
-           'script_json', 'csp_hash', 'png_file', 'inline_svg', 'Drawing', 'drawings', 'write_report']
+           'as_check', 'as_undecided', 'facts', 'tiles', 'cards', 'viewer_pairs', 'pair_name', 'run_key',
+           'label_samples', 'script_json', 'csp_hash', 'png_file', 'inline_svg', 'Drawing', 'drawings', 'write_report']
 
 # %% ../../nbs/report/page.ipynb #77de68da
 import base64
@@ -197,6 +197,54 @@ def tiles(
     if spent is not None:
         shown.append(_tile("Cost of all calls", f"${spent:,.2f}"))
     return shown
+
+# %% ../../nbs/report/page.ipynb #9e38eba8
+def _saved(name: str, gap: float, ends: Sequence[float], *notes: str) -> dict[str, Any]:
+    "A card for a loss that is lower or higher by so much."
+    size = f"{'lower' if gap >= 0 else 'higher'} by {abs(gap):.3f}"
+    unclear = ends[0] <= 0 <= ends[1]
+    measured = f"95% interval of the saving {as_interval(ends)} nats a token"
+    value = "No clear difference" if unclear else f"Loss {size}"
+    return _tile(name, value, f"loss {size}" if unclear else "", measured, *notes)
+
+
+def _noise_note(aa: Mapping) -> str:
+    "What two draws of one rule differ by, or that nothing measures it."
+    if aa.get("heldout_difference") is None:
+        return "noise not measured: there is no second random draw"
+    gap, ends = aa["heldout_difference"], as_interval(aa.get("heldout_ci95"))
+    return f"noise: {aa['model_a']} and {aa['model_b']} differ by {abs(gap):.3f} {ends}"
+
+
+def _judge_card(health: Mapping) -> list[dict[str, Any]]:
+    "How many of its checks the judge passed, and what follows."
+    counts = Counter(c["status"] for c in health.get("checks") or [])
+    if not (run := counts.total() - counts["not run"]):
+        return []
+    worth = "Fit: every check passes" if counts["pass"] == counts.total() else "Not decided"
+    worth = "Unfit: its verdicts decide nothing" if health.get("fit") is False else worth
+    passed = f"{counts['pass']} of {run} checks pass"
+    missing = f"{counts['not run']} not run" if counts["not run"] else ""
+    return [_tile("What the judge is worth", worth, passed, missing)]
+
+# %% ../../nbs/report/page.ipynb #7077452d
+def cards(
+    results: Results,  # results.json's content
+) -> list[dict[str, Any]]:  # name, value, notes; empty where no loss was measured
+    "What tuning brought, what the selection brought, and what the judge is worth."
+    held, shown = results.get("heldout") or {}, []
+    arm = next((a for a, h in held.items() if h.get("difference") is None), "")
+    control = next((c for c in (_deciding(results).get("model_b"), "random") if c in held), "")
+    once = "over answers only: run-to-run noise is not in it"
+    for other, name in (("base", "What tuning brought"),
+                        (control, f"What selecting brought: {arm} against {control}")):  # fmt: skip
+        found = held.get(other) or {}
+        if found.get("difference") is not None and (other != "base" or len(held) > 1):
+            noise = "" if found.get("holds_run_noise") else once
+            more = _noise_note(results.get("aa") or {}) if other != "base" else ""
+            ends = found["difference_ci95"]
+            shown.append(_saved(name, found["difference"], ends, noise, more))
+    return shown + _judge_card(results.get("judge_health") or {}) if shown else []
 
 # %% ../../nbs/report/page.ipynb #933a5c3c
 def _question(line: Mapping) -> dict[str, Any]:
@@ -483,7 +531,8 @@ def write_report(
     data = {"run": run_key(pairs), "pairs": pairs, "samples": samples}
     page = _render(
         results=results, pairs=pairs, data=data,
-        tiles=tiles(results), figures={d.place or d.name: d for d in drawn}, title=title,
+        cards=cards(results), tiles=tiles(results), title=title,
+        figures={d.place or d.name: d for d in drawn},
     )  # fmt: skip
     for d in drawn:
         with atomic(output / d.name) as part:

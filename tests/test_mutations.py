@@ -27,7 +27,7 @@ from alpagasus2.cli import main
 from alpagasus2.core import run_folder
 from alpagasus2.data import load_examples
 
-IN_CI, IN_ALL = 200, 2000  # mutations over all kinds
+IN_ALL = 2000  # mutations over all kinds of files
 ROWS = [
     {"id": f"r{n}", "instruction": f"Name colour {n}, please.", "input": "", "output": "Blüe €."}
     for n in range(4)
@@ -163,6 +163,7 @@ class Kind:
     command: Callable[[Path, Path], list[str]]  # of the file, and of a path for the result
     holds: Callable[[Path, int], None]  # asserts of the result (need not be there) and the status
     endings: tuple[str, ...] = tuple(WRITERS)
+    in_ci: int = 28  # mutations in CI; fewer of what takes half a second
 
 
 def strict(path: Path) -> Any:
@@ -272,10 +273,11 @@ RECIPES = (
      "arms": {"filtered": {"select": "top_k", "rows": 2},
               "random": {"select": "random_k", "rows": 2}},
      "judge": {"backend": "local"}, "margin": 0.05},
-    {"base_model": "smollm2-135m", "data": "ROWS", "rater": {"kind": "llm", "model": "m"},
-     "arms": {"filtered": {"select": "top_k", "rows": 2},
+    {"base_model": "smollm2-135m", "data": "ROWS", "questions": ["sample_questions"],
+     "rater": {"kind": "superfiltering"}, "train": {"num_epochs": 1, "batch_size": 2},
+     "arms": {"random": {"select": "random_k", "rows": 2},
               "longest": {"select": "longest_k", "rows": 2}},
-     "judge": {"model": "m", "max_cost": 2}, "questions": ["vicuna"], "train": {"num_epochs": 1}},
+     "judge": {"backend": "local"}},
 )  # fmt: skip
 KINDS = {
     "rows": Kind(DATA, check, good_rows),
@@ -283,7 +285,7 @@ KINDS = {
     "scores": Kind(SCORES, select_by_scores, one_known_row),
     "questions": Kind(QUESTIONS, ask, nothing),
     "responses": Kind(RESPONSES, judge, nothing, (".jsonl",)),
-    "recipes": Kind(RECIPES, plan, nothing, (".json",)),
+    "recipes": Kind(RECIPES, plan, nothing, (".json",), in_ci=10),
 }
 
 
@@ -368,7 +370,7 @@ def meet_all(name: str, numbers: range, folder: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_spoiled_file_ends_in_a_result_or_a_sentence(name, tmp_path, capsys):
-    meet_all(name, range(IN_CI // (len(KINDS) + 1)), tmp_path, capsys)
+    meet_all(name, range(KINDS[name].in_ci), tmp_path, capsys)
 
 
 def meet_words(numbers: range, capsys: pytest.CaptureFixture) -> None:
@@ -391,7 +393,7 @@ def meet_words(numbers: range, capsys: pytest.CaptureFixture) -> None:
 
 def test_wrong_words_end_in_a_result_or_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    meet_words(range(30, 62), capsys)
+    meet_words(range(30, 80), capsys)
 
 
 @pytest.mark.slow
@@ -403,7 +405,7 @@ def test_many_wrong_words(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_many_spoiled_files(name, tmp_path, capsys):
-    first = IN_CI // (len(KINDS) + 1)
+    first = KINDS[name].in_ci
     meet_all(name, range(first, first + IN_ALL // len(KINDS)), tmp_path, capsys)
 
 

@@ -579,8 +579,7 @@ def report(
     responses: list[str] | None = None,  # responses.jsonl, shown side by side
     labels: list[str] | None = None,  # labels.json files, saved by the page that they belong to
     scores: list[str] | None = None,  # lm-eval's samples, Inspect's logs, a CSV, leaderboard.jsonl
-    model_a: str
-    | None = None,  # the arm whose wins are counted; default: the claim's or lines' own
+    model_a: str | None = None,  # whose wins are counted; default: the claim's, or the lines' own
     control: str | None = None,  # of scores: the model that model_a has to beat
     margin: float | None = None,  # of non-inferiority, if one was fixed: in win rate, or in scores
     judge: str | None = None,  # of another tool's verdicts: the judge that decides

@@ -382,3 +382,10 @@ def test_labels_that_are_none_are_named(label, tmp_path, capsys):
     words = ["report", "--judgments", str(run), "--output", str(tmp_path / "page")]
     assert main([*words, "--labels", str(tmp_path / "labels.json")]) == 2
     assert "labels.json: " in capsys.readouterr().err
+
+
+def test_the_help_of_a_report_says_what_model_a_is(capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--model_a MODEL_A whose wins are counted" in said

@@ -602,6 +602,8 @@ def _remaker(folder: Path) -> tuple[Path, Callable[[Path], None]]:
     "The page of a folder, and what makes it again."
     from alpagasus2.extras.verify import PAGE
 
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     runs = [r for r in (folder, folder.parent) if folder in (r, r / "report")]
     run = next((r for r in runs if (r / "claim.json").exists() and (r / "report").is_dir()), None)
     page = folder if run is None else run / "report"

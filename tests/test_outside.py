@@ -137,6 +137,8 @@ def test_a_new_file_among_the_verdicts_is_found(tmp_path, capsys):
 def test_what_is_no_page_is_a_mistake_of_the_user(tmp_path, capsys):
     assert main(["verify", str(tmp_path)]) == 2
     assert "no record of what this page was made from" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "none")]) == 2
+    assert "none: no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -549,14 +549,32 @@ def _bar(batches: Sequence[Sequence[Encoded]], done: int, shown: bool) -> tqdm:
     return tqdm(total=total, initial=before, unit="row", disable=not shown)
 
 # %% ../nbs/02_train.ipynb #f9ba665a
+def _taken(model: Any, heavy: Sequence[Sequence[Encoded]]) -> int:
+    "Bytes that the heaviest micro-batches take on a GPU at most."
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    try:
+        for rows in heavy:
+            with packed_attention(model):
+                target_nll(model, rows)[0].sum().backward()
+    except torch.OutOfMemoryError:
+        return torch.cuda.get_device_properties(model.device).total_memory
+    finally:
+        model.zero_grad()
+        torch.cuda.empty_cache()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _gradients_of(
     model: Any, batches: Sequence[Sequence[Encoded]], config: TrainConfig
 ) -> Gradients | None:
     "What records the micro-batches of these steps on a GPU, where all of them are small."
     if model.device.type != "cuda" or not batches:
         return None
-    largest = max(map(computed_tokens, _heaviest(model, batches, config)))
-    taken = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    heavy = _heaviest(model, batches, config)
+    largest = max(map(computed_tokens, heavy))
+    taken = _taken(model, heavy) if may_record(model, largest, 0, 1) else 0
     if _any_process(not may_record(model, largest, taken, free_memory(model.device))):
         return None
     return Gradients(model, max(len(e.ids) for batch in batches for e in batch))

@@ -377,22 +377,24 @@ def same_training(bench: Bench, shape: str) -> dict[str, Any]:
         "loss": [first["loss"][0], first["loss"][-1]],
         "adapter_difference": max((a[k] - b[k]).abs().max().item() for k in a),
         "adapter_size": max(x.abs().max().item() for x in a.values()),
-        "draws_after_a_failure": drew_after_a_failure(),
     }
 
 
-def drew_after_a_failure() -> bool | None:
-    "Whether PyTorch still draws after a step that cannot be recorded; None without a GPU."
+def after_a_failure(bench: Bench, shape: str) -> dict[str, Any]:
+    "Whether PyTorch draws and gives memory back after a step that cannot be recorded."
     import torch
 
     from alpagasus2.model.recording import cuda_graph
 
     if not torch.cuda.is_available():
-        return None
+        return {"draws": None, "reserved_gb": None}
     try:
         cuda_graph(lambda x: x * x.sum().item(), {"x": torch.ones(3, device="cuda")}, warm=False)
     except RuntimeError:
-        return torch.rand(3, device="cuda").sum().item() > 0
+        torch.ones(2**30, device="cuda")
+        torch.cuda.empty_cache()
+        drew = torch.rand(3, device="cuda").sum().item() > 0
+        return {"draws": drew, "reserved_gb": torch.cuda.memory_reserved() / 1e9}
     raise AssertionError("a step that waits for the device was recorded")
 
 
@@ -715,6 +717,7 @@ PARTS = [
     Part("trl, packed, liger", partial(trl, packed=True, liger=True), group="liger"),
     Part("answers, ours, 16 bits, steps not recorded", unrecorded),
     Part("trl, padded", partial(trl, packed=False)),
+    Part("after a recording that failed", after_a_failure, group="failure"),
 ]
 
 

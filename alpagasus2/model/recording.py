@@ -7,6 +7,7 @@ __all__ = ['Step', 'Recording', 'Record', 'cuda_graph', 'is_refused', 'Replayed'
 
 # %% ../../nbs/model/recording.ipynb #66928bd8
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 from weakref import WeakSet
@@ -27,9 +28,11 @@ def _recording_stream() -> Any:
     return torch.cuda.Stream()
 
 
-def _go_on(stream: Any) -> None:
-    "After a recording that failed PyTorch stays on its stream, with a generator that refuses."
+def _go_on(stream: Any, graph: Any) -> None:
+    "A recording that failed may leave its stream, its memory and its generator in use."
     torch.cuda.set_stream(stream)
+    with suppress(RuntimeError):  # it ended as it should
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), graph.pool())
     usual = torch.cuda.default_generators[torch.cuda.current_device()]
     fresh = torch.Generator(device="cuda").manual_seed(usual.initial_seed())
     usual.graphsafe_set_state(fresh)
@@ -49,11 +52,12 @@ def cuda_graph(
         with torch.cuda.stream(stream):
             step(**inputs)
         current.wait_stream(stream)
+    torch.cuda.empty_cache()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             result = step(**inputs)
     except RuntimeError:
-        _go_on(current)
+        _go_on(current, graph)
         raise
     return graph.replay, result
 

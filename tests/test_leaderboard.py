@@ -394,7 +394,7 @@ def test_ifeval_matches_lm_eval_by_hand_where_its_data_is(tiny, tmp_path):
     ("words", "says"),
     [
         (["--tasks", "ending"], "did you mean 'endings'?"),
-        (["--tasks", "endings", "--limit", "0"], "limit=0"),
+        (["--tasks", "endings", "--limit", "0"], "--limit 0: a number above 0 is wanted"),
         (["--tasks", "endings", "--include_path", "nowhere"], "nowhere: no such folder"),
         (["--tasks", "endings", "--adapters", "base=."], "see --name"),
     ],

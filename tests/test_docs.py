@@ -24,6 +24,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import jinja2
 import pytest
 from stand_ins import tiny_llama
@@ -153,6 +154,8 @@ def follow(
                 else:
                     assert words[0] == "alpagasus2", f"{block.place}: {words[0]}"
                     status = 2 if block.mark == "exits 2" else 0
+                    if status:  # what is missing is on the hub: do not wait for it
+                        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
                     assert main(words[1:]) == status, f"{block.place}: {line}"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+import torch._C as bindings
 
 from ..core.files import say
 
@@ -32,7 +33,7 @@ def _go_on(stream: Any, graph: Any) -> None:
     "A recording that failed may leave its stream, its memory and its generator in use."
     torch.cuda.set_stream(stream)
     with suppress(RuntimeError):  # it ended as it should
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), graph.pool())
+        bindings._cuda_endAllocateToPool(torch.cuda.current_device(), graph.pool())
     usual = torch.cuda.default_generators[torch.cuda.current_device()]
     fresh = torch.Generator(device="cuda").manual_seed(usual.initial_seed())
     usual.graphsafe_set_state(fresh)

@@ -59,9 +59,8 @@ from alpagasus2.evidence.claim import (
     read_claim,
     unlike_fixed,
 )
-from .evidence.doubts import doubts, home_of, unlike_claim
+from .evidence.doubts import doubts, home_of, known_questions, unlike_claim
 from alpagasus2.evidence.filtering import (
-    SEEN,
     contamination,
     filter_report,
     plot_categories,
@@ -319,7 +318,7 @@ def _seed(run: Run, arm: Arm, replicate: int) -> int:
 def _token_counts(run: Run, rows: Sequence[Example]) -> dict[str, tuple[int, int]]:
     "Tokens and target tokens by row id, as the training counts them; rows without targets: none."
     config, _ = run.recipe.training(0)
-    encoded, _ = encode_rows(rows, load_tokenizer(run.recipe.base_model), config)
+    encoded, _ = encode_rows(rows, run.models.tokenizer, config)
     return {e.id: (len(e.ids), e.n_targets) for e in encoded}
 
 # %% ../nbs/06a_experiment.ipynb #39a9d7ec
@@ -622,12 +621,6 @@ def _seen_prompts(
     parts = [run.recipe.part(a, r) for r in range(run.recipe.replicates) for a in run.recipe.arms]
     return {part: contamination(selected[part], run.questions) for part in parts}
 
-
-def _known(seen: Mapping[str, list[dict]]) -> set[tuple[str, str]]:
-    "Test set and id of the questions that the rows of an arm give away."
-    found = (x for questions in seen.values() for x in questions)
-    return {(x["test_set"], x["id"]) for x in found if x["seen"] >= SEEN}
-
 # %% ../nbs/06a_experiment.ipynb #7719a1c7
 def _judged_results(
     run: Run, judged: Mapping[str, list], selected: Mapping[str, list],
@@ -654,7 +647,8 @@ def run_results(
 ) -> Results:  # fmt: skip
     "The content of results.json, from each judge's verdicts and the run's files."
     seen = _seen_prompts(run, selected)
-    results = _judged_results(run, judged, selected, _known(seen))
+    known = known_questions(x for questions in seen.values() for x in questions)
+    results = _judged_results(run, judged, selected, known)
     measured, spent = run_folder.latest(run.dir / "heldout.jsonl"), run_cost(run)
     _add_heldout(run, results, measured)
     manifest = {"claim_sha256": run.claim["sha256"], **run_folder.read_manifest(run.dir)}

@@ -520,8 +520,10 @@ def _check_adapter(name: str, path: Path, base: str | None) -> None:
             raise UserError(f"adapter {name}: {path} holds no {file}")
     record = path / "train_result.json"
     result = read_json(record) if record.exists() else {}
-    for what, kept in result.get("sha256", {}).items():
-        if adapter_hashes(path).get(what) != kept:
+    recorded = result.get("sha256", {})
+    found = adapter_hashes(path) if recorded else {}
+    for what, kept in recorded.items():
+        if found.get(what) != kept:
             raise UserError(
                 f"adapter {name}: {path} is damaged, its {what} differ from those that were "
                 "trained; train it again, or copy it anew"

@@ -474,6 +474,13 @@ def _spare(needed: int) -> float:
     return (min(free, allowed - torch.cuda.memory_reserved()) - needed) / allowed
 
 
+def _run_through(model: Any, micro_batches: Sequence[Sequence[Encoded]]) -> None:
+    "Forward and backward, for what they take."
+    for rows in micro_batches:
+        with packed_attention(model):
+            target_nll(model, rows)[0].sum().backward()
+
+
 def _tokens_per_second(
     model: Any, batches: Sequence[Sequence[Encoded]], config: TrainConfig, budget: int
 ) -> float:
@@ -484,9 +491,7 @@ def _tokens_per_second(
         for _ in range(2):  # the first time warms up
             torch.cuda.synchronize()
             start = time.perf_counter()
-            for rows in heavy:
-                with packed_attention(model):
-                    target_nll(model, rows)[0].sum().backward()
+            _run_through(model, heavy)
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     finally:
@@ -555,9 +560,7 @@ def _taken(model: Any, heavy: Sequence[Sequence[Encoded]]) -> int:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     try:
-        for rows in heavy:
-            with packed_attention(model):
-                target_nll(model, rows)[0].sum().backward()
+        _run_through(model, heavy)
     except torch.OutOfMemoryError:
         return torch.cuda.get_device_properties(model.device).total_memory
     finally:

@@ -53,7 +53,6 @@ def cuda_graph(
         with torch.cuda.stream(stream):
             step(**inputs)
         current.wait_stream(stream)
-    torch.cuda.empty_cache()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             result = step(**inputs)

@@ -683,7 +683,7 @@ def test_labelling_has_a_button_on_the_first_screen(opened):
     assert button.bounding_box()["y"] < 200
     button.click()
     assert opened.locator("#labelling").is_visible()
-    assert not opened.locator("#answer, #rows, .fold").filter(visible=True).count()
+    assert not opened.locator("#answer, #rows, #more, .fold").filter(visible=True).count()
 
 
 def test_no_interval_is_outside_what_is_possible(tmp_path):

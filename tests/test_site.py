@@ -155,7 +155,7 @@ def test_what_options_and_tables_say_fits_a_phone(site, browser):
     page.goto(f"{site}/commands.html")
     assert page.locator(".option").count() > 100
     assert page.eval_on_selector_all(".option, .option > *", hidden) == []
-    for name in ("measured", "tutorial", "howto_outside"):
+    for name in ("measured", "tutorial", "architecture"):
         page.goto(f"{site}/{name}.html")
         assert page.locator("article table").count()
         wide = ".md-typeset__scrollwrap"

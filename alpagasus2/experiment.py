@@ -226,9 +226,11 @@ def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
         return {}
     lines = [{"id": r["id"], "dimension": rater.selector, "vote": 0} for r in run.rows]
     if not run_folder.is_settled(output, lines):
-        model = rater.model or run.recipe.base_model
+        model = rater.scores or rater.model or run.recipe.base_model
         run.say(f"Rating {len(run.rows)} rows: {rater.kind}, {model}")
-        if rater.kind == "llm":
+        if rater.kind == "file":
+            _take_scores(run, output)
+        elif rater.kind == "llm":
             _ask_rater(run, model, output)
         else:
             reader, kind, form = run.model(rater.model), rater.kind, run.recipe.rating_template
@@ -253,6 +255,26 @@ def _ask_rater(run: Run, model: str, output: Path) -> None:
     ask = run.ask(rater, config, {output: plan})
     rated = judge.carry_out(plan, ask, output, False, run.progress)
     run.say(judge.drift(judge.score_counts(rated)) or f"{output}: rated")
+
+# %% ../nbs/06a_experiment.ipynb #29814bad
+def _other_scores(recipe: Recipe) -> dict[str, float]:
+    "Another tool's scores by row id; `row` of its table counts the rows of the whole file."
+    rows, problems = load_examples(recipe.data)
+    return load_scores(recipe.rater.scores, rows, recipe.rater.dimension, problems)
+
+
+def _take_scores(run: Run, output: Path) -> None:
+    "Copy the scores of another tool, those of the pool's rows."
+    rater, scores = run.recipe.rater, _other_scores(run.recipe)
+    who = {"kind": rater.kind, "model": rater.scores, "prompt_version": None}
+    line = {"dimension": rater.selector, "vote": 0, "rater": who, "review": None, "usage": {}}
+    settings = {"rater": rater.scores, "dimension": rater.selector}
+    settings["sha256"] = file_sha256(rater.scores)
+    with run_folder.resumed(output, settings, progress=run.progress) as step:
+        for row in step.todo([line | {"id": r["id"]} for r in run.rows]):
+            score = scores.get(row["id"])
+            status = "unparsed" if score is None else "ok"
+            step.append(row | {"score": score, "status": status})
 
 # %% ../nbs/06a_experiment.ipynb #8181c2f5
 def select_arms(
@@ -734,7 +756,7 @@ def _filter_results(
     kept = {part: selected[part] for part in seen}
     return {
         "selector": rater.selector if scores else "none: the arms came as files",
-        "model": (rater.model or recipe.base_model) if scores else None,
+        "model": (rater.scores or rater.model or recipe.base_model) if scores else None,
         **filter_report(run.rows, scores, kept, run.questions, seen),
     }
 
@@ -873,6 +895,7 @@ def _checks(recipe: Recipe, output_dir: str | Path) -> list[Callable[[], Any]]:
         *(partial(load_questions, name) for name in recipe.questions),
         *(partial(_check_endpoint, w) for w in _asked(recipe)),
         *(partial(judge.load_prompt, p, rater.low, rater.high) for p in [rater.prompt] if p),
+        *(partial(_other_scores, recipe) for _ in filter(None, [rater.scores])),
         partial(_shape, recipe),
         *(partial(_check_judge, w.model or base) for w in judges),
         lambda: check_disk(output_dir, _bytes(recipe)),

@@ -52,7 +52,7 @@ from .train import TrainConfig, held_out, preset_configs
 class Rater(EndpointConfig, Parameters):
     "Who scores the rows of the pool; for an endpoint also its limits and what it may cost."
 
-    kind: Literal["llm", "flaws", "superfiltering"] = "llm"  # a judge, or a local model's signals
+    kind: Literal["llm", "flaws", "superfiltering", "file"] = "llm"  # a judge, signals, or `scores`
     model: str = ""  # the endpoint's model; for local signals a base model, default: the recipe's
     dimension: str = "accuracy"  # what an llm rates
     base_url: str | None = None  # the endpoint; default: OPENAI_BASE_URL, else OpenAI's
@@ -61,17 +61,21 @@ class Rater(EndpointConfig, Parameters):
     prompt: str | None = None  # a file with your own rating prompt; None: AlpaGasus's
     low: float = 0.0  # lowest score that the prompt asks for
     high: float = 5.0  # highest score that the prompt asks for
+    scores: str = ""  # of kind file: a table of id or row, and score, from any other tool
 
     def __post_init__(self) -> None:
         EndpointConfig.__post_init__(self)
         Parameters.__post_init__(self)
         if self.kind == "llm" and self.backend == "endpoint" and not self.model:
             raise UserError("rater: kind llm needs a `model`")
+        if (self.kind == "file") != bool(self.scores):
+            raise UserError("rater: kind file and a file of `scores` go together")
 
     @property
     def selector(self) -> str:
-        "What its scores are called: of an llm what it rates, else the kind of signal."
-        return self.dimension if self.kind == "llm" else self.kind
+        "What its scores are called: what an llm rates, the kind of signal, the name of a file."
+        own = {"llm": self.dimension, "file": Path(self.scores).stem}
+        return own.get(self.kind, self.kind)
 
 # %% ../nbs/06_recipe.ipynb #33925d00
 MATCHED = ("token_matched", "cost_matched")  # to another arm, in place of equal rows
@@ -507,7 +511,7 @@ def _claimed(recipe: dict) -> dict:
     unsaid = {"temperature": "auto", "reasoning_effort": None, "response_format": None,
               "extra_body": None}  # fmt: skip
     of_raters = {"prompt": None, "low": 0.0, "high": 5.0}  # claims without these are as valid
-    of_raters |= {"max_tokens": PLAIN["max_tokens"]}
+    of_raters |= {"max_tokens": PLAIN["max_tokens"], "scores": ""}
     of_arms = {"seed": 0, "drop_near_duplicates": None, "quota": None, "to": None}  # so are those
 
     def kept(part: dict, later: dict) -> dict:
@@ -542,8 +546,9 @@ def _changed_key(old: dict, plan: dict) -> str | None:
 
 # %% ../nbs/06_recipe.ipynb #3364895b
 def _files(recipe: Recipe) -> list[str]:
-    "The arms' and questions' files on this machine."
-    named = [*(a.data for a in recipe.arms.values()), *recipe.questions]
+    "The scores', arms' and questions' files on this machine."
+    own = [recipe.rater.scores, *(a.data for a in recipe.arms.values())]
+    named = [*own, *recipe.questions]
     return sorted({p for p in named if p and Path(p).is_file()})
 
 

@@ -83,7 +83,7 @@ def _between_runs(design: Design, rng: np.random.Generator) -> np.ndarray:  # [2
         drawn[0] = (moved**2).mean(axis=2)
     return drawn
 
-
+# %% ../../nbs/evidence/power.ipynb #0a569f59
 def _experiments(
     design: Design, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:  # [DRAWS, comparisons] each: half the width, error
@@ -161,7 +161,7 @@ def spread_bound(
         variance = max(parts.run_variance, pooled.variance) * pooled.df / chi2.ppf(0.3, pooled.df)
     return float(np.sqrt(variance))
 
-
+# %% ../../nbs/evidence/power.ipynb #1e97a3bb
 def detectable_effect(
     parts: VarianceParts,  # of a table of shares
     pooled: RunNoise | None = None,  # used for two runs

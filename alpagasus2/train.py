@@ -345,7 +345,7 @@ def _add_gradient(
         scaler.scale(loss).backward()
     return loss.detach()
 
-
+# %% ../nbs/02_train.ipynb #85654cef
 def _add_gradients(
     model: Any, batch: Sequence[Encoded], config: TrainConfig, step: int,
     scaler: torch.amp.GradScaler, gradients: Gradients | None,
@@ -364,7 +364,7 @@ def _add_gradients(
             return total, rows
     return total, []
 
-
+# %% ../nbs/02_train.ipynb #67d19a0b
 def _give_up(model: Any, step: int, rows: Sequence[Encoded]) -> None:
     "Discard the gradient of a step in which these rows did not fit, here or in another process."
     model.zero_grad()
@@ -407,7 +407,7 @@ def _smaller(model: Any, batch: Sequence[Encoded], config: TrainConfig) -> Train
         smaller = replace(config, token_budget=budget)
     return smaller
 
-
+# %% ../nbs/02_train.ipynb #72ed5d5d
 def _fitting_step(
     model: Any, batch: Sequence[Encoded], config: TrainConfig, step: int,
     scaling: LossScaling | None = None, gradients: Gradients | None = None,
@@ -480,7 +480,7 @@ def _run_through(model: Any, micro_batches: Sequence[Sequence[Encoded]]) -> None
         with packed_attention(model):
             target_nll(model, rows)[0].sum().backward()
 
-
+# %% ../nbs/02_train.ipynb #267f11ed
 def _tokens_per_second(
     model: Any, batches: Sequence[Sequence[Encoded]], config: TrainConfig, budget: int
 ) -> float:
@@ -568,7 +568,7 @@ def _taken(model: Any, heavy: Sequence[Sequence[Encoded]]) -> int:
         torch.cuda.empty_cache()
     return torch.cuda.max_memory_allocated() - before
 
-
+# %% ../nbs/02_train.ipynb #f694743c
 def _gradients_of(
     model: Any, batches: Sequence[Sequence[Encoded]], config: TrainConfig
 ) -> Gradients | None:
@@ -582,7 +582,7 @@ def _gradients_of(
         return None
     return Gradients(model, max(len(e.ids) for batch in batches for e in batch))
 
-
+# %% ../nbs/02_train.ipynb #5e3fa4f7
 # called with the steps done, and the figures of the last
 After = Callable[[int, dict[str, Any]], None]
 

@@ -86,8 +86,9 @@ def option_entries(
         default = default_text(action)
         told = default if default in ("", "required") else f"default {default}"
         known = " · ".join(filter(None, (cell(kind), cell(told))))
+        heading = f"#### `{name}` <small>{command}</small> {{#{command}-{action.dest}}}"
         yield (
-            f'<div class="option" markdown>\n#### `{name}` <small>{command}</small> {{#{command}-{action.dest}}}\n\n'
+            f'<div class="option" markdown>\n{heading}\n\n'
             f"{cell(action.help)}\n{{ .what }}\n\n{known}\n{{ .kind }}\n</div>\n"
         )
 

@@ -161,7 +161,8 @@ def _trained(results: Results) -> str:
     runs, each = s["replicates"], " each" if len(arms) > 1 else ""
     chosen = f"{rows or 'some'} of the {s['pool']:,} rows of {s['data']}"
     often = "one training" if runs == 1 else f"{runs} trainings"
-    return f"Compared: {_listed(a['arm'] for a in arms)},{each} {chosen}, in {often} of {s['base_model']}{each}"
+    tuned = f"in {often} of {s['base_model']}{each}"
+    return f"Compared: {_listed(a['arm'] for a in arms)},{each} {chosen}, {tuned}"
 
 # %% ../../nbs/report/page.ipynb #951c5449
 def _asked(pairs: Sequence[Mapping]) -> str:
@@ -345,11 +346,11 @@ def answer(
 ) -> str:  # "" where nothing was measured
     "What came out, in a sentence without figures."
     claim = results.get("claim") or {}
-    verdict = claim.get("verdict")
+    verdict = str(claim.get("verdict") or "")
     asked = re.fullmatch(r"Is (\S+) (.+)\?", claim.get("question") or "")
     if verdict == "supported" and asked:
         verdict = f"the verdicts support that {asked[1]} is {asked[2]}"
-    said = _by_loss(results) + [_CLAIMED.get(verdict, str(verdict))] * bool(verdict)
+    said = _by_loss(results) + [_CLAIMED.get(verdict, verdict)] * bool(verdict)
     return f"{said[0][0].upper()}{'; '.join(said)[1:]}." if said else ""
 
 # %% ../../nbs/report/page.ipynb #7344c232
@@ -566,7 +567,8 @@ def png_file(
 
 # %% ../../nbs/report/page.ipynb #5bb180aa
 _COLOURS = {"#000000": "var(--ink)", "#4c4c4c": "var(--soft)", "#4d4d4d": "var(--soft)",
-            "#e3e7ee": "var(--band)", "#ffffff": "var(--page)", "#0173b2": "var(--win)", "#de8f05": "var(--lose)",
+            "#e3e7ee": "var(--band)", "#ffffff": "var(--page)",
+            "#0173b2": "var(--win)", "#de8f05": "var(--lose)",
             "#949494": "var(--tie)"}  # fmt: skip
 PHONE = 400  # pixels; a wider figure keeps its text readable and scrolls in a box of its own
 
@@ -652,8 +654,8 @@ def write_report(
     results = json.loads(dumps(results))
     drawn = drawings(results, figures or {})
     pairs = viewer_pairs(judgments, responses, others)
-    data = {"run": run_key(pairs), "pairs": _deciding_first(results, pairs)}
-    data["samples"] = label_samples(results, data["pairs"])
+    shown = _deciding_first(results, pairs)
+    data = {"run": run_key(pairs), "pairs": shown, "samples": label_samples(results, shown)}
     page = _render(
         results=results, pairs=pairs, data=data,
         compared_=compared(results, pairs), answer=answer(results), cards=cards(results),

@@ -79,7 +79,7 @@ def _spoken(e: Effect, percent: bool) -> str:
 WIDTH = 3.7  # inches: the 355 CSS pixels of a phone
 SMALL = {"text.parse_math": False, "font.size": 9}
 
-
+# %% ../../nbs/report/charts.ipynb #868bed7e
 @mpl.rc_context(SMALL)
 def effect_chart(
     effects: Sequence[Effect],  # from top to bottom

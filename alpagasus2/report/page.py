@@ -172,6 +172,10 @@ def _asked(pairs: Sequence[Mapping]) -> str:
     return f"{n:,} question{'s' * (n != 1)}{f' of {sets}' if sets else ''}"
 
 
+def _models(pairs: Sequence[Mapping]) -> list[str]:
+    return list(dict.fromkeys(answer["model"] for p in pairs for answer in p["answers"]))
+
+# %% ../../nbs/report/page.ipynb #3aaf8225
 def compared(
     results: Results,  # results.json's content
     pairs: Sequence[Mapping] = (),  # from `viewer_pairs`
@@ -192,10 +196,6 @@ def compared(
     rows = (results.get("filter") or {}).get("rows")
     told = _listed(f"{arm} {n:,}" for arm, n in kept.items())
     return f"Of {rows:,} rows were kept: {told}." if rows and kept else ""
-
-
-def _models(pairs: Sequence[Mapping]) -> list[str]:
-    return list(dict.fromkeys(answer["model"] for p in pairs for answer in p["answers"]))
 
 # %% ../../nbs/report/page.ipynb #ccc4137b
 ONCE = "over answers only: run-to-run noise is not in it"

@@ -639,6 +639,20 @@ def _judged_results(
     results["claim"] = at_one_rate(results["claim"], run.claim.get("rates") or [])
     return results
 
+# %% ../nbs/06a_experiment.ipynb #72c673af
+def _setting(run: Run) -> dict[str, Any]:
+    "What was compared on which model and data, for the page's first sentence."
+    recipe = run.recipe
+
+    def short(name: str) -> str:  # a hub id has its owner before it, and exists nowhere here
+        return Path(name).name if Path(name).exists() else name
+
+    return {
+        "base_model": short(recipe.base_model), "data": short(str(recipe.data)),
+        "pool": len(run.rows), "replicates": recipe.replicates,
+        "questions": [short(str(q)) for q in recipe.questions],
+    }  # fmt: skip
+
 # %% ../nbs/06a_experiment.ipynb #9765437a
 def run_results(
     run: Run, judged: Mapping[str, list], scores: Mapping[str, float],
@@ -656,6 +670,7 @@ def run_results(
         "checkable": checkable(run_folder.latest(run.dir / "responses.jsonl"), run.questions),
         **size_results(run, measured, spent),
         "arms": _arm_results(run),
+        "setting": _setting(run),
         "filter": _filter_results(run, scores, selected, seen),
         "cost": spent,
         "manifest": manifest,

@@ -695,7 +695,7 @@ def plan(
         print(output)
 
 # %% ../nbs/07_cli.ipynb #a026340b
-def _run(recipe: Any, output_dir: str, dry_run: bool) -> None:
+def _run(recipe: Any, output_dir: str, dry_run: bool) -> Any:  # what was found, if it ran
     from alpagasus2.experiment import run_recipe, summary_lines
     from alpagasus2.extras.dry_run import plan_table, refusals
     from alpagasus2.recipe import plan_of
@@ -705,12 +705,13 @@ def _run(recipe: Any, output_dir: str, dry_run: bool) -> None:
         if found := refusals(recipe, output_dir):
             raise UserError(f"{len(found)} things would stop this run: {'; '.join(found)}")
         print("\n".join(plan_table(recipe)))
-        return
+        return None
     results = run_recipe(recipe, output_dir)
     page = Path(output_dir) / "report" / "index.html"
     add_result(page=str(page), claim=results["claim"], heldout=results.get("heldout"))
     print("\n".join(summary_lines(results)))
     print(page)
+    return results
 
 # %% ../nbs/07_cli.ipynb #7902822c
 def run(
@@ -726,14 +727,26 @@ def run(
     loaded.limit = limit if limit is not None else loaded.limit
     _run(loaded, output_dir or f"runs/{Path(recipe).stem}", dry_run)
 
-
+# %% ../nbs/07_cli.ipynb #27afff97
 def quickstart(
-    output_dir: str = "runs/quickstart",  # the run's folder; run again to resume
+    data: str = "sample",  # rows of your own: a file, a catalogued name or a hub id
+    output_dir: str | None = None,  # default: runs/quickstart, or runs/ and the file's name
+    seed: int = 0,  # of the draws and trainings
 ) -> None:
-    "The whole loop offline on a CPU, with a real 135M model."
-    from alpagasus2.experiment import quickstart_recipe
+    "The whole loop offline on a CPU, with a real 135M model; also on rows of your own."
+    from alpagasus2.experiment import lessons, quickstart_recipe, write_recipe
 
-    _run(quickstart_recipe(), output_dir, False)
+    mine = data != "sample"
+    folder = output_dir or f"runs/{Path(data).stem if mine else 'quickstart'}"
+    recipe = quickstart_recipe(data, seed)
+    results = _run(recipe, folder, False)
+    print(*lessons(results), sep="\n")
+    if not mine:
+        print("Next, on a file of your own:\nalpagasus2 quickstart --data rows.json")
+        return
+    write_recipe(recipe, path := Path(folder) / "recipe.yaml")
+    print(f"Next: put your model, judge and numbers of rows into {path}, and see what it would do:")
+    print(f"alpagasus2 run {path} --output_dir {folder}-mine --dry_run")
 
 # %% ../nbs/07_cli.ipynb #0716d970
 COMMANDS: dict[str, tuple[Callable, tuple[str, ...]]] = {

@@ -642,13 +642,14 @@ def verify(
     print(f"{page}: every figure comes out again, and {files} files are as they were")
 
 # %% ../nbs/07_cli.ipynb #11b4d0b5
-def _sought(effect: float, controls: int, rates: int, equivalence: bool) -> str:
+def _sought(effect: float, controls: int, rates: int, equivalence: bool, selectors: int) -> str:
     "What a plan's power is the power of."
     size = f"{100 * effect:g} points of win rate"
     found = f"show equal arms to be within {size}" if equivalence else f"find {size}"
     against = f" against {controls} controls at once" if controls > 1 else ""
     at = f" at {rates} learning rates at once" if rates > 1 else ""
-    return f"{found}{against}{at}"
+    of = f" for one of {selectors} selectors" if selectors > 1 else ""
+    return f"{found}{of}{against}{at}"
 
 # %% ../nbs/07_cli.ipynb #6f80f576
 def plan(
@@ -659,6 +660,7 @@ def plan(
     ties: float | None = None,  # share of tied prompts; .3
     arms: int = 3,  # trained arms
     controls: int = 1,  # how many of them must all be beaten
+    selectors: int = 1,  # how many of them have a claim each; that of the strongest is planned
     rates: int = 1,  # learning rates at which all of it is done, and must come out
     equivalence: bool = False,  # find equal arms to be within `effect`, in place of an effect
     results: str | None = None,  # results.json of an earlier run, for its spread and ties
@@ -677,10 +679,12 @@ def plan(
     rows = power.plan(
         effect, noise["spread"], prompts or (80, 250, 730), runs or (3, 5, 8), noise["ties"], arms,
         power.Prices(usd_verdict, training_hours, usd_hour), controls, rates, equivalence,
+        selectors,
     )  # fmt: skip
     add_result(plan=rows, output=output)
+    sought = _sought(effect, controls, rates, equivalence, selectors)
     print(
-        f"power to {_sought(effect, controls, rates, equivalence)}, spread {noise['spread']:.2g} "
+        f"power to {sought}, spread {noise['spread']:.2g} "
         f"standard deviations between prompts, {noise['ties']:.0%} ties; detectable: with 80% power"
     )
     if any(r["labels"] is not None for r in rows):

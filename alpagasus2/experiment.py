@@ -96,6 +96,7 @@ from alpagasus2.recipe import (
     Recipe,
     Server,
     at_rate,
+    check_rating_price,
     comparisons,
     fix_claim,
     hold_out,
@@ -318,6 +319,7 @@ def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
         return {}
     lines = [{"id": r["id"], "dimension": rater.selector, "vote": 0} for r in run.rated]
     if not run_folder.is_settled(output, lines):
+        check_rating_price(run.recipe)
         model = rater.scores or rater.model or run.recipe.base_model
         run.begin("rate", f"Rating {len(lines)} rows: {rater.kind}, {model}")
         if rater.kind == "file":

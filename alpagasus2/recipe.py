@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MATCHED', 'Share', 'FEWEST_HELD', 'Rater', 'Arm', 'Judge', 'Server', 'Recipe', 'served_as', 'rating_template',
-           'at_rate', 'other_scores', 'comparisons', 'load_recipe', 'plan_of', 'check_sizes', 'check_pool',
-           'repeats_of', 'hold_out', 'fix_claim']
+           'at_rate', 'other_scores', 'check_rating_price', 'comparisons', 'load_recipe', 'plan_of', 'check_sizes',
+           'check_pool', 'repeats_of', 'hold_out', 'fix_claim']
 
 # %% ../nbs/06_recipe.ipynb #6f5aed1f
 import hashlib
@@ -41,7 +41,7 @@ from alpagasus2.data import (
     template_of,
     template_settings,
 )
-from .endpoint.client import EndpointConfig
+from .endpoint.client import EndpointConfig, address_of
 from .endpoint.parameters import PLAIN, Parameters
 from .evidence.claim import check_margin, claim_beside, question, write_claim
 from .generate import GenerateConfig
@@ -457,6 +457,22 @@ def other_scores(
     "Another tool's scores; a `row` of its table counts the rows of the whole file."
     rows, problems = load_examples(recipe.data)
     return load_scores(recipe.rater.scores, rows, recipe.rater.dimension, problems)
+
+# %% ../nbs/06_recipe.ipynb #70e8d45b
+def check_rating_price(
+    recipe: Recipe,  # about to be rated
+) -> None:
+    "Refuse a cost-matched arm where nobody can know what the rating costs."
+    rater = recipe.rater
+    if not any(arm.select == "cost_matched" for arm in recipe.arms.values()):
+        return
+    if rater.kind == "file":
+        raise UserError(f"cost_matched: {rater.scores} does not say what its scores cost; leave "
+                        "the arm out")  # fmt: skip
+    paid = rater.kind == "llm" and rater.backend == "endpoint"
+    if paid and rater.price(rater.model, address_of(rater.base_url)) is None:
+        raise UserError(f"cost_matched: the price of {rater.model} is not known; give the rater "
+                        "its `price_in` and `price_out`, or a file of `prices`")  # fmt: skip
 
 # %% ../nbs/06_recipe.ipynb #921a372e
 def comparisons(

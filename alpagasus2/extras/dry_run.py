@@ -25,6 +25,7 @@ from alpagasus2.recipe import (
     Recipe,
     Server,
     check_pool,
+    check_rating_price,
     check_sizes,
     comparisons,
     other_scores,
@@ -66,6 +67,7 @@ def _checks(recipe: Recipe, output_dir: str | Path) -> list[Callable[[], Any]]:
     judges = [w for _, w in recipe.judges if w.backend == "local"]
     return [
         partial(_fitting_pool, recipe),
+        partial(check_rating_price, recipe),
         *(partial(load_examples, a.data) for a in recipe.arms.values() if a.data),
         *(partial(load_questions, name) for name in recipe.questions),
         *(partial(_check_endpoint, w) for w in _asked(recipe)),

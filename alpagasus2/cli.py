@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'ALONE', 'POSITIONAL', 'GROUPS', 'EXAMPLES', 'FIELDS', 'USAGE', 'check', 'fetch', 'select', 'report',
-           'verify', 'plan', 'run', 'quickstart', 'build_parser', 'main']
+           'verify', 'plan', 'run', 'quickstart', 'build_parser', 'completion', 'main']
 
 # %% ../nbs/07_cli.ipynb #77de68da
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from . import __version__
 from .catalog import catalog, describe_data
@@ -862,6 +862,47 @@ def _carry_out(command: str, argv: Sequence[str]) -> None:
         raise UserError(f"unknown command {command!r}; {hint}")
     COMMANDS[command][0](**_values(command, take_auth_token(argv)))
 
+# %% ../nbs/07_cli.ipynb #c609f912
+_COMPLETION = """# source <(alpagasus2 --completion), in ~/.bashrc or ~/.zshrc
+if [ -n "$ZSH_VERSION" ]; then autoload -U +X bashcompinit && bashcompinit; fi
+_alpagasus2() {{
+  local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" known=""
+  if [ "$COMP_CWORD" -eq 1 ]; then known="{commands}"; else
+    case "${{COMP_WORDS[1]}} $before" in
+{values}
+      *) case "$word" in -*) case "${{COMP_WORDS[1]}}" in
+{options}
+      esac;; esac;;
+    esac
+  fi
+  COMPREPLY=($(compgen -W "$known" -- "$word"))
+}}
+complete -o default -F _alpagasus2 alpagasus2"""
+
+
+def _choices(kind: Any) -> list[str]:
+    "The words that an option takes; none where it takes any, or none at all as a switch may."
+    found = [kind] if get_origin(kind) is Literal else get_args(kind)
+    words = [w for k in found if get_origin(k) is Literal for w in get_args(k)]
+    return [str(w) for w in words]
+
+# %% ../nbs/07_cli.ipynb #89bf0d1e
+def completion() -> str:  # for bash; zsh reads it, too
+    "A script that completes the words of this command."
+    options, values = [], []
+    for command in COMMANDS:
+        actions = [a for a in build_parser(command)._actions if a.option_strings]
+        names = " ".join(a.option_strings[-1] for a in actions)
+        options.append(f'        {command}) known="{names}";;')
+        for action in actions:
+            if words := _choices(getattr(action, "_typehint", None)):
+                where = f"{command} {action.option_strings[-1]}"
+                values.append(f'      "{where}") known="{" ".join(words)}";;')
+    commands = " ".join([*COMMANDS, "--help", "--version", "--completion"])
+    return _COMPLETION.format(
+        commands=commands, values="\n".join(values), options="\n".join(options)
+    )
+
 # %% ../nbs/07_cli.ipynb #a10b0689
 USAGE = """usage: alpagasus2 COMMAND [options]
 
@@ -870,6 +911,7 @@ Train a better model with fewer data on one GPU, and prove it.
 {commands}
 alpagasus2 COMMAND --help lists the options of a command, with an example; --version prints the
 version. Every command takes --quiet (warnings and errors alone) and --json (one JSON object).
+For bash and zsh, source <(alpagasus2 --completion) completes commands and options.
 """
 
 
@@ -891,8 +933,8 @@ def main(
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0
-    if words[0] == "--version":
-        print(__version__)
+    if words[0] in ("--version", "--completion"):
+        print(__version__ if words[0] == "--version" else completion())
         return 0
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see 01_quant_lora
     carry_out = partial(_carry_out, words[0], words[1:])

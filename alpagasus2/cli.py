@@ -712,7 +712,8 @@ def _run(recipe: Any, output_dir: str, dry_run: bool) -> Any:  # what was found,
         return None
     results = run_recipe(recipe, output_dir)
     page = Path(output_dir) / "report" / "index.html"
-    add_result(page=str(page), claim=results["claim"], heldout=results.get("heldout"))
+    losses = {k: results.get(k) for k in ("heldout", "heldout_own")}
+    add_result(page=str(page), claim=results["claim"], **losses)
     print("\n".join(summary_lines(results)))
     print(page)
     return results
@@ -806,8 +807,8 @@ EXAMPLES = {
 }
 _PAGE = ("page", "claim")
 FIELDS: dict[str, tuple[str, ...]] = {  # of the object `result` under --json
-    "quickstart": (*_PAGE, "heldout"),
-    "run": (*_PAGE, "heldout"),
+    "quickstart": (*_PAGE, "heldout", "heldout_own"),
+    "run": (*_PAGE, "heldout", "heldout_own"),
     "plan": ("plan", "output"),
     "fetch": ("catalog", "path", "rows", "licence"),
     "check": ("rows", "good", "problems", "output"),

@@ -52,12 +52,12 @@ def disagreement(
     control: str | None,
 ) -> str | None:  # None where they agree, or one is not known
     "That the pool's own rows favour one arm, and text from elsewhere the other."
-    gaps = [(x.get(control) or {}).get("difference") for x in (own, elsewhere)]
-    if None in gaps or gaps[0] * gaps[1] >= 0:
+    found = [x.get(str(control)) or {} for x in (own, elsewhere)]
+    gaps = [float(x["difference"]) for x in found if x.get("difference") is not None]
+    if len(gaps) < 2 or gaps[0] * gaps[1] >= 0:
         return None
     better = [model_a if gap > 0 else control for gap in gaps]
-    ends = [x[str(control)]["difference_ci95"] for x in (own, elsewhere)]
-    sure = [low > 0 or high < 0 for low, high in ends]
+    sure = [low > 0 or high < 0 for low, high in (x["difference_ci95"] for x in found)]
     chance = {0: "; either may be chance", 1: "; one of them may be chance", 2: ""}[sum(sure)]
     return (
         f"The two measures disagree: on the pool's own rows the loss of {better[0]} is lower, on "

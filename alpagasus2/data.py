@@ -19,8 +19,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-from .catalog import locate
-from .core.files import UserError, check_safe_name, printable, say_once, unwritable
+from .catalog import catalog, locate
+from alpagasus2.core.files import (
+    UserError,
+    check_safe_name,
+    did_you_mean,
+    files_beside,
+    printable,
+    say_once,
+    unwritable,
+)
 from alpagasus2.core.row_formats import (
     FORMATS,
     QUESTION_FORMATS,
@@ -61,7 +69,10 @@ def iter_rows(
             raise UserError(f"{path}: the file is empty")
         return
     if ending_of(path) or path.is_absolute() or str(source).count("/") != 1:
-        raise UserError(f"{source}: no such file, and no data set of the catalogue has this name")
+        near = did_you_mean(source, [*catalog(), *files_beside(source)])
+        raise UserError(
+            f"{source}: no such file, and no data set of the catalogue has this name{near}"
+        )
     yield from _read_hub(str(source), split)
 
 # %% ../nbs/00_data.ipynb #1a42c815

@@ -28,6 +28,7 @@ from alpagasus2.recipe import (
     check_rating_price,
     check_sizes,
     comparisons,
+    hold_out,
     other_scores,
 )
 from ..selection import BY_SCORE
@@ -40,9 +41,11 @@ def _fitting_pool(recipe: Recipe) -> list[Example]:
     config, _ = recipe.training(0)
     lost = misfits(rows, load_tokenizer(recipe.base_model), config, recipe.keep_cut)
     fitting = [r for r in rows if r["id"] not in lost]
-    check_sizes(recipe, fitting)
-    check_pool(recipe, fitting)
-    seen = len(fitting) * (recipe.pool_share if recipe.replicates > 1 else 1)
+    held = hold_out(recipe, fitting)
+    drawn = [r for r in fitting if r["id"] not in held]
+    check_sizes(recipe, drawn)
+    check_pool(recipe, drawn)
+    seen = len(drawn) * (recipe.pool_share if recipe.replicates > 1 else 1)
     for name, arm in recipe.arms.items():
         if arm.select == "quantile" and arm.rows > (1 - (arm.value or 0)) * seen + 1:
             kept = f"quantile {arm.value:g} of {seen:,.0f} rows that fit keeps about "

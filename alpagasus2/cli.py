@@ -695,7 +695,7 @@ def plan(
         print(output)
 
 # %% ../nbs/07_cli.ipynb #a026340b
-def _run(recipe: Any, output_dir: str, dry_run: bool) -> None:
+def _run(recipe: Any, output_dir: str, workers: int, dry_run: bool) -> None:
     from alpagasus2.experiment import plan_table, refusals, run_recipe, summary_lines
     from alpagasus2.recipe import plan_of
 
@@ -705,7 +705,9 @@ def _run(recipe: Any, output_dir: str, dry_run: bool) -> None:
             raise UserError(f"{len(found)} things would stop this run: {'; '.join(found)}")
         print("\n".join(plan_table(recipe)))
         return
-    results = run_recipe(recipe, output_dir)
+    if workers < 1:
+        raise UserError(f"--workers {workers}: a number above 0 is wanted")
+    results = run_recipe(recipe, output_dir, workers=workers)
     page = Path(output_dir) / "report" / "index.html"
     add_result(page=str(page), claim=results["claim"], heldout=results.get("heldout"))
     print("\n".join(summary_lines(results)))
@@ -716,6 +718,7 @@ def run(
     recipe: str,  # a YAML file
     output_dir: str | None = None,  # default: runs/ and the recipe's name
     limit: int | None = None,  # only the first so many rows and questions
+    workers: int = 1,  # trainings at once, each with a GPU or its share of the cores
     dry_run: bool = False,  # check the recipe, and say what would be done
 ) -> None:
     "Carry out a controlled comparison on your data, model and judge; run again to resume."
@@ -723,16 +726,17 @@ def run(
 
     loaded = load_recipe(recipe)
     loaded.limit = limit if limit is not None else loaded.limit
-    _run(loaded, output_dir or f"runs/{Path(recipe).stem}", dry_run)
+    _run(loaded, output_dir or f"runs/{Path(recipe).stem}", workers, dry_run)
 
 
 def quickstart(
     output_dir: str = "runs/quickstart",  # the run's folder; run again to resume
+    workers: int = 1,  # trainings at once, each with a GPU or its share of the cores
 ) -> None:
     "The whole loop offline on a CPU, with a real 135M model."
     from alpagasus2.experiment import quickstart_recipe
 
-    _run(quickstart_recipe(), output_dir, False)
+    _run(quickstart_recipe(), output_dir, workers, False)
 
 # %% ../nbs/07_cli.ipynb #0716d970
 COMMANDS: dict[str, tuple[Callable, tuple[str, ...]]] = {

@@ -10,6 +10,8 @@ __all__ = ['PRESETS', 'Misfit', 'TOKEN_BUDGET', 'SMALLER', 'BUDGETS', 'After', '
 
 # %% ../nbs/02_train.ipynb #77de68da
 import math
+import os
+import platform
 import random
 import shutil
 import time
@@ -827,6 +829,16 @@ def save_adapter(
     replace_folder(part, output_dir)
 
 # %% ../nbs/02_train.ipynb #5e9e71df
+def _place(model: Any) -> dict[str, Any]:
+    "Where this process trained, for the manifest."
+    cuda = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if cuda else "cpu"
+    visible = {"visible": os.environ.get("CUDA_VISIBLE_DEVICES")} if cuda else {}
+    threads, process = torch.get_num_threads(), os.getpid()
+    return {"host": platform.node(), "process": process, "device": device, "threads": threads,
+            **visible}  # fmt: skip
+
+
 def _finished(output_dir: Path, settings: Mapping[str, Any], trained_on: str) -> dict | None:
     "What a finished training of these rows measured; None where there is something to do."
     kept = manifest_entry(output_dir).get("trained_on")
@@ -876,7 +888,7 @@ def _train(
         if main:
             save_adapter(model, tokenizer, output_dir, result)
             checkpoint.path.unlink(missing_ok=True)
-        entry |= {"seconds": result["seconds"], "check": result["check"]}
+        entry |= {"seconds": result["seconds"], "check": result["check"], "ran_on": _place(model)}
     accelerate.PartialState().wait_for_everyone()  # nobody reads an adapter before it is there
     return result
 

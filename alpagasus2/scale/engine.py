@@ -6,7 +6,7 @@
 __all__ = ['Work', 'load_ray', 'Spread', 'cluster', 'Blocks', 'Account', 'Desk', 'DeskCache', 'DeskBudget', 'DeskLimits',
            'DeskEndpoint', 'spread_over']
 
-# %% ../../nbs/scale/engine.ipynb #45f5590f
+# %% ../../nbs/scale/engine.ipynb #368381a5
 import json
 import os
 import time
@@ -16,9 +16,11 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ..core.files import UserError, dumps
+from pydantic import Field
+
+from ..core.files import UserError, dumps, settings
 from ..endpoint.cache import LEASE, Reply, ReplyCache, Request
 from ..endpoint.client import Budget, Endpoint, EndpointConfig
 from ..endpoint.rate_limits import Limits, Refused
@@ -33,40 +35,61 @@ def load_ray() -> Any:  # the module, with ray.data
         raise UserError(f'--engine ray: {e}; run `pip install "alpagasus2[scale]"`') from None
     return ray
 
-# %% ../../nbs/scale/engine.ipynb #97e3379d
-@dataclass(frozen=True)
+# %% ../../nbs/scale/engine.ipynb #233c6dc3
+@settings
 class Spread:
     "Where blocks are worked on, and by how many."
 
-    address: str | None = None  # of a cluster; None: RAY_ADDRESS, else one of this machine
-    actors: int = 2  # that hold a model or a client each
-    cpus: float = 1.0  # of the cluster, that an actor takes
-    gpus: float = 0.0  # the same
+    engine: Literal["ray"] | None = None  # ray: spread the work; none: this process does it
+    address: str | None = None  # of a Ray cluster: auto, HOST:PORT; none: one of this machine
+    actors: int = Field(2, gt=0)  # of the cluster, that hold a model or a client each
+    actor_cpus: float = Field(1.0, gt=0)  # that an actor takes; with a model also a GPU, if any
 
     def __post_init__(self) -> None:
-        if self.actors < 1:
-            raise UserError(f"--actors {self.actors}: a number above 0 is wanted")
+        if self.engine is None and (self.address or self.actors != 2 or self.actor_cpus != 1):
+            raise UserError("--address, --actors and --actor_cpus are for --engine ray")
+
+# %% ../../nbs/scale/engine.ipynb #37a2ba34
+_RAY = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray 2.60 asks for in a warning
+    "RAY_raylet_start_wait_time_s": "120",  # a busy machine takes longer than its 30 s
+}
+
+
+def _started(ray: Any, spread: Spread) -> None:
+    "Join the cluster, or start one with room for the actors and for what feeds them."
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if not (spread.address or os.environ.get("RAY_ADDRESS")):
+        needed = int(spread.actors * spread.actor_cpus) + 2
+        options |= {"num_cpus": max(os.cpu_count() or 1, needed), "include_dashboard": False}
+    try:
+        ray.init(address=spread.address, **options)
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        where = spread.address or os.environ.get("RAY_ADDRESS")
+        raise UserError(f"--address {where}: no Ray cluster answers there ({e})") from None
 
 
 @contextmanager
 def cluster(
     spread: Spread,  # its address
 ) -> Iterator[Any]:  # ray
-    "Join a cluster, or start one on this machine for as long as the block lasts."
-    ray = load_ray()
-    if ray.is_initialized():  # a notebook's, or a caller's
-        yield ray
-        return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+    "A cluster for as long as the block lasts; one that is there already is taken, and stays."
+    ray, wanted = load_ray(), spread.actors * spread.actor_cpus + 1
+    ours = not ray.is_initialized()  # else a notebook's, or a caller's
+    if ours:
+        for name, value in _RAY.items():
+            os.environ.setdefault(name, value)
+        _started(ray, spread)
     try:
-        ray.init(address=spread.address, **quiet)
-    except (ConnectionError, ValueError) as e:
-        raise UserError(f"--address {spread.address}: no Ray cluster answers there ({e})") from None
-    try:
+        if (there := ray.cluster_resources().get("CPU", 0)) < wanted:
+            raise UserError(
+                f"--actors {spread.actors}: with {spread.actor_cpus:g} CPUs each and one for the "
+                f"rest they take {wanted:g}, but the cluster has {there:g}; ask for fewer"
+            )
         yield ray
     finally:
-        ray.shutdown()
+        if ours:
+            ray.shutdown()
 
 # %% ../../nbs/scale/engine.ipynb #08faaa24
 class Blocks(AbstractContextManager["Blocks"]):
@@ -393,7 +416,7 @@ class _Worker:
             return dumps({"done": done, "stop": str(e)})
         return dumps({"done": done})
 
-# %% ../../nbs/scale/engine.ipynb #cfa0e37d
+# %% ../../nbs/scale/engine.ipynb #0bce9354
 def _quiet(ray: Any) -> None:
     "Our own bar says how far it is."
     import logging
@@ -416,6 +439,7 @@ def spread_over(
     make: Callable[[Any], Work],  # called in every actor, with the desk
     spread: Spread,  # where, and how many actors
     account: Account | None = None,  # of the endpoint that is asked
+    model: bool = False,  # each actor holds a model, on a GPU where the cluster has some
 ) -> Iterator[Any]:  # what the work gives, in any order
     "Work on all blocks with Ray Data; `UserError` when one of them stops."
     if not len(blocks):
@@ -426,7 +450,8 @@ def spread_over(
         items = ray.data.from_items([*range(len(blocks))], override_num_blocks=len(blocks))
         size = min(spread.actors, len(blocks))
         pool = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2)
-        given = {"num_cpus": spread.cpus, "num_gpus": spread.gpus or None}
+        gpus = 1 if model and ray.cluster_resources().get("GPU") else None
+        given = {"num_cpus": spread.actor_cpus, "num_gpus": gpus}
         done = items.map_batches(
             _Worker, fn_constructor_args=(desk, make), batch_size=1, compute=pool, **given
         )

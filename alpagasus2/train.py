@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Misfit', 'TOKEN_BUDGET', 'SMALLER', 'BUDGETS', 'After', 'INDIFFERENT', 'TrainConfig', 'preset_values',
            'preset_configs', 'rate_at', 'batch_schedule', 'held_out', 'split_rows', 'encode_rows', 'misfits',
-           'misfit_line', 'LossScaling', 'training_step', 'measure_budget', 'mean_loss', 'own_loss', 'own_steps', 'fit',
-           'save_adapter', 'train']
+           'misfit_line', 'in_parts', 'LossScaling', 'training_step', 'measure_budget', 'mean_loss', 'own_loss',
+           'own_steps', 'fit', 'save_adapter', 'train']
 
 # %% ../nbs/02_train.ipynb #77de68da
 import math
@@ -254,6 +254,11 @@ def misfit_line(
     )
 
 # %% ../nbs/02_train.ipynb #1b059461
+def in_parts() -> bool:
+    "Whether `accelerate launch` was given a file that splits the base over its processes."
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def _sum_over_processes(parameters: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
     "Add up gradients, in place, and the loss of all processes."
     if accelerate.PartialState().num_processes == 1:
@@ -348,6 +353,15 @@ def _add_gradient(
     return loss.detach()
 
 
+def _take_part(model: Any, batch: Sequence[Encoded], config: TrainConfig) -> None:
+    "Where another process has one more micro-batch, a base in parts needs this one for it."
+    from alpagasus2.scale.sharding import idle
+
+    cut, state = _cut(model, batch, config), accelerate.PartialState()
+    if len(cut[state.process_index :: state.num_processes]) < -(-len(cut) // state.num_processes):
+        idle(model, batch[0])
+
+
 def _add_gradients(
     model: Any, batch: Sequence[Encoded], config: TrainConfig, step: int,
     scaler: torch.amp.GradScaler, gradients: Gradients | None,
@@ -363,7 +377,11 @@ def _add_gradients(
         try:
             total += _add_gradient(model, rows, targets, scaler, gradients)
         except torch.OutOfMemoryError:
+            if in_parts():  # the other processes wait for this one within a layer
+                raise UserError(f"step {step + 1}: memory ran out; lower token_budget") from None
             return total, rows
+    if in_parts():
+        _take_part(model, batch, config)
     return total, []
 
 
@@ -575,7 +593,7 @@ def _gradients_of(
     model: Any, batches: Sequence[Sequence[Encoded]], config: TrainConfig
 ) -> Gradients | None:
     "What records the micro-batches of these steps on a GPU, where all of them are small."
-    if model.device.type != "cuda" or not batches:
+    if model.device.type != "cuda" or not batches or in_parts():
         return None
     heavy = _heaviest(model, batches, config)
     largest = max(map(computed_tokens, heavy))
@@ -699,6 +717,8 @@ def _read(data_path: str | Path | list[Example]) -> tuple[list[Example], list]:
 
 def _check(output_dir: Path, config: TrainConfig) -> None:
     "Before any work, see what the device lacks, and whether the folder may be replaced."
+    if in_parts() and config.trainer:
+        raise UserError("trainer=trl does not split a base over processes; leave it away")
     if config.trainer and compute_dtype() == torch.float16:
         raise UserError("trainer=trl needs a GPU with bf16, from Ampere on; leave it away")
     if config.optimizer == "paged_adamw" and not torch.cuda.is_available():
@@ -766,7 +786,8 @@ def _prepared(
     base_model: str, quant_lora: QuantLoraConfig, config: TrainConfig, encoded: Sequence[Encoded]
 ) -> tuple[Any, TrainConfig]:
     "The base with a fresh adapter, and the settings with its rate and token budget."
-    model = add_lora(load_base(base_model, quant_lora), quant_lora, config.seed)
+    base = load_base(base_model, quant_lora, in_parts())
+    model = add_lora(base, quant_lora, config.seed)
     attend_by(model, config.attention)
     if config.trainer is None:
         checked(model, gradient=True)
@@ -776,7 +797,11 @@ def _prepared(
     config = replace(config, learning_rate=rate_at(width, config))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    ours = config.trainer is None and model.device.type == "cuda"
+    if in_parts():
+        from alpagasus2.scale.sharding import split  # after the check, which copies a block
+
+        split(model)
+    ours = config.trainer is None and model.device.type == "cuda" and not in_parts()
     if config.token_budget is None and ours:
         config = replace(config, token_budget=_measured_budget(model, encoded, config))
     return model, config
@@ -806,6 +831,7 @@ def _summary(
         "token_budget": state.get("token_budget"),  # the last
         "recordings": state.get("recordings", 0),  # of micro-batches, on a GPU
         "processes": accelerate.PartialState().num_processes,
+        "in_parts": in_parts(),
         "device": str(model.device),
         "compute_dtype": str(model.dtype),
         "step_seconds": log["seconds"],

@@ -49,14 +49,14 @@ class Spread:
         if self.engine is None and (self.address or self.actors != 2 or self.actor_cpus != 1):
             raise UserError("--address, --actors and --actor_cpus are for --engine ray")
 
-# %% ../../nbs/scale/engine.ipynb #37a2ba34
+# %% ../../nbs/scale/engine.ipynb #892c1d77
 _RAY = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray 2.60 asks for in a warning
-    "RAY_raylet_start_wait_time_s": "120",  # a busy machine takes longer than its 30 s
+    "RAY_worker_niceness": "0",  # at its 15, other programs leave an actor no time
 }
 
 
-def _started(ray: Any, spread: Spread) -> None:
+def _started(ray: Any, spread: Spread, tries: int = 3) -> None:
     "Join the cluster, or start one with room for the actors and for what feeds them."
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not (spread.address or os.environ.get("RAY_ADDRESS")):
@@ -67,6 +67,13 @@ def _started(ray: Any, spread: Spread) -> None:
     except (ConnectionError, ValueError, RuntimeError) as e:
         where = spread.address or os.environ.get("RAY_ADDRESS")
         raise UserError(f"--address {where}: no Ray cluster answers there ({e})") from None
+    except Exception as e:  # Ray's own class; its agent has 15 s to start (ray#65983)
+        if "timed out during startup" not in str(e):
+            raise
+        ray.shutdown()
+        if not tries:
+            raise UserError("Ray did not start: this machine is too busy; try again") from None
+        _started(ray, spread, tries - 1)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import __version__
 from .catalog import catalog, describe_data
@@ -218,6 +218,29 @@ def _record_selection(
         sha256=file_sha256(output), licence=origin["licence"], page=origin["page"],
     )  # fmt: skip
 
+# %% ../nbs/07_cli.ipynb #193f1a9e
+def _select_in_blocks(
+    data: str, output: str, scores: str | None, dimension: str | None, rules: Mapping[str, Any],
+    seed: int, how: Sequence[Any], held: Mapping[str, Any],
+) -> None:  # fmt: skip
+    "Keep rows that are not held."
+    from alpagasus2.scale.rows import select_stream, stream_rows
+
+    if wrong := [name for name, given in held.items() if given]:
+        raise UserError(f"{wrong[0]} compares rows, which are not held with --engine ray; leave "
+                        "one of the two out")  # fmt: skip
+    given = {name: value for name, value in rules.items() if value is not None}
+    if len(given) != 1:
+        raise UserError(f"give exactly one of {', '.join(rules)}; got {', '.join(given) or 'none'}")
+    ((rule, value),) = given.items()
+    found = select_stream(stream_rows(data, *how), output, scores, dimension, rule, value, seed)
+    n, kept, unscored = found
+    read = {"columns": how[0], "preferred": how[1] or None, "seed": seed}
+    _record_selection(output, data, n, {**given, **read}, kept)
+    add_result(output=output, rows=n, kept=kept, report=None)
+    missing = f"; {unscored:,} had no score" if scores else ""
+    print(f"{output}: kept {kept:,} of {n:,} rows{missing}")
+
 # %% ../nbs/07_cli.ipynb #829fc35b
 def select(
     data: str,  # the rows: a file, a catalogued name or a hub id
@@ -242,11 +265,20 @@ def select(
     cutoff_len: int | None = None,  # tokens of that training; default: 256
     template: Template = "alpaca",  # of that training: alpaca or chat
     keep_cut: bool = False,  # leave out only those without room for any of the answer
+    engine: Literal["ray"] | None = None,  # ray: rows are read in blocks, and not held
 ) -> None:
     "Keep some rows by exactly one rule."
     from alpagasus2.selection import load_scores
     from alpagasus2.selection import select as select_rows
 
+    if engine:
+        rules = {"threshold": threshold, "top_k": top_k, "quantile": quantile,
+                 "random_k": random_k, "longest_k": longest_k}  # fmt: skip
+        held = {"--drop_near_duplicates": drop_near_duplicates, "--quota": quota,
+                "--report": report, "--base_model": base_model, "--compare": compare,
+                "--questions": questions, "--other_scores": other_scores}  # fmt: skip
+        how = columns, preferred
+        return _select_in_blocks(data, output, scores, dimension, rules, seed, how, held)
     rows, problems = rows_of(data, columns, preferred)
     _check_page_options(report, scores, other_scores, questions, compare)
     others = _others_rows(compare or [], output)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['STATES', 'BLOCK', 'key_of', 'Index', 'Streamed', 'stream_rows', 'state_of', 'LongFile', 'filling', 'Asking',
            'by_endpoint', 'by_model', 'rate_stream', 'spread_ask', 'spread_answers', 'spread_backend', 'signal_reader',
-           'signal_stream']
+           'signal_stream', 'Pool', 'kept_places', 'select_stream']
 
-# %% ../../nbs/scale/rows.ipynb #69005cdf
+# %% ../../nbs/scale/rows.ipynb #118aa908
 import hashlib
 import json
 import os
+import random
 import time
 from array import array
 from collections import Counter
@@ -34,13 +35,22 @@ from alpagasus2.core.run_folder import (
     recorded,
     row_key,
 )
-from ..data import Examined, Example, dropped, iter_rows, refusal, template_settings
+from alpagasus2.data import (
+    Examined,
+    Example,
+    dropped,
+    iter_rows,
+    refusal,
+    response_of,
+    template_settings,
+)
 from ..endpoint.cache import Ask, Reply, Request
 from ..endpoint.client import Endpoint, EndpointConfig
 from ..endpoint.prices import Estimate, prompt_tokens
 from ..generate import endpoint_answers
 from ..judge import asked_since, to_ask_again
 from .engine import Account, Blocks, DeskEndpoint, Spread, spread_over
+from ..selection import score_lines
 
 # %% ../../nbs/scale/rows.ipynb #87ada67f
 def key_of(
@@ -144,8 +154,11 @@ def stream_rows(
     for told in filter(None, (found.told(), dropped(found.problems))):
         say(f"{source}: {told}")
 
-# %% ../../nbs/scale/rows.ipynb #24952087
+# %% ../../nbs/scale/rows.ipynb #8eaa39f9
 STATES = ("ok", "read", "unparsed", "refused", "length", "error", "unanswered", "stop", "unread")
+
+
+_TOKENS = ("prompt_tokens", "completion_tokens", "reasoning_tokens")
 
 
 def state_of(
@@ -165,7 +178,8 @@ class LongFile:
     ):
         self.path, self.known = Path(path), Index()
         self._lock = hold(self.path).lock
-        self.counts, self.usd, self.torn = Counter[str](), 0.0, False
+        self.counts, self.paid, self.torn = Counter[str](), Counter[str](), False
+        self.usd: float | None = None
         for line in self.lines():
             self._note(line)
         if self.torn:
@@ -193,13 +207,24 @@ class LongFile:
         self.counts[state] += 1
         if before is not None:
             self.counts[STATES[before]] -= 1
-        self.usd += (line.get("usage") or {}).get("usd") or 0.0
+        usage = line.get("usage") or {}
+        if "prompt_tokens" in usage:
+            self.paid["calls"] += 1
+            self.paid.update({k: usage.get(k) or 0 for k in _TOKENS if k in usage})
+            if usage.get("usd") is not None:
+                self.usd = (self.usd or 0.0) + usage["usd"]
         self.known[key] = STATES.index(state)
 
     def get(self, line: Mapping) -> dict | None:
         "The state of the line with the same key, as far as `open_lines` wants to know it."
         found = self.known.get(key_of(row_key(line)))
         return None if found is None else {"status": STATES[found]}
+
+    def cost(self) -> dict[str, Any]:
+        "As `cost_of`."
+        tokens = {k: self.paid[k] for k in _TOKENS if k in _TOKENS[:2] or self.paid[k]}
+        usd = None if self.usd is None else round(self.usd, 6)
+        return {"calls": self.paid["calls"], **tokens, "usd": usd}
 
     def append(self, line: Mapping) -> None:
         "Write one line and flush it."
@@ -218,7 +243,7 @@ class LongFile:
         self._file.close()
         self._lock.release()
 
-# %% ../../nbs/scale/rows.ipynb #ef8949f8
+# %% ../../nbs/scale/rows.ipynb #a12f94a1
 @contextmanager
 def filling(
     output: str | Path,  # the file to be filled
@@ -235,7 +260,7 @@ def filling(
         finally:
             file.close()
             entry.setdefault("counts", dict(+file.counts))
-            entry.setdefault("cost", {"usd": round(file.usd, 6) if file.usd else None})
+            entry.setdefault("cost", file.cost())
             if before is not None:
                 entry["seconds"] = round(before + time.perf_counter() - start, 2)
 
@@ -357,7 +382,7 @@ def _reread(plan: Any, file: LongFile) -> None:
     for line in changed.values():
         file.append(line)
 
-# %% ../../nbs/scale/rows.ipynb #7b89f706
+# %% ../../nbs/scale/rows.ipynb #a867e458
 def rate_stream(
     rows: Iterable[Example],  # checked, from `stream_rows`
     plan_of: Callable[[Sequence[Example]], Any],  # `rating_plan` of some rows
@@ -374,7 +399,7 @@ def rate_stream(
     with filling(output, plan.settings, **note) as (file, entry), blocks:
         _reread(plan, file)
         todo = blocks.write(_items(rows, plan_of, file, again, since, tokens), BLOCK)
-        account = replace(asking.account, spent=file.usd) if asking.account else None
+        account = replace(asking.account, spent=file.usd or 0.0) if asking.account else None
         if asking.announce and todo:
             say(asking.announce(todo, tokens["prompt"]))
         with _bar(todo, plan.unit, progress) as bar:
@@ -532,3 +557,117 @@ def signal_stream(
         _rank_stream(file, asked, selector)
         entry["counts"] = {"ok": sum((+file.counts).values())}
         return entry["counts"]
+
+# %% ../../nbs/scale/rows.ipynb #afb99e7a
+class _ById(Sequence[str | None]):
+    "In the place of row numbers, which need all rows."
+
+    def __len__(self) -> int:
+        raise UserError("--engine ray takes scores by id, and these go by row number")
+
+    def __getitem__(self, n: Any) -> Any:
+        raise IndexError(n)
+
+
+class Pool:
+    "Of each row its id, the length of its response, and its score."
+
+    def __init__(self) -> None:
+        self.places = Index()
+        self._ids: list[np.ndarray] = []
+        self._new: list[bytes] = []
+        self.lengths = array("d")
+
+    def through(self, rows: Iterable[Example]) -> Iterator[Example]:
+        "Note rows as they pass."
+        for row in rows:
+            self.places[key_of(row["id"])] = len(self.lengths)
+            self._new.append(row["id"].encode())
+            self.lengths.append(float(len(response_of(row))))
+            if len(self._new) >= BLOCK * 64:
+                self._pack()
+            yield row
+
+    def _pack(self) -> None:
+        self._ids.append(np.array(self._new, dtype="S"))
+        self._new = []
+
+    def ids(self) -> np.ndarray:  # of bytes, in UTF-8
+        "All ids, in the order of the rows."
+        if self._new:
+            self._pack()
+        return np.concatenate(self._ids)
+
+    def scores(self, path: str | Path, dimension: str | None) -> np.ndarray:  # NaN: no score
+        "The mean over the votes that a row has."
+        votes: dict[tuple, np.ndarray] = {}
+        for part, key, score in score_lines(path, _ById(), dimension):
+            if (place := self.places.get(key_of(key))) is not None:
+                empty = np.full(len(self.lengths), np.nan)
+                votes.setdefault(part, empty)[place] = score
+        given = [np.isfinite(v) for v in votes.values()] or [np.zeros(len(self.lengths), bool)]
+        total = sum((np.where(g, v, 0.0) for g, v in zip(given, votes.values(), strict=False)), 0.0)
+        with np.errstate(invalid="ignore"):
+            return total / sum(g.astype(int) for g in given)
+
+# %% ../../nbs/scale/rows.ipynb #abb0e9e1
+def _ranking(ids: np.ndarray, scores: np.ndarray, seed: int) -> np.ndarray:
+    "Places of the rows that have a score, best first, ties in a seeded order."
+    there = np.flatnonzero(np.isfinite(scores))
+    by_id = there[np.argsort(ids[there], kind="stable")]
+    shuffled = by_id[random.Random(seed).sample(range(len(by_id)), len(by_id))]
+    return shuffled[np.argsort(-scores[shuffled], kind="stable")]
+
+
+def kept_places(
+    pool: Pool,  # all rows
+    scores: np.ndarray | None,  # from `Pool.scores`
+    rule: str,  # threshold, top_k, quantile, random_k or longest_k
+    value: float,
+    seed: int = 0,
+) -> np.ndarray:  # True where a row is kept
+    "The rows that `select` keeps."
+    n = len(pool.lengths)
+    given = {"random_k": np.zeros(n), "longest_k": np.asarray(pool.lengths)}
+    found = given.get(rule, np.full(n, np.nan) if scores is None else scores)
+    order = _ranking(pool.ids(), found, seed)
+    if not len(order):
+        raise UserError(f"{rule}: none of the {n} rows has a score")
+    if rule == "quantile":
+        if not 0 <= value <= 1:
+            raise UserError(f"quantile={value}, but it is a fraction between 0 and 1")
+        ordered = found[order][::-1]
+        value = ordered[min(round(value * len(ordered)), len(ordered) - 1)]
+    elif rule != "threshold" and not 1 <= value <= len(order):
+        raise UserError(f"{rule}={value:g}, but between 1 and {len(order)} rows can be kept")
+    kept = np.zeros(n, bool)
+    top = order[found[order] >= value] if rule in ("threshold", "quantile") else order[: int(value)]
+    kept[top] = True
+    return kept
+
+# %% ../../nbs/scale/rows.ipynb #5a5d0838
+def select_stream(
+    rows: Iterable[Example],  # checked, from `stream_rows`
+    output: str | Path,  # the kept rows, a JSON list as `write_json` writes it
+    scores: str | Path | None,  # ratings.jsonl, or a table with id and score
+    dimension: str | None,  # which score, when the file holds several
+    rule: str,  # as in `kept_places`
+    value: float,
+    seed: int = 0,
+) -> tuple[int, int, int]:  # rows, kept ones, rows without a score
+    "As `select`, for rows that are not held."
+    pool, blocks = Pool(), Blocks(_beside(output))
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with blocks, atomic(output) as part:
+        n = blocks.write(pool.through(rows), BLOCK)
+        found = pool.scores(scores, dimension) if scores else None
+        kept = kept_places(pool, found, rule, value, seed)
+        every = (row for k in range(len(blocks)) for row in blocks.read(k))
+        chosen = (row for row, stays in zip(every, kept, strict=True) if stays)
+        with open(part, "w", encoding="utf-8") as f:
+            f.write("[")
+            for i, row in enumerate(chosen):
+                f.write(("," if i else "") + "\n " + dumps(row, indent=1).replace("\n", "\n "))
+            f.write("\n]\n" if kept.any() else "]\n")
+    unscored = 0 if found is None else int((~np.isfinite(found)).sum())
+    return n, int(kept.sum()), unscored

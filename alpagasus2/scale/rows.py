@@ -7,7 +7,7 @@ __all__ = ['STATES', 'BLOCK', 'key_of', 'Index', 'Streamed', 'stream_rows', 'sta
            'by_endpoint', 'by_model', 'rate_stream', 'spread_ask', 'spread_answers', 'spread_backend', 'signal_reader',
            'signal_stream', 'Pool', 'kept_places', 'select_stream']
 
-# %% ../../nbs/scale/rows.ipynb #118aa908
+# %% ../../nbs/scale/rows.ipynb #583a3d6e
 import hashlib
 import json
 import os

@@ -130,7 +130,7 @@ def _one_judge(source: Path, paths: Sequence[Path]) -> list[Judgment]:
                 )
     return lines
 
-
+# %% ../nbs/05_analysis.ipynb #7bc8d318
 def load_judgments(
     source: str | Path,  # judgments.jsonl, or a folder of such files and of the original's pairs
 ) -> tuple[list[Judgment], list[str]]:  # lines; names of .json and .jsonl files left alone
@@ -577,7 +577,7 @@ def _warnings(pairs: Sequence[PairStatistics], pooled: Sequence[PairStatistics])
             )
     return found
 
-
+# %% ../nbs/05_analysis.ipynb #eed1610d
 def _label_warnings(persons: Sequence[Mapping[str, Any]]) -> list[str]:
     "Labels of prompts that somebody chose, which correct nothing."
     return [
@@ -635,7 +635,7 @@ def _refuse_two_texts(judgments: Iterable[Judgment]) -> None:
                 f"{text[:60]!r}; judge the answers to one, or give one another id"
             )
 
-
+# %% ../nbs/05_analysis.ipynb #20f7c754
 def _refuse_unplanned(prompts: pd.DataFrame, planned: Mapping[str, Any] | None) -> None:
     "More runs or questions than a claim fixed could follow a look at the results."
     if planned is None:
@@ -689,7 +689,7 @@ def _noise_of(prompts: pd.DataFrame) -> intervals.RunNoise | None:
     trained = [points_of(rows).parts for names, rows in pairs if "base" not in names]
     return intervals.pooled_noise([p for p in trained if p])
 
-
+# %% ../nbs/05_analysis.ipynb #8f4cd980
 def _p_of(lines: Sequence[Judgment], selector: str, controls: Sequence[str], **terms: Any) -> Any:
     "Of the weakest of a selector's comparisons; None where one was not made."
     prompts = prompt_table(orient(lines, selector))

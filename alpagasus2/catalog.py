@@ -81,7 +81,7 @@ def _hashes(path: Path) -> tuple[str, str]:
             sha256.update(chunk)
     return blob.hexdigest(), sha256.hexdigest()
 
-
+# %% ../nbs/00a_catalog.ipynb #f07a5364
 def describe_data(
     data_path: str | Path,  # what the rows were read from: a file, a catalogued name or a hub id
     rows: int,  # how many were read, those held out for evaluation among them

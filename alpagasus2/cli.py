@@ -64,7 +64,7 @@ def _misfits(
     config = TrainConfig(template=template, **given)
     return {**misfits(rows, load_tokenizer(base_model), config, keep_cut)}
 
-
+# %% ../nbs/07_cli.ipynb #acb77f3c
 def _too_long(found: Examined, lost: Mapping[str, str]) -> list[Problem]:
     "The problems of rows that do not fit, by their places in the file."
     says = {"answer": "prompt and answer are longer than cutoff_len",
@@ -74,7 +74,7 @@ def _too_long(found: Examined, lost: Mapping[str, str]) -> list[Problem]:
     numbered = zip(places, found.rows, strict=True)
     return [Problem(n, "long", says[lost[r["id"]]]) for n, r in numbered if r["id"] in lost]
 
-
+# %% ../nbs/07_cli.ipynb #cdce1c82
 def check(
     path: str,  # a file, a folder of `save_to_disk`, a catalogued name or a hub id
     output: str | None = None,  # write the good rows here, with their ids, in our fields
@@ -322,7 +322,7 @@ def _judges(judgments: str) -> dict[str, Path]:
         )
     return files if path.is_dir() else {}
 
-
+# %% ../nbs/07_cli.ipynb #feb556a1
 def _verdicts(judgments: str, judge: str | None) -> tuple[list[Any], bool]:
     "Judgment lines in both orders, and whether a missing order had to be copied."
     from alpagasus2.analysis import load_judgments
@@ -402,7 +402,7 @@ def _as_fixed(folder: Path, claim: Mapping[str, Any]) -> dict[str, Any]:
     where = unlike_claim(folder, fixed) if {"rows", "seeds", "steps"} <= {*fixed} else []
     return unlike_fixed(claim, where)
 
-
+# %% ../nbs/07_cli.ipynb #3ab7b45c
 def _trained(judgments: str) -> tuple[dict[str, Any], dict[str, Any]]:
     "What a run's folder fixed, and the rows of its arms; none of a claim of an earlier version."
     from alpagasus2.evidence.claim import read_claim
@@ -411,7 +411,7 @@ def _trained(judgments: str) -> tuple[dict[str, Any], dict[str, Any]]:
     claim = read_claim(_folder(judgments) / "claim.json")
     return claim, rows_of_arms(_folder(judgments), claim) if "seeds" in claim else {}
 
-
+# %% ../nbs/07_cli.ipynb #b672a87e
 def _of_run(
     judgments: str, terms: Mapping[str, Any], lines: Sequence[Any], results: Any, canaries: Any
 ) -> dict[str, Any]:
@@ -515,7 +515,7 @@ def _named_runs(arms: Sequence[str]) -> dict[str, list[str]]:
         found[name] = models.split(",")
     return found
 
-
+# %% ../nbs/07_cli.ipynb #26f0ce2b
 def _score_page(
     output: str, scores: Sequence[str], model_a: str | None = None, control: str | None = None,
     margin: float | None = None, metric: Sequence[str] = (), arms: Sequence[str] = (),
@@ -543,8 +543,8 @@ def _verdict_page(
     "Write the page of verdicts or answers; the files that it was made from."
     from alpagasus2.analysis import orient
     from alpagasus2.evidence.labels import load_labels
-    from alpagasus2.judges import add_judges, named_verdicts
     from alpagasus2.report.formats import load_other_forms, without_orders
+    from alpagasus2.report.judges import add_judges, named_verdicts
     from alpagasus2.report.outside import weighted_win_rates
     from alpagasus2.report.page import write_report
     from alpagasus2.report.plots import plot_outcomes, plot_slots
@@ -652,7 +652,7 @@ def _remaker(folder: Path) -> tuple[Path, Callable[[Path], None]]:
 
     return page, partial(remake_report, run)
 
-
+# %% ../nbs/07_cli.ipynb #3bf1501f
 def verify(
     folder: str,  # of a page, or of a run
 ) -> None:
@@ -674,15 +674,16 @@ def verify(
     print(f"{page}: every figure comes out again, and {files} files are as they were")
 
 # %% ../nbs/07_cli.ipynb #11b4d0b5
-def _sought(effect: float, controls: int, rates: int, equivalence: bool) -> str:
+def _sought(effect: float, controls: int, rates: int, equivalence: bool, selectors: int) -> str:
     "What a plan's power is the power of."
     size = f"{100 * effect:g} points of win rate"
     found = f"show equal arms to be within {size}" if equivalence else f"find {size}"
     against = f" against {controls} controls at once" if controls > 1 else ""
     at = f" at {rates} learning rates at once" if rates > 1 else ""
-    return f"{found}{against}{at}"
+    of = f" for one of {selectors} selectors" if selectors > 1 else ""
+    return f"{found}{of}{against}{at}"
 
-
+# %% ../nbs/07_cli.ipynb #6f80f576
 def plan(
     effect: float = 0.05,  # true win rate less one half that should be found
     spread: float | None = None,  # of training runs, in standard deviations between prompts; .1
@@ -691,6 +692,7 @@ def plan(
     ties: float | None = None,  # share of tied prompts; .3
     arms: int = 3,  # trained arms
     controls: int = 1,  # how many of them must all be beaten
+    selectors: int = 1,  # how many of them have a claim each; that of the strongest is planned
     rates: int = 1,  # learning rates at which all of it is done, and must come out
     equivalence: bool = False,  # find equal arms to be within `effect`, in place of an effect
     results: str | None = None,  # results.json of an earlier run, for its spread and ties
@@ -709,10 +711,12 @@ def plan(
     rows = power.plan(
         effect, noise["spread"], prompts or (80, 250, 730), runs or (3, 5, 8), noise["ties"], arms,
         power.Prices(usd_verdict, training_hours, usd_hour), controls, rates, equivalence,
+        selectors,
     )  # fmt: skip
     add_result(plan=rows, output=output)
+    sought = _sought(effect, controls, rates, equivalence, selectors)
     print(
-        f"power to {_sought(effect, controls, rates, equivalence)}, spread {noise['spread']:.2g} "
+        f"power to {sought}, spread {noise['spread']:.2g} "
         f"standard deviations between prompts, {noise['ties']:.0%} ties; detectable: with 80% power"
     )
     if any(r["labels"] is not None for r in rows):
@@ -728,7 +732,8 @@ def plan(
 
 # %% ../nbs/07_cli.ipynb #a026340b
 def _run(recipe: Any, output_dir: str, workers: int, dry_run: bool) -> None:
-    from alpagasus2.experiment import plan_table, refusals, run_recipe, summary_lines
+    from alpagasus2.experiment import run_recipe, summary_lines
+    from alpagasus2.extras.dry_run import plan_table, refusals
     from alpagasus2.recipe import plan_of
 
     if dry_run:

@@ -64,7 +64,7 @@ def iter_rows(
         raise UserError(f"{source}: no such file, and no data set of the catalogue has this name")
     yield from _read_hub(str(source), split)
 
-
+# %% ../nbs/00_data.ipynb #1a42c815
 def read_rows(
     source: str | Path,  # a file, a folder of `save_to_disk`, a catalogued name, or a hub id
     split: str = "train",  # the split to take, where there are several
@@ -320,7 +320,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     said = [f"{a}" if a == b else f"{a}-{b}" for a, b in ends[:20]]
     return ", ".join([*said, "..."] if len(ends) > 20 else said)
 
-
+# %% ../nbs/00_data.ipynb #5a1c9331
 def grouped(
     problems: Iterable[Problem],  # of one source, in its order
 ) -> list[str]:  # "row 3: empty: `output` is empty", "500 rows: empty: ...: rows 0-499"
@@ -363,7 +363,7 @@ def examine(
         say_once(f"{source}: {told}")
     return found
 
-
+# %% ../nbs/00_data.ipynb #5129ab0a
 def refusal(
     source: str | Path,  # as `load_examples` takes it
     stops: Sequence[Problem],  # rows of it that stop the loading
@@ -377,7 +377,7 @@ def refusal(
     return UserError(f"{source}: row {first.row} {first.detail}{others}; `alpagasus2 check` lists "
                      "all rows, and writes the good ones with --output")  # fmt: skip
 
-
+# %% ../nbs/00_data.ipynb #9bb37324
 def load_examples(
     source: str | Path,  # a file, a folder of `save_to_disk`, a catalogued name or a hub id
     split: str = "train",  # the split to take, where there are several
@@ -514,7 +514,7 @@ def _text(question: Mapping, name: str) -> str:
         raise UserError(f"`{name}` holds {what}")
     return value or ""
 
-
+# %% ../nbs/00_data.ipynb #cf6defe5
 def _checked_question(found: Mapping[str, Any], key: Any, test_set: str) -> Question:
     "A question with the fields that we know, each of its type."
     check_safe_name(test_set, "its `test_set`")
@@ -579,7 +579,7 @@ def load_questions(
     _say_turns(source, rows)
     return questions
 
-
+# %% ../nbs/00_data.ipynb #12fa1ee0
 def load_test_sets(
     sources: Iterable[str | Path],  # as `load_questions` takes them
     limit: int | None = None,  # only the first so many of each

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['Run', 'rate_pool', 'select_arms', 'stages', 'train_arms', 'choose_and_train', 'heldout_lines', 'measure_heldout',
            'served_arm', 'answer_questions', 'generate_and_measure', 'judge_arms', 'size_results', 'run_results',
-           'run_rate', 'run_cost', 'run_figures', 'report_run', 'run_recipe', 'refusals', 'plan_table', 'remake_report',
-           'summary_lines', 'quickstart_recipe']
+           'run_rate', 'run_cost', 'run_figures', 'report_run', 'run_recipe', 'remake_report', 'summary_lines',
+           'quickstart_recipe']
 
 # %% ../nbs/06a_experiment.ipynb #77de68da
 import contextlib
 import filecmp
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from itertools import combinations, groupby, product
 from pathlib import Path
 from typing import Any, cast
@@ -49,7 +48,6 @@ from alpagasus2.data import (
     template_settings,
 )
 from .endpoint.cache import Ask
-from .endpoint.client import Address
 from alpagasus2.evidence.claim import (
     at_every_rate,
     at_one_rate,
@@ -60,6 +58,8 @@ from alpagasus2.evidence.claim import (
     unlike_fixed,
 )
 from .evidence.doubts import doubts, home_of, known_questions, unlike_claim
+
+# %% ../nbs/06a_experiment.ipynb #248ec8e5
 from alpagasus2.evidence.filtering import (
     contamination,
     filter_report,
@@ -69,15 +69,6 @@ from alpagasus2.evidence.filtering import (
 )
 from .evidence.intervals import heldout_summary
 from .evidence.scaling import Costs, arm_table, fewest_rows, priced, size_points
-from alpagasus2.extras.estimate import (
-    Shape,
-    adapted,
-    estimate,
-    find_device,
-    load_config,
-    shape_of,
-)
-from .extras.hub import check_disk
 from .extras.verify import PAGE, seal
 from alpagasus2.generate import (
     Answers,
@@ -87,10 +78,9 @@ from alpagasus2.generate import (
     generate,
     server_ask,
 )
-from .judges import add_judges, agreement_line, named_verdicts
 from .model.check import checked
 from .model.likelihood import heldout_nll
-from .quant_lora import QuantLoraConfig, as_arm, load_tokenizer
+from .quant_lora import as_arm
 from alpagasus2.recipe import (
     MATCHED,
     Arm,
@@ -98,10 +88,15 @@ from alpagasus2.recipe import (
     Rater,
     Recipe,
     Server,
-    check_pool,
-    check_sizes,
+    at_rate,
+    check_rating_price,
+    comparisons,
     fix_claim,
+    other_scores,
+    rating_template,
+    served_as,
 )
+from .report.judges import add_judges, agreement_line, named_verdicts
 from .report.page import write_report
 from .report.plots import plot_heldout, plot_outcomes, plot_slots
 from .selection import BY_SCORE, load_scores, random_to_total, select
@@ -186,7 +181,7 @@ def _misfits(run: Run, rows: Sequence[Example], source: str) -> dict[str, Misfit
         run.say(f"{source}: {misfit_line(found, len(rows), config)}; they are left out")
     return found
 
-
+# %% ../nbs/06a_experiment.ipynb #482b8623
 def _left_out(run: Run, rows: Sequence[Example], at_rate: bool) -> dict[str, Misfit] | None:
     "What of the pool does not fit, read back or found; None where an earlier version began."
     claim = claim_beside(run.dir) or (claim_beside(run.dir.parents[1]) if at_rate else None)
@@ -228,6 +223,7 @@ def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
         return {}
     lines = [{"id": r["id"], "dimension": rater.selector, "vote": 0} for r in run.rows]
     if not run_folder.is_settled(output, lines):
+        check_rating_price(run.recipe)
         model = rater.scores or rater.model or run.recipe.base_model
         run.say(f"Rating {len(run.rows)} rows: {rater.kind}, {model}")
         if rater.kind == "file":
@@ -235,11 +231,11 @@ def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
         elif rater.kind == "llm":
             _ask_rater(run, model, output)
         else:
-            reader, kind, form = run.model(rater.model), rater.kind, run.recipe.rating_template
+            reader, kind, form = run.model(rater.model), rater.kind, rating_template(run.recipe)
             local.rate_by_signals(reader, run.rows, kind, output, form, run.progress)
     return _saved_scores(run)
 
-
+# %% ../nbs/06a_experiment.ipynb #8372be4a
 def _saved_scores(run: Run) -> dict[str, float]:
     output = home_of(run.dir, run.claim) / "ratings.jsonl"
     scores = load_scores(output, run.rows, run.recipe.rater.selector)
@@ -259,15 +255,9 @@ def _ask_rater(run: Run, model: str, output: Path) -> None:
     run.say(judge.drift(judge.score_counts(rated)) or f"{output}: rated")
 
 # %% ../nbs/06a_experiment.ipynb #29814bad
-def _other_scores(recipe: Recipe) -> dict[str, float]:
-    "Another tool's scores by row id; `row` of its table counts the rows of the whole file."
-    rows, problems = load_examples(recipe.data)
-    return load_scores(recipe.rater.scores, rows, recipe.rater.dimension, problems)
-
-
 def _take_scores(run: Run, output: Path) -> None:
     "Copy the scores of another tool, those of the pool's rows."
-    rater, scores = run.recipe.rater, _other_scores(run.recipe)
+    rater, scores = run.recipe.rater, other_scores(run.recipe)
     who = {"kind": rater.kind, "model": rater.scores, "prompt_version": None}
     line = {"dimension": rater.selector, "vote": 0, "rater": who, "review": None, "usage": {}}
     settings = {"rater": rater.scores, "dimension": rater.selector}
@@ -360,7 +350,7 @@ def _matched_rows(run: Run, arm: Arm, replicate: int, scores: Mapping[str, float
     seed = _seed(run, arm, replicate)
     return random_to_total(pool, weights, total, seed, arm.drop_near_duplicates)
 
-
+# %% ../nbs/06a_experiment.ipynb #3243ca19
 def _bought(run: Run, to: str) -> float:
     "The price of the rating that one replicate chose by, in trainings of an arm."
     share = run.claim["recipe"].get("pool_share", 1.0)
@@ -483,7 +473,7 @@ def served_arm(
 ) -> Backend:  # for `generate`
     "One arm, answered by the server; it is announced when its first question is asked."
     recipe, output = run.recipe, run.dir / "responses.jsonl"
-    name = str(recipe.served_as(arm, replicate))
+    name = str(served_as(recipe, arm, replicate))
     weights = recipe.base_model if arm == "base" else run.adapter(arm, replicate)
     trained = run_folder.manifest_entry(weights).get("ended") if arm != "base" else None
 
@@ -543,26 +533,13 @@ def judge_arms(run: Run) -> None:
     for name, who in run.recipe.judges:
         _ask_judge(run, who, run.judged[name])
 
-
-def _compared(recipe: Recipe) -> list[tuple[str, list[str]]]:
-    "Each arm whose wins are counted, and the arms that it is compared with."
-    model_a, *others = recipe.arms
-    found = {model_a: ["base", *others]}
-    if recipe.aa and model_a not in recipe.aa:
-        again, control = recipe.aa
-        found[again] = [control]
-    for selector in recipe.selectors[1:]:
-        against = [*found.get(selector, []), *recipe.beaten_by(selector)]
-        found[selector] = list(dict.fromkeys(against))
-    return [(a, b) for a, b in found.items() if b]
-
-
+# %% ../nbs/06a_experiment.ipynb #2a4d510b
 def _ask_judge(run: Run, who: Judge, output: Path) -> None:
     "One judge's verdicts and canaries."
     model_a, *_ = run.recipe.arms
     judged = {q["id"] for test_set in run.test_sets for q in test_set[: who.questions]}
     responses = [r for r in run_folder.latest(run.dir / "responses.jsonl") if r["id"] in judged]
-    pairs = [p for a, b in _compared(run.recipe) for p in judge.pair_arms(responses, a, b)]
+    pairs = [p for a, b in comparisons(run.recipe) for p in judge.pair_arms(responses, a, b)]
     for told in judge.missing_answers(pairs):
         run.say(told)
     config = judge.JudgeConfig(protocol=who.protocol, **who.parameters)
@@ -744,7 +721,7 @@ def run_rate(
     recipe = run.recipe
     folder = run.dir / "rates" / f"{rate:g}"
     run.models.release()
-    other = Run(recipe.at_rate(rate), folder, run.progress, recipe.rates, run.workers)
+    other = Run(at_rate(recipe, rate), folder, run.progress, recipe.rates, run.workers)
     run.say(f"Learning rate {rate:g}, in {folder}")
     train_arms(other, selected, list(other.arms))
     generate_and_measure(other)
@@ -840,7 +817,7 @@ def _write_page(
     seal(output, made_from, {"command": "run", "price_hour": run.recipe.price_hour})
     return results
 
-
+# %% ../nbs/06a_experiment.ipynb #dd289012
 def report_run(
     run: Run,
     scores: Mapping[str, float],  # row id -> score
@@ -878,160 +855,13 @@ def run_recipe(
     others = {rate: run_rate(run, rate, scores, selected) for rate in recipe.rates[1:]}
     return report_run(run, scores, selected, others)
 
-# %% ../nbs/06a_experiment.ipynb #17be9452
-def _fitting_pool(recipe: Recipe) -> list[Example]:
-    "The pool's rows that fit; `UserError` where the arms or sizes cannot be filled with them."
-    rows = load_examples(recipe.data)[0][: recipe.limit]
-    config, _ = recipe.training(0)
-    lost = misfits(rows, load_tokenizer(recipe.base_model), config, recipe.keep_cut)
-    fitting = [r for r in rows if r["id"] not in lost]
-    check_sizes(recipe, fitting)
-    check_pool(recipe, fitting)
-    seen = len(fitting) * (recipe.pool_share if recipe.replicates > 1 else 1)
-    for name, arm in recipe.arms.items():
-        if arm.select == "quantile" and arm.rows > (1 - (arm.value or 0)) * seen + 1:
-            kept = f"quantile {arm.value:g} of {seen:,.0f} rows that fit keeps about "
-            kept += f"{(1 - (arm.value or 0)) * seen:,.0f}"
-            raise UserError(f"{name}: {arm.rows} rows, but {kept}; ask for fewer")
-    return fitting
-
-# %% ../nbs/06a_experiment.ipynb #cad6596f
-def _asked(recipe: Recipe) -> list[Rater | Judge | Server]:
-    "The endpoints of a recipe."
-    who: list[Any] = [who for _, who in recipe.judges if who.backend == "endpoint"]
-    rated = any(a.select in BY_SCORE for a in recipe.arms.values())
-    rater = recipe.rater
-    if rated and rater.kind == "llm" and rater.backend == "endpoint":
-        who.append(rater)
-    return [*who, *filter(None, [recipe.server])]
-
-
-def _checks(recipe: Recipe, output_dir: str | Path) -> list[Callable[[], Any]]:
-    "What a run would find out later, each a call that raises `UserError`."
-    base, rater = recipe.base_model, recipe.rater
-    judges = [w for _, w in recipe.judges if w.backend == "local"]
-    return [
-        partial(_fitting_pool, recipe),
-        *(partial(load_examples, a.data) for a in recipe.arms.values() if a.data),
-        *(partial(load_questions, name) for name in recipe.questions),
-        *(partial(_check_endpoint, w) for w in _asked(recipe)),
-        *(partial(judge.load_prompt, p, rater.low, rater.high) for p in [rater.prompt] if p),
-        *(partial(_other_scores, recipe) for _ in filter(None, [rater.scores])),
-        partial(_shape, recipe),
-        *(partial(_check_judge, w.model or base) for w in judges),
-        lambda: check_disk(output_dir, _bytes(recipe)),
-    ]
-
-
-def _check_judge(model: str) -> None:
-    local.check_local_judge(local.Models(model))
-
-
-def _check_endpoint(who: Rater | Judge | Server) -> None:
-    Address(who.base_url, who.headers).connection()
-
-
-def _layers(recipe: Recipe) -> QuantLoraConfig:
-    "The adapter's settings with the short names of its layers."
-    _, config = recipe.training(0)
-    wanted = config.lora_target_modules
-    if isinstance(wanted, str):
-        return config
-    return replace(config, lora_target_modules=[name.rsplit(".", 1)[-1] for name in wanted])
-
-
-def _shape(recipe: Recipe) -> Shape | None:
-    "The base's architecture, which has the adapter's layers; None: no estimate for its family."
-    load_config(recipe.base_model)
-    try:
-        shape = shape_of(recipe.base_model)
-    except UserError:
-        return None
-    adapted(shape, _layers(recipe))
-    return shape
-
-
-def _bytes(recipe: Recipe) -> int:
-    "Disk that the adapters take, in fp32, with the checkpoint of one of them."
-    (_, config), shape = recipe.training(0), _shape(recipe)
-    trainings = len(recipe.arms) * max(1, len(recipe.rates)) + len(recipe.size_arms)
-    layers = adapted(shape, _layers(recipe)) if shape else {}
-    weights = sum(n * config.lora_r * (i + o) for (_, i, o), n in layers.items())
-    return 4 * weights * (recipe.replicates * trainings + 3)
-
-# %% ../nbs/06a_experiment.ipynb #51a7eace
-def refusals(
-    recipe: Recipe,  # what would be done
-    output_dir: str | Path,  # where; it need not be there
-) -> list[str]:  # a sentence each
-    "Everything that would stop a run, as far as it can be known before."
-    found: dict[str, None] = {}
-    for check in _checks(recipe, output_dir):
-        try:
-            check()
-        except (UserError, OSError) as e:
-            found[" ".join(str(e).split())] = None
-    return [*found]
-
-# %% ../nbs/06a_experiment.ipynb #d6c87eba
-def _training_costs(recipe: Recipe, rows: Sequence[Example]) -> Callable[[int], tuple[str, str]]:
-    "A function from an arm's rows to minutes and GB of its training, as text."
-    (config, _), shape, device = recipe.training(0), _shape(recipe), find_device()
-    if shape is None:
-        return lambda n: ("-", "-")
-    _, counts = encode_rows(rows[:1000], load_tokenizer(recipe.base_model), config)
-    names = ("cutoff_len", "num_epochs", "micro_batch_size", "batch_size", "gradient_checkpointing")
-    settings = {name: getattr(config, name) for name in names}
-
-    def costs(n: int) -> tuple[str, str]:
-        mean = counts["tokens"] / counts["rows"]
-        found = estimate(shape, n, mean, quant_lora=_layers(recipe), device=device, **settings)
-        minutes = "-" if found.seconds is None else f"{found.seconds / 60:.1f}"
-        return minutes, f"{found.total / 1e9:.1f}"
-
-    return costs
-
-# %% ../nbs/06a_experiment.ipynb #2c501c4c
-def _judged(recipe: Recipe, who: Judge, sets: Sequence[Sequence[Question]]) -> tuple[int, int]:
-    "Pairs of answers that a judge compares, and its calls: both orders, the sanity checks too."
-    n = sum(len(q[: recipe.limit][: who.questions]) for q in sets)
-    pairs = n * sum(len(others) for _, others in _compared(recipe)) * recipe.replicates
-    known = len(judge.canary_pairs([], "")) + 2 * min(30, n) + min(6, n)
-    return pairs, 2 * (pairs + known) if who.backend == "endpoint" else 0
-
-
-def plan_table(
-    recipe: Recipe,  # one that `refusals` finds nothing against
-) -> list[str]:  # the lines of a table
-    "Every step of a run: how often, rows, steps, calls, minutes, GB; `-`: not known before."
-    rows, runs = _fitting_pool(recipe), recipe.replicates
-    costs, sets = _training_costs(recipe, rows), [load_questions(q) for q in recipe.questions]
-    asked = sum(len(q[: recipe.limit]) for q in sets)
-    rates = max(1, len(recipe.rates))
-    table = [("step", "times", "rows", "steps", "calls", "minutes", "GB")]
-    if any(a.select in BY_SCORE for a in recipe.arms.values()):
-        calls = len(rows) if recipe.rater in _asked(recipe) else 0
-        table.append(("rate", "1", f"{len(rows):,}", "", f"{calls:,}", "-", "-"))
-    for name, arm in (recipe.arms | recipe.size_arms).items():
-        n, times = arm.rows, str(runs * (rates if name in recipe.arms else 1))
-        known = (f"{n:,}", f"{recipe.steps(n):,}", "", *costs(n)) if n else ("-", "-", "", "-", "-")
-        table.append((f"train {name}", times, *known))
-    answers = asked * (1 + len(recipe.arms)) * runs
-    calls = answers if recipe.server else 0
-    table.append(("answer", str(rates), f"{answers:,}", "", f"{calls:,}", "-", "-"))
-    for name, who in recipe.judges:
-        pairs, calls = _judged(recipe, who, sets)
-        table.append((f"judge {name}", str(rates), f"{pairs:,}", "", f"{calls:,}", "-", "-"))
-    wide = max(len(line[0]) for line in table)
-    return [f"{step:{wide}}" + "".join(f"{x:>10}" for x in line) for step, *line in table]
-
 # %% ../nbs/06a_experiment.ipynb #edea67bd
 def _where_paths_hold(folder: Path, named: str) -> Path:
     "The working directory, or the nearest folder above the run, where a recipe's path exists."
     places = [Path.cwd(), folder, *folder.parents]
     return next((p for p in places if (p / named).exists()), Path.cwd())
 
-
+# %% ../nbs/06a_experiment.ipynb #3c6ec5a0
 def remake_report(
     folder: str | Path,  # of a finished run
     output: str | Path,  # folder for the page

@@ -219,7 +219,7 @@ def _wrong_field(line: Mapping[str, Any]) -> str | None:
     run = line.get("replicate", 0)
     return None if type(run) is int and run >= 0 else f"replicate is {run!r}, not a whole number"
 
-
+# %% ../nbs/03_generate.ipynb #1c8f110d
 def read_responses(
     path: str | Path,  # responses.jsonl
 ) -> list[Response]:
@@ -314,7 +314,7 @@ def _original(x: Response) -> tuple[str, dict[str, Any]]:
         x["model"]: x["response"],
     }
 
-
+# %% ../nbs/03_generate.ipynb #da670262
 def _alpaca_eval(x: Response) -> tuple[str, dict[str, Any]]:
     "Its file, and its record."
     name = f"{x['model']}-{x['replicate']}" if x.get("replicate") else x["model"]

@@ -553,7 +553,7 @@ def _unasked(pair: Pair) -> dict[str, Any]:
     verdict = "a" if a else "b" if b else "tie"
     return {"score_a": None, "score_b": None, "verdict": verdict, "status": UNANSWERED}
 
-
+# %% ../nbs/04_judge.ipynb #dec4b9e1
 def missing_answers(
     pairs: Iterable[Pair],  # from `pair_arms`
 ) -> list[str]:  # a sentence for each pair of arms and each of the two that lacks an answer

@@ -234,7 +234,7 @@ def _auto_class(base_model: str | Path) -> Any:
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
 
-
+# %% ../nbs/01_quant_lora.ipynb #7e15774a
 def expert_weights(
     model: Any,  # a causal LM
 ) -> int:
@@ -384,7 +384,7 @@ def _one_step(usual: Any) -> Any:
 
     return OneStep
 
-
+# %% ../nbs/01_quant_lora.ipynb #0d91a62a
 _ONE_STEP = {c: _one_step(c) for c in _PLAIN}
 
 
@@ -435,7 +435,7 @@ def _usual(family: str, wanted: list[str], layers: list[str]) -> list[str]:
     say(f"{family} has no {' and '.join(wanted)}: LoRA goes on {', '.join(known)}")
     return known
 
-
+# %% ../nbs/01_quant_lora.ipynb #02e13040
 def _target_layers(model: Any, wanted: list[str] | str) -> list[str]:
     "Names for PEFT: short ones as they were given, full ones where these would say too much."
     layers = linear_layers(model)
@@ -473,7 +473,7 @@ def _lora_config(model: Any, config: QuantLoraConfig) -> peft.LoraConfig:
         say(f"{model.config.model_type}: its experts get no LoRA, its other layers do")
     return lora
 
-
+# %% ../nbs/01_quant_lora.ipynb #fae84c48
 @_loading()
 def add_lora(
     model: Any,  # from `load_base`
@@ -508,7 +508,7 @@ def _folder_of(base_model: str | Path) -> Path:
         return Path(kept).parent if isinstance(kept, str) else folder
     return folder
 
-
+# %% ../nbs/01_quant_lora.ipynb #8dc41eec
 def base_sha256(
     base_model: str | Path,  # a local folder, a hub id, or smollm2-135m
 ) -> str | None:  # 16 hex digits; None where its weights are not on this machine as safetensors
@@ -540,7 +540,7 @@ def _check_adapter(name: str, path: Path, base: str | None) -> None:
         trained = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(f"adapter {name}: {path} was trained on another base ({trained}); name it")
 
-
+# %% ../nbs/01_quant_lora.ipynb #efc428dd
 def check_adapters(
     adapters: Mapping[str, str | Path],  # name -> adapter folder, or hub id
     base_model: str | Path,  # what they are to stand on

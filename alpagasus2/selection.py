@@ -34,7 +34,7 @@ def _score(line: Mapping, where: str) -> float | None:
         raise UserError(f"{where}: score {given!r} is not a finite number")
     return score
 
-
+# %% ../nbs/00b_selection.ipynb #6052d614
 def _scored_id(line: Mapping, where: str, by_row: Sequence[str | None]) -> str | None:
     "The id of the row that a line scores; None for a row that was dropped."
     if line.get("id") not in (None, ""):
@@ -64,7 +64,7 @@ def _named_part(line: Any, where: str) -> tuple[str | None, int]:
         raise UserError(f"{where}: dimension {dimension!r} and vote {vote}: a name and a number")
     return dimension, int(vote)
 
-
+# %% ../nbs/00b_selection.ipynb #9092a278
 def score_lines(
     path: str | Path,  # as `load_scores` takes it
     by_row: Sequence[str | None],  # the id of each row of the data; None where it was dropped
@@ -86,7 +86,7 @@ def score_lines(
     if dimension and found and dimension not in found:
         raise UserError(f"{path}: no score for {dimension!r}, only for {', '.join(sorted(found))}")
 
-
+# %% ../nbs/00b_selection.ipynb #1ca09b59
 def load_scores(
     path: str | Path,  # ratings.jsonl, or a table with id or row, and score
     rows: Sequence[Example],  # of `load_examples`
@@ -99,7 +99,7 @@ def load_scores(
         votes[part][key] = score
     return _means([*votes.values()])
 
-
+# %% ../nbs/00b_selection.ipynb #247fc907
 def _means(votes: Sequence[dict[str, float]]) -> dict[str, float]:
     "The mean over the votes that a row has."
     if len(votes) == 1:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Misfit', 'TOKEN_BUDGET', 'SMALLER', 'BUDGETS', 'After', 'INDIFFERENT', 'TrainConfig', 'preset_values',
            'preset_configs', 'rate_at', 'batch_schedule', 'held_out', 'split_rows', 'encode_rows', 'misfits',
-           'misfit_line', 'in_parts', 'LossScaling', 'training_step', 'measure_budget', 'mean_loss', 'own_loss',
+           'misfit_line', 'base_in_parts', 'LossScaling', 'training_step', 'measure_budget', 'mean_loss', 'own_loss',
            'own_steps', 'fit', 'save_adapter', 'train']
 
 # %% ../nbs/02_train.ipynb #77de68da
@@ -254,7 +254,7 @@ def misfit_line(
     )
 
 # %% ../nbs/02_train.ipynb #1b059461
-def in_parts() -> bool:
+def base_in_parts() -> bool:
     "Whether `accelerate launch` was given a file that splits the base over its processes."
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
@@ -352,7 +352,7 @@ def _add_gradient(
         scaler.scale(loss).backward()
     return loss.detach()
 
-
+# %% ../nbs/02_train.ipynb #0eb7fee3
 def _take_part(model: Any, batch: Sequence[Encoded], config: TrainConfig) -> None:
     "Where another process has one more micro-batch, a base in parts needs this one for it."
     from alpagasus2.scale.sharding import idle
@@ -361,7 +361,7 @@ def _take_part(model: Any, batch: Sequence[Encoded], config: TrainConfig) -> Non
     if len(cut[state.process_index :: state.num_processes]) < -(-len(cut) // state.num_processes):
         idle(model, batch[0])
 
-
+# %% ../nbs/02_train.ipynb #85654cef
 def _add_gradients(
     model: Any, batch: Sequence[Encoded], config: TrainConfig, step: int,
     scaler: torch.amp.GradScaler, gradients: Gradients | None,
@@ -377,14 +377,14 @@ def _add_gradients(
         try:
             total += _add_gradient(model, rows, targets, scaler, gradients)
         except torch.OutOfMemoryError:
-            if in_parts():  # the other processes wait for this one within a layer
+            if base_in_parts():  # the other processes wait for this one within a layer
                 raise UserError(f"step {step + 1}: memory ran out; lower token_budget") from None
             return total, rows
-    if in_parts():
+    if base_in_parts():
         _take_part(model, batch, config)
     return total, []
 
-
+# %% ../nbs/02_train.ipynb #67d19a0b
 def _give_up(model: Any, step: int, rows: Sequence[Encoded]) -> None:
     "Discard the gradient of a step in which these rows did not fit, here or in another process."
     model.zero_grad()
@@ -427,7 +427,7 @@ def _smaller(model: Any, batch: Sequence[Encoded], config: TrainConfig) -> Train
         smaller = replace(config, token_budget=budget)
     return smaller
 
-
+# %% ../nbs/02_train.ipynb #72ed5d5d
 def _fitting_step(
     model: Any, batch: Sequence[Encoded], config: TrainConfig, step: int,
     scaling: LossScaling | None = None, gradients: Gradients | None = None,
@@ -500,7 +500,7 @@ def _run_through(model: Any, micro_batches: Sequence[Sequence[Encoded]]) -> None
         with packed_attention(model):
             target_nll(model, rows)[0].sum().backward()
 
-
+# %% ../nbs/02_train.ipynb #267f11ed
 def _tokens_per_second(
     model: Any, batches: Sequence[Sequence[Encoded]], config: TrainConfig, budget: int
 ) -> float:
@@ -588,12 +588,12 @@ def _taken(model: Any, heavy: Sequence[Sequence[Encoded]]) -> int:
         torch.cuda.empty_cache()
     return torch.cuda.max_memory_allocated() - before
 
-
+# %% ../nbs/02_train.ipynb #f694743c
 def _gradients_of(
     model: Any, batches: Sequence[Sequence[Encoded]], config: TrainConfig
 ) -> Gradients | None:
     "What records the micro-batches of these steps on a GPU, where all of them are small."
-    if model.device.type != "cuda" or not batches or in_parts():
+    if model.device.type != "cuda" or not batches or base_in_parts():
         return None
     heavy = _heaviest(model, batches, config)
     largest = max(map(computed_tokens, heavy))
@@ -602,7 +602,7 @@ def _gradients_of(
         return None
     return Gradients(model, max(len(e.ids) for batch in batches for e in batch))
 
-
+# %% ../nbs/02_train.ipynb #5e3fa4f7
 # called with the steps done, and the figures of the last
 After = Callable[[int, dict[str, Any]], None]
 
@@ -717,7 +717,7 @@ def _read(data_path: str | Path | list[Example]) -> tuple[list[Example], list]:
 
 def _check(output_dir: Path, config: TrainConfig) -> None:
     "Before any work, see what the device lacks, and whether the folder may be replaced."
-    if in_parts() and config.trainer:
+    if base_in_parts() and config.trainer:
         raise UserError("trainer=trl does not split a base over processes; leave it away")
     if config.trainer and compute_dtype() == torch.float16:
         raise UserError("trainer=trl needs a GPU with bf16, from Ampere on; leave it away")
@@ -786,7 +786,7 @@ def _prepared(
     base_model: str, quant_lora: QuantLoraConfig, config: TrainConfig, encoded: Sequence[Encoded]
 ) -> tuple[Any, TrainConfig]:
     "The base with a fresh adapter, and the settings with its rate and token budget."
-    base = load_base(base_model, quant_lora, in_parts())
+    base = load_base(base_model, quant_lora, base_in_parts())
     model = add_lora(base, quant_lora, config.seed)
     attend_by(model, config.attention)
     if config.trainer is None:
@@ -797,11 +797,11 @@ def _prepared(
     config = replace(config, learning_rate=rate_at(width, config))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if in_parts():
+    if base_in_parts():
         from alpagasus2.scale.sharding import split  # after the check, which copies a block
 
         split(model)
-    ours = config.trainer is None and model.device.type == "cuda" and not in_parts()
+    ours = config.trainer is None and model.device.type == "cuda" and not base_in_parts()
     if config.token_budget is None and ours:
         config = replace(config, token_budget=_measured_budget(model, encoded, config))
     return model, config
@@ -831,7 +831,7 @@ def _summary(
         "token_budget": state.get("token_budget"),  # the last
         "recordings": state.get("recordings", 0),  # of micro-batches, on a GPU
         "processes": accelerate.PartialState().num_processes,
-        "in_parts": in_parts(),
+        "in_parts": base_in_parts(),
         "device": str(model.device),
         "compute_dtype": str(model.dtype),
         "step_seconds": log["seconds"],

@@ -14,8 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "alpagasus2"
 # The main street, from top to bottom: a module may import those above it. 00_data is read first;
 # it finds data sets by name, so the catalogue, which needs no other module, stands above it.
 STREET = (
-    "catalog data selection quant_lora train generate judge local analysis judges recipe "
-    "experiment cli"
+    "catalog data selection quant_lora train generate judge local analysis recipe experiment cli"
 ).split()
 # The wings: a folder of modules, and what these may import beside each other.
 WINGS = {
@@ -25,7 +24,7 @@ WINGS = {
     "evidence": "core data selection",
     "report": "core evidence analysis judge",
     "commands": "core catalog data",  # each command loads the step it runs: see LOADED
-    "extras": "core data quant_lora model train",
+    "extras": "core data quant_lora model train selection endpoint judge local recipe",  # dry_run
     "scale": "core data endpoint model quant_lora generate judge selection",  # what it spreads
 }
 # What the main street takes from the wings.
@@ -40,7 +39,7 @@ LOADED = {
 }
 # Without torch: all of these folders and modules.
 LIGHT = (
-    "core endpoint evidence report commands catalog data selection generate judge analysis judges "
+    "core endpoint evidence report commands catalog data selection generate judge analysis "
     "cli extras.doctor extras.hub extras.benchmark_tables extras.verify"
 ).split()
 

@@ -256,7 +256,7 @@ def add_result(
     if (kept := _RESULT.get()) is not None:
         kept.update(fields)
 
-
+# %% ../../nbs/commands/options.ipynb #7f1e9949
 def as_json(
     command: str,  # the sub-command's name
     carry_out: Callable[[], None],  # the sub-command, with its options

@@ -121,7 +121,7 @@ def settings(
     made.__init__ = __init__  # type: ignore[method-assign]
     return made
 
-
+# %% ../../nbs/core/files.ipynb #ee3bc04e
 def build(
     cls: type[T],  # a class of settings
     values: Mapping[str, Any],  # its fields, from YAML say
@@ -230,7 +230,7 @@ def unwritable(
     inner = [*value, *value.values()] if isinstance(value, Mapping) else value
     return next((found for x in inner if (found := unwritable(x, depth - 1))), None)
 
-
+# %% ../../nbs/core/files.ipynb #824572c3
 def _encodes(text: str) -> bool:
     try:
         text.encode()

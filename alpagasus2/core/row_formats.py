@@ -125,7 +125,7 @@ def _oasst(row: Row) -> dict[str, Any]:
     kept = _without(row, "prompt", "message_tree_id")
     return {"id": row.get("message_tree_id"), **kept, "messages": thread}
 
-
+# %% ../../nbs/core/row_formats.ipynb #1ea4a3e0
 def _nodes(messages: Iterable[Any], source: str) -> dict[str, dict[str, Any]]:
     "The messages of a table by their ids, each with a list for its replies."
     nodes = {}
@@ -184,7 +184,7 @@ def _pair(row: Row, question: str, answer: str) -> dict[str, Any]:
     rest = _without(row, question, answer, "context", *names)
     return {**rest, "instruction": asked, "input": given, "output": told}
 
-
+# %% ../../nbs/core/row_formats.ipynb #4802892e
 def _answered(question: str, *answers: str) -> tuple[Callable, Callable]:
     "Whether a row has this question and one of these answers, and what it is in our fields."
 
@@ -207,7 +207,7 @@ def _chosen(row: Row) -> dict[str, Any]:
         raise UserError("has a chosen answer, but no `prompt`; name it with --columns")
     return _pair({**rest, "chosen": good}, asked, "chosen")
 
-
+# %% ../../nbs/core/row_formats.ipynb #0200ea7e
 def is_preference(
     row: Row,  # as a file has it
 ) -> bool:
@@ -276,7 +276,7 @@ def parse_columns(
         found[ours] = theirs
     return found
 
-
+# %% ../../nbs/core/row_formats.ipynb #318d111e
 def renamed(
     row: Any,  # as a file has it
     columns: Mapping[str, str],  # of `parse_columns`
@@ -319,7 +319,7 @@ def _wizardlm(row: Row) -> dict[str, Any]:
     known = {"id": f"wizardlm_{row['idx']}", "category": row.get("Skill")}
     return {"test_set": "wizardlm", "instruction": row["Instruction"], **known}
 
-
+# %% ../../nbs/core/row_formats.ipynb #7f174487
 def _turns_of(row: Row) -> dict[str, Any]:
     known = _without(row, "question_id", "turns", "cluster", "reference")
     reference = _first_text(row.get("reference"))

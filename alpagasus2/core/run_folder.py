@@ -151,7 +151,7 @@ def read_manifest(
         raise UserError(f"{path}: it does not describe outputs by name; {_WITHOUT}")
     return found
 
-
+# %% ../../nbs/core/run_folder.ipynb #9a8b7927
 def manifest_entry(
     output: str | Path,  # a file or folder that a step writes
 ) -> dict:  # {} when nothing is said of it

@@ -55,7 +55,7 @@ def _other_lines(path: Path) -> tuple[int, bytes]:
                 size += len(line)
     return first, b"".join(found)[: 1 << 18]
 
-
+# %% ../../nbs/core/tables.ipynb #703e3054
 def _fitting(sample: bytes) -> list[str]:
     "One encoding for each text that the bytes may well be, the best first."
     from charset_normalizer import from_bytes
@@ -167,7 +167,7 @@ def _listed(window: _Window) -> Iterator[Any]:
     if window.next():
         raise window.error("Extra data")
 
-
+# %% ../../nbs/core/tables.ipynb #4f265e67
 def _values(path: Path) -> Iterator[Any]:
     "The values of a list, or one behind the other."
     with _text(path, "\n") as f:
@@ -246,7 +246,7 @@ def _parquet(path: Path) -> Iterator[dict]:
 
     return _arrow(path, lambda: pyarrow.parquet.ParquetFile(path).iter_batches())
 
-
+# %% ../../nbs/core/tables.ipynb #09589a63
 def _saved(folder: Path, split: str) -> Iterator[dict]:
     "The rows of a folder that `save_to_disk` wrote."
     if (folder / "dataset_dict.json").is_file():
@@ -281,7 +281,7 @@ def ending_of(
     endings = endings[:-1] if endings[-1:] == [".gz"] else endings
     return endings[-1] if endings and endings[-1] in READERS else ""
 
-
+# %% ../../nbs/core/tables.ipynb #46c41c90
 def records(
     path: str | Path,  # a file, or a folder of `save_to_disk`
     split: str = "train",  # of a folder with several

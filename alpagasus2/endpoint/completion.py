@@ -66,7 +66,7 @@ def _count(value: Any) -> int:
         return 0
     return int(number) if isfinite(number) and 0 <= number < _MOST else 0
 
-
+# %% ../../nbs/endpoint/completion.ipynb #3f95f76a
 def read_usage(
     used: Any,  # the field `usage` of an answer
 ) -> dict[

@@ -133,7 +133,7 @@ def _counted(pair: PairStatistics) -> str:
     clusters = pair.get("clusters")
     return f"{pair['n']} prompts" + (f" in {clusters} clusters" if clusters else "")
 
-
+# %% ../../nbs/evidence/claim.ipynb #0d4de753
 def _finding(
     pair: PairStatistics, verdict: str, margin: float | None, equivalence: bool = False
 ) -> str:
@@ -174,7 +174,7 @@ def _noise_sentence(pair: PairStatistics) -> str:
     pooled = " pooled over the pairs of arms" if runs == 2 else ""
     return f"The interval holds the noise between prompts and between {runs} runs{pooled}{moved}."
 
-
+# %% ../../nbs/evidence/claim.ipynb #c7d1f1f0
 def _aa_sentence(pair: PairStatistics, aa: PairStatistics | None) -> str:
     "What the A/A pair says; empty without one."
     if aa is None:
@@ -380,7 +380,7 @@ def at_every_rate(
     more = {"selectors": selectors} if selectors else {}
     return {**first, **all_must_hold(each, opening), **more}
 
-
+# %% ../../nbs/evidence/claim.ipynb #894a5898
 def at_one_rate(
     claim: Mapping[str, Any],  # from `claim` or `all_must_hold`
     rates: Sequence[float],  # the learning rates of the comparison that it is a part of; []: none
@@ -405,7 +405,7 @@ def after_holm(
     return {name: _after_holm(found, p_values[name], corrected[name], len(claims))
             for name, found in claims.items()}  # fmt: skip
 
-
+# %% ../../nbs/evidence/claim.ipynb #cf870f3a
 def _after_holm(
     found: Mapping[str, Any], p: float | None, corrected: float | None, n: int
 ) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def home_of(
     "The folder that holds the rows of the arms and their ratings."
     return Path(folder).parent.parent if claim.get("rates") else Path(folder)
 
-
+# %% ../../nbs/evidence/doubts.ipynb #565a2110
 def rows_of_arms(
     folder: str | Path,  # of a run
     claim: Mapping[str, Any],  # from `read_claim`

@@ -149,7 +149,7 @@ def run_part(
         variance, df = max(variance, pooled.variance), pooled.df
     return float(t.isf(error / 2, df) * sqrt(variance / parts.runs))
 
-
+# %% ../../nbs/evidence/intervals.ipynb #f9a28cc4
 def half_width(
     parts: VarianceParts,
     pooled: RunNoise | None = None,  # used for two runs

@@ -102,7 +102,7 @@ def _were_drawn(prompts: pd.DataFrame, labels: Sequence[Mapping], models: set[An
     frame = set(zip(of_pair["test_set"], of_pair["id"], strict=True))
     return is_random_sample(frame, done, skipped, seed)
 
-
+# %% ../../nbs/evidence/labels.ipynb #7ee2e3f8
 def label_statistics(prompts: pd.DataFrame, labels: Sequence[Mapping]) -> list[dict[str, Any]]:
     "An entry for each pair of models that has a label; `UserError` when no label fits."
     judged = prompts.dropna(subset="outcome").set_index([*PAIR, "replicate"])

@@ -95,7 +95,7 @@ def _copies(scores: pd.DataFrame, model: str) -> str:  # [items, runs]
             return f"runs {one} and {other} of {model} have the same score on every item"
     return ""
 
-
+# %% ../../nbs/evidence/paired.ipynb #ddba1368
 def _wide(rows: pd.DataFrame) -> pd.DataFrame:
     "[items, (model, run)], the items by test set and name."
     cells = rows.set_index(["test_set", "item", "model", "run"])["score"]
@@ -233,7 +233,7 @@ def _corrected(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
             entry["verdict"] = "within noise"
     return entries
 
-
+# %% ../../nbs/evidence/paired.ipynb #0046e7e4
 def compare(
     scores: Scores,
     model_a: str | None = None,  # held against every other model; None: all pairs
@@ -270,7 +270,7 @@ def _sentence(e: Mapping[str, Any], margin: float | None) -> str:
         said += f"; {e['detectable_effect']:.2g} would be found with 80% power"
     return f"{said}."
 
-
+# %% ../../nbs/evidence/paired.ipynb #79d9b33d
 def _noise_sentence(entries: Sequence[Mapping[str, Any]]) -> str:
     "What the intervals leave out; empty where they hold the noise between runs."
     if all(e["holds_run_noise"] for e in entries):
@@ -328,7 +328,7 @@ def unequal_items(
                             f"{test_set}, {metric}: {named}.")  # fmt: skip
     return told
 
-
+# %% ../../nbs/evidence/paired.ipynb #cacb151e
 def _left_out(found: Sequence[Mapping[str, Any]]) -> list[str]:
     "Runs that no comparison holds, each pair once."
     return [*dict.fromkeys(
@@ -337,7 +337,7 @@ def _left_out(found: Sequence[Mapping[str, Any]]) -> list[str]:
         for e in found if e["left_out_runs"]
     )]  # fmt: skip
 
-
+# %% ../../nbs/evidence/paired.ipynb #ca3495ac
 def score_results(
     scores: Scores,
     model_a: str | None = None,  # held against every other model; None: the first of two by name

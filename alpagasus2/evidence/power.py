@@ -37,13 +37,15 @@ class Design:
     repeated: float = 1.0  # share of the prompts' variance that another run repeats, in [0, 1]
     controls: int = 1  # arms that model_a must all beat
     rates: int = 1  # learning rates at which it must
+    selectors: int = 1  # arms with a claim each, under Holm's correction
 
     def __post_init__(self) -> None:
         "Refuse what is no experiment."
         if self.prompts < 2 or self.runs < 1:
             raise UserError(f"{self.prompts} prompts and {self.runs} runs; 2 and 1 are the least")
-        if self.controls < 1 or self.rates < 1:
-            raise UserError(f"controls={self.controls}, rates={self.rates}: one is the least")
+        for name in ("controls", "rates", "selectors"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: one is the least")
         if not (0 <= self.prompt_sd <= 0.5 and 0 <= self.spread < np.inf):
             raise UserError(f"prompt_sd={self.prompt_sd}, spread={self.spread}: at most .5; from 0")
 
@@ -83,7 +85,7 @@ def _between_runs(design: Design, rng: np.random.Generator) -> np.ndarray:  # [2
         drawn[0] = (moved**2).mean(axis=2)
     return drawn
 
-
+# %% ../../nbs/evidence/power.ipynb #0a569f59
 def _experiments(
     design: Design, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:  # [DRAWS, comparisons] each: half the width, error
@@ -92,11 +94,12 @@ def _experiments(
     size, variance, run = design.rates * design.controls, design.prompt_sd**2, design.spread**2
     whole, rest = design.repeated * variance, (1 - design.repeated) * variance
     between = (runs * whole + rest) * rng.chisquare(n - 1, (DRAWS, size)) + runs / 2  # made-up ones
-    squared = t.isf(0.025, n + 1) ** 2 * between / (n + 1)
+    tail = 0.025 / design.selectors
+    squared = t.isf(tail, n + 1) ** 2 * between / (n + 1)
     if runs > 1:
         seen, left = _between_runs(design, rng)
         seen, left = (n * run + rest) * seen, rest * left
-        squared += t.isf(0.025, runs - 1) ** 2 * np.maximum(seen - left, 0)
+        squared += t.isf(tail, runs - 1) ** 2 * np.maximum(seen - left, 0)
     prompts, moved = whole / n + rest / (n * runs), run / runs
     error = np.sqrt(prompts + moved) * _normals(design, rng, 1, _common(moved, prompts))[..., 0]
     return np.sqrt(squared / ((n + 2) * runs)) * (n + 2) / n, error
@@ -161,7 +164,7 @@ def spread_bound(
         variance = max(parts.run_variance, pooled.variance) * pooled.df / chi2.ppf(0.3, pooled.df)
     return float(np.sqrt(variance))
 
-
+# %% ../../nbs/evidence/power.ipynb #1e97a3bb
 def detectable_effect(
     parts: VarianceParts,  # of a table of shares
     pooled: RunNoise | None = None,  # used for two runs
@@ -207,9 +210,9 @@ class Prices:
                 raise UserError(f"{name}={price}: a price or a time is 0 or more")
 
 
-def _costs(prompts: int, runs: int, arms: int, prices: Prices) -> dict[str, Any]:
-    "Verdicts, trainings, hours and dollars; model_a is compared with every other arm."
-    verdicts, trainings = 2 * prompts * runs * (arms - 1), arms * runs
+def _costs(prompts: int, runs: int, arms: int, prices: Prices, further: int = 0) -> dict[str, Any]:
+    "Verdicts, trainings, hours and dollars; model_a is compared with base and every other arm."
+    verdicts, trainings = 2 * prompts * runs * (arms + further), arms * runs
     hours = None if prices.training_hours is None else trainings * prices.training_hours
     machine = None if hours is None or prices.hour is None else hours * prices.hour
     judge = None if prices.verdict is None else verdicts * prices.verdict
@@ -236,6 +239,7 @@ def plan(
     controls: int = 1,  # of the arms, those that model_a must all beat
     rates: int = 1,  # learning rates at which all is done, and must come out
     equivalence: bool = False,  # whether to show that equal arms are within `effect`
+    selectors: int = 1,  # of the arms, those with a claim each
 ) -> list[dict[str, Any]]:  # prompts, runs, power, detectable, labels; verdicts, trainings, ...
     "What each size of experiment finds and costs; `labels` of a person show the effect, too."
     if not 0 < effect < 0.5:
@@ -246,16 +250,21 @@ def plan(
         raise UserError(
             f"ties={ties}: with an effect of {effect:g} they are between 0 and {1 - 2 * effect:g}"
         )
-    if arms < 1 + max(controls, 1):
-        raise UserError(f"arms={arms}: model_a and its controls ({controls}) are more")
+    if arms < max(selectors, 1) + max(controls, 1):
+        raise UserError(f"arms={arms}: {selectors} with a claim and {controls} controls are more")
     sd, runs, rows = prompt_sd(ties), list(runs), []
+    further = (selectors - 1) * controls  # pairs of the other selectors
     for n in prompts:
         for r in runs:
-            design = Design(n, r, sd, spread * sd, controls=controls, rates=rates)
+            design = Design(
+                n, r, sd, spread * sd, controls=controls, rates=rates, selectors=selectors
+            )
             found = _promised(design, effect, equivalence) if r > 2 else (None, None)
             shown = dict(zip(("power", "detectable"), found, strict=True))
             shown["labels"] = labels_needed(n, effect, sd) if r > 2 and not equivalence else None
-            rows.append({"prompts": n, "runs": r, **shown, **_costs(n, rates * r, arms, prices)})
+            rows.append(
+                {"prompts": n, "runs": r, **shown, **_costs(n, rates * r, arms, prices, further)}
+            )
     return rows
 
 # %% ../../nbs/evidence/power.ipynb #1552f33d

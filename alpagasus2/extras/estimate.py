@@ -294,7 +294,7 @@ def _this_gpu() -> Device:
     step = STEPS["cuda" if torch.cuda.get_device_capability(0) >= (8, 0) else "older cuda"]
     return Device(memory, flops, compute_dtype("cuda").itemsize, step)
 
-
+# %% ../../nbs/extras/estimate.ipynb #3a4d707e
 def find_device(
     name: str | None = None,  # cpu, or one of DEVICES; None: this machine's GPU, else its CPU
 ) -> Device:

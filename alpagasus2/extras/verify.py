@@ -148,7 +148,7 @@ def _made_again(
         text, drawn = ((p / PAGE).read_text(encoding="utf-8") for p in (page, again))
         return [*told, *differing_page(text, drawn, alike), *_new_inputs(page, entry, again)]
 
-
+# %% ../../nbs/extras/verify.ipynb #a81a6805
 def verify_page(
     page: str | Path,  # the folder of a page
     remake: Callable[[Path], None],  # makes the page again, from the raw files, in a folder

@@ -87,7 +87,7 @@ def messages_of(
     has_system = [m["role"] for m in messages[:2]] == ["system", "user"]
     return _merged(messages) if merge_system and has_system else messages
 
-
+# %% ../../nbs/model/chat.ipynb #bb497bc4
 def _turns(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     answer = [{"role": "assistant", "content": row["output"]}] if "output" in row else []
     if "messages" in row:

@@ -127,7 +127,7 @@ def _narrow(part: Any) -> None:
             if isinstance(vars(owner).get(name), int):
                 setattr(owner, name, WINDOW)
 
-
+# %% ../../nbs/model/check.ipynb #ce4f45f9
 def _in_fp32(part: Any) -> None:
     "Dequantise and widen, in place; the model's own method refuses a quantised one."
     for parent in list(part.modules()):
@@ -347,7 +347,7 @@ def check(
         "training would minimise another one; choose another base, or --trainer trl"
     )
 
-
+# %% ../../nbs/model/check.ipynb #fba2e815
 def _why(found: Check | Exception) -> str:
     "Why a way was not taken."
     if isinstance(found, Exception):
@@ -366,7 +366,7 @@ def _sample(p: torch.Tensor) -> bytes:
         flat[:: max(1, len(flat) // 64)][:64].contiguous().cpu().view(torch.uint8).numpy().tobytes()
     )
 
-
+# %% ../../nbs/model/check.ipynb #c5cd30e3
 def _key(
     lm: Any,  # a causal LM without an adapter's wrapper
 ) -> str:

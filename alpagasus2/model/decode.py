@@ -305,7 +305,7 @@ def _may_refill(lm: Any) -> bool:
     )
     return kinds <= {"full_attention", "sliding_attention"} and not own_windows
 
-
+# %% ../../nbs/model/decode.ipynb #6d951d8e
 def _may_record(lm: Any) -> bool:
     "Whether one mask serves all layers, on a device that records."
     config = _config(lm)
@@ -374,7 +374,7 @@ def _token_bytes(config: Any, dtype: torch.dtype) -> int:
     "Of the keys and values of one token in all layers."
     return 2 * sum(map(_width, _layers(config))) * dtype.itemsize
 
-
+# %% ../../nbs/model/decode.ipynb #db240c63
 def cache_budget(
     model: Any,  # a causal LM, where it will run
 ) -> int:  # tokens, at least 1 and at most MOST_TOKENS
@@ -394,7 +394,7 @@ def fits_unpacked(
     "Whether a tenth of the free memory stays, while the weights are dequantised and afterwards."
     return max(1.3 * weights, weights + 2 * LEAST_TOKENS * token) <= 0.9 * free
 
-
+# %% ../../nbs/model/decode.ipynb #950895b3
 def for_answers(
     base_model: str | Path,  # a local folder, a hub id, or smollm2-135m
     config: QuantLoraConfig,  # `unpacked`: None decides here

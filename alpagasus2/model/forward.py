@@ -206,7 +206,7 @@ def output_head(
 
     return head
 
-
+# %% ../../nbs/model/forward.ipynb #0af10402
 def token_losses(
     lm: Any,  # a causal LM without an adapter's wrapper
     hidden: torch.Tensor,  # (n, width) last hidden states
@@ -286,7 +286,7 @@ def attends_by_ours(
 def _is_open(lm: Any) -> bool:
     return lm.config.get_text_config()._attn_implementation == ROWS
 
-
+# %% ../../nbs/model/forward.ipynb #c4a5ba18
 @contextmanager
 def packed_attention(
     model: Any,  # a causal LM, with or without adapters
@@ -384,7 +384,7 @@ def own_logits(
     flat = [r * width + i for r, at in enumerate(places) for i in at]
     return taken(logits.flatten(0, 1), torch.tensor(flat, dtype=torch.long, device=lm.device))
 
-
+# %% ../../nbs/model/forward.ipynb #c4315b48
 def logits_at(
     model: Any,  # a causal LM, with or without adapters
     batch: Sequence[Encoded],  # rows of one micro-batch; of a pack, sorted by `ids`

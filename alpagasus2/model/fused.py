@@ -68,7 +68,7 @@ def _rotating(lm: Any) -> list[Any]:
         and _same(getattr(m, "rotate_half", None), llama.rotate_half)
     ]
 
-
+# %% ../../nbs/model/fused.ipynb #0377d20c
 def _rotary(liger: Any, device: torch.device, usual: Callable) -> Callable:
     "Liger's function on a device, the usual one elsewhere."
 
@@ -124,7 +124,7 @@ def _put(stack: ExitStack, owner: dict[str, Any], name: str, value: Callable) ->
     stack.callback(lambda: owner.update({name: before[0]}) if before else owner.pop(name))
     owner[name] = value
 
-
+# %% ../../nbs/model/fused.ipynb #f7459e48
 @contextmanager
 def fused(
     lm: Any,  # a causal LM without an adapter's wrapper

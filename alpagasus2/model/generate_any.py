@@ -113,7 +113,7 @@ def _plain_logits(lm: Any, prompts: Tokens, answers: Tokens) -> list[torch.Tenso
         found.append(lm(input_ids=ids, use_cache=False).logits[0, len(p) - 1 :].float())
     return found
 
-
+# %% ../../nbs/model/generate_any.ipynb #34e60f8a
 def _logits(way: Way, lm: Any, prompts: Tokens, answers: Tokens) -> list[torch.Tensor]:
     "The same, as a way to decode shows them to its `choose`."
     seen = defaultdict[int, list[torch.Tensor]](list)
@@ -163,7 +163,7 @@ def _said(lm: Any) -> Iterator[None]:
             "model, with vLLM say, and give its address as base_url"
         ) from e
 
-
+# %% ../../nbs/model/generate_any.ipynb #bd72502d
 def fitting(
     lm: Any,  # a causal LM in evaluation mode, without an adapter's wrapper
     ways: Mapping[str, Way],  # by name, the fastest first; the last is right if it runs

@@ -42,7 +42,7 @@ def _targets(pack: Sequence[Encoded], lengths: Sequence[int], n: int) -> tuple[l
         start += length
     return tokens, weights
 
-
+# %% ../../nbs/model/gradients.ipynb #4e25baf3
 def micro_batch(
     rows: Sequence[Encoded],  # of one micro-batch, sorted by `ids`
     device: torch.device,  # where the model is

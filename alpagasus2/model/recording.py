@@ -38,7 +38,7 @@ def _go_on(stream: Any, graph: Any) -> None:
     fresh = torch.Generator(device="cuda").manual_seed(usual.initial_seed())
     usual.graphsafe_set_state(fresh)
 
-
+# %% ../../nbs/model/recording.ipynb #bc9b053c
 def cuda_graph(
     step: Step,  # must not wait for the device, nor decide by what is on it
     inputs: dict[str, torch.Tensor],  # later steps write theirs here

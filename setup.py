@@ -37,6 +37,7 @@ setup(
         lib: ["py.typed"],
         f"{lib}.report": ["*.html", "*.css", "*.js"],
         f"{lib}.extras": ["card.md"],
+        f"{lib}.scale": ["fsdp.yaml"],
         f"{lib}._dataset": ["*"],
     },
     install_requires=cfg["requirements"].split(),

@@ -218,6 +218,29 @@ def _record_selection(
         sha256=file_sha256(output), licence=origin["licence"], page=origin["page"],
     )  # fmt: skip
 
+# %% ../nbs/07_cli.ipynb #193f1a9e
+def _select_in_blocks(
+    data: str, output: str, scores: str | None, dimension: str | None, rules: Mapping[str, Any],
+    seed: int, how: Sequence[Any], held: Mapping[str, Any],
+) -> None:  # fmt: skip
+    "Keep rows that are not held."
+    from alpagasus2.scale.rows import select_stream, stream_rows
+
+    if wrong := [name for name, given in held.items() if given]:
+        raise UserError(f"{wrong[0]} compares rows, which are not held with --engine ray; leave "
+                        "one of the two out")  # fmt: skip
+    given = {name: value for name, value in rules.items() if value is not None}
+    if len(given) != 1:
+        raise UserError(f"give exactly one of {', '.join(rules)}; got {', '.join(given) or 'none'}")
+    ((rule, value),) = given.items()
+    found = select_stream(stream_rows(data, *how), output, scores, dimension, rule, value, seed)
+    n, kept, unscored = found
+    read = {"columns": how[0], "preferred": how[1] or None, "seed": seed}
+    _record_selection(output, data, n, {**given, **read}, kept)
+    add_result(output=output, rows=n, kept=kept, report=None)
+    missing = f"; {unscored:,} had no score" if scores else ""
+    print(f"{output}: kept {kept:,} of {n:,} rows{missing}")
+
 # %% ../nbs/07_cli.ipynb #829fc35b
 def select(
     data: str,  # the rows: a file, a catalogued name or a hub id
@@ -242,11 +265,20 @@ def select(
     cutoff_len: int | None = None,  # tokens of that training; default: 256
     template: Template = "alpaca",  # of that training: alpaca or chat
     keep_cut: bool = False,  # leave out only those without room for any of the answer
+    engine: Literal["ray"] | None = None,  # ray: rows are read in blocks, and not held
 ) -> None:
     "Keep some rows by exactly one rule."
     from alpagasus2.selection import load_scores
     from alpagasus2.selection import select as select_rows
 
+    if engine:
+        rules = {"threshold": threshold, "top_k": top_k, "quantile": quantile,
+                 "random_k": random_k, "longest_k": longest_k}  # fmt: skip
+        held = {"--drop_near_duplicates": drop_near_duplicates, "--quota": quota,
+                "--report": report, "--base_model": base_model, "--compare": compare,
+                "--questions": questions, "--other_scores": other_scores}  # fmt: skip
+        how = columns, preferred
+        return _select_in_blocks(data, output, scores, dimension, rules, seed, how, held)
     rows, problems = rows_of(data, columns, preferred)
     _check_page_options(report, scores, other_scores, questions, compare)
     others = _others_rows(compare or [], output)
@@ -699,7 +731,9 @@ def plan(
         print(output)
 
 # %% ../nbs/07_cli.ipynb #a026340b
-def _run(recipe: Any, output_dir: str, dry_run: bool) -> Any:  # what was found, if it ran
+def _run(  # what was found, if it ran
+    recipe: Any, output_dir: str, dry_run: bool, workers: int = 1
+) -> Any:
     from alpagasus2.experiment import run_recipe, summary_lines
     from alpagasus2.extras.dry_run import plan_table, refusals
     from alpagasus2.recipe import plan_of
@@ -710,7 +744,9 @@ def _run(recipe: Any, output_dir: str, dry_run: bool) -> Any:  # what was found,
             raise UserError(f"{len(found)} things would stop this run: {'; '.join(found)}")
         print("\n".join(plan_table(recipe)))
         return None
-    results = run_recipe(recipe, output_dir)
+    if workers < 1:
+        raise UserError(f"--workers {workers}: a number above 0 is wanted")
+    results = run_recipe(recipe, output_dir, workers=workers)
     page = Path(output_dir) / "report" / "index.html"
     losses = {k: results.get(k) for k in ("heldout", "heldout_own")}
     add_result(page=str(page), claim=results["claim"], **losses)
@@ -723,6 +759,7 @@ def run(
     recipe: str,  # a YAML file
     output_dir: str | None = None,  # default: runs/ and the recipe's name
     limit: int | None = None,  # only the first so many rows and questions
+    workers: int = 1,  # trainings at once, each with a GPU or its share of the cores
     dry_run: bool = False,  # check the recipe, and say what would be done
 ) -> None:
     "Carry out a controlled comparison on your data, model and judge; run again to resume."
@@ -730,13 +767,14 @@ def run(
 
     loaded = load_recipe(recipe)
     loaded.limit = limit if limit is not None else loaded.limit
-    _run(loaded, output_dir or f"runs/{Path(recipe).stem}", dry_run)
+    _run(loaded, output_dir or f"runs/{Path(recipe).stem}", dry_run, workers)
 
 # %% ../nbs/07_cli.ipynb #27afff97
 def quickstart(
     data: str = "sample",  # rows of your own: a file, a catalogued name or a hub id
     output_dir: str | None = None,  # default: runs/quickstart, or runs/ and the file's name
     seed: int = 0,  # of the draws and trainings
+    workers: int = 1,  # trainings at once, each with a GPU or its share of the cores
 ) -> None:
     "The whole loop offline on a CPU, with a real 135M model; also on rows of your own."
     from alpagasus2.experiment import lessons, quickstart_recipe, write_recipe
@@ -744,7 +782,7 @@ def quickstart(
     mine = data != "sample"
     folder = output_dir or f"runs/{Path(data).stem if mine else 'quickstart'}"
     recipe = quickstart_recipe(data, seed)
-    results = _run(recipe, folder, False)
+    results = _run(recipe, folder, False, workers)
     print(*lessons(results), sep="\n")
     if not mine:
         print("Next, on a file of your own:\nalpagasus2 quickstart --data rows.json")
@@ -760,15 +798,21 @@ COMMANDS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "plan": (plan, ()),
     "fetch": (fetch, ()),
     "check": (check, ()),
-    "rate": (rate, ("judge.JudgeConfig", "endpoint.client.EndpointConfig")),
+    "rate": (rate, ("judge.JudgeConfig", "endpoint.client.EndpointConfig", "scale.engine.Spread")),
     "select": (select, ()),
     "preview": (preview, ("train.TrainConfig",)),
     "estimate": (estimate, ("train.TrainConfig", "quant_lora.QuantLoraConfig")),
     "train": (train, ("train.TrainConfig", "quant_lora.QuantLoraConfig")),
     "merge": (merge, ()),
-    "generate": (generate, ("generate.GenerateConfig", "endpoint.client.EndpointConfig")),
+    "generate": (
+        generate,
+        ("generate.GenerateConfig", "endpoint.client.EndpointConfig", "scale.engine.Spread"),
+    ),
     "leaderboard": (leaderboard, ("extras.leaderboard.LeaderboardConfig",)),
-    "judge": (judge, ("judge.JudgeConfig", "endpoint.client.EndpointConfig")),
+    "judge": (
+        judge,
+        ("judge.JudgeConfig", "endpoint.client.EndpointConfig", "scale.engine.Spread"),
+    ),
     "report": (report, ()),
     "verify": (verify, ()),
     "doctor": (doctor, ()),

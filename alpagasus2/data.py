@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALPACA_INPUT', 'ALPACA_NO_INPUT', 'Template', 'AnyTemplate', 'iter_rows', 'read_rows', 'Message', 'Asked', 'Example',
            'Question', 'Problem', 'row_id', 'message_text', 'Examined', 'check_rows', 'grouped', 'dropped', 'examine',
-           'load_examples', 'question_of', 'response_of', 'before_response', 'prompt', 'ChatTemplate', 'template_of',
-           'template_settings', 'last_turn', 'asked_of', 'load_questions', 'load_test_sets']
+           'refusal', 'load_examples', 'question_of', 'response_of', 'before_response', 'prompt', 'ChatTemplate',
+           'template_of', 'template_settings', 'last_turn', 'asked_of', 'load_questions', 'load_test_sets']
 
 # %% ../nbs/00_data.ipynb #77de68da
 import hashlib
@@ -375,7 +375,10 @@ def examine(
     return found
 
 # %% ../nbs/00_data.ipynb #5129ab0a
-def _stop(source: str | Path, stops: Sequence[Problem]) -> UserError:
+def refusal(
+    source: str | Path,  # as `load_examples` takes it
+    stops: Sequence[Problem],  # rows of it that stop the loading
+) -> UserError:
     "The sentence for rows that stop the loading."
     first, more = stops[0], len(stops) - 1
     others = f" (and {more:,} more)" if more else ""
@@ -395,7 +398,7 @@ def load_examples(
     "Read and check rows; raises `UserError` at the first malformed row or when none is left."
     found = examine(source, split, columns, preferred)
     if stops := [p for p in found.problems if p.stops]:
-        raise _stop(source, stops)
+        raise refusal(source, stops)
     if not found.rows:
         raise UserError(f"{source}: no row is left; {dropped(found.problems)}")
     return found.rows, found.problems

@@ -159,8 +159,10 @@ class Run:
         output_dir: str | Path,  # where everything goes
         progress: bool = True,  # show bars
         rates: Sequence[float] = (),  # learning rates that it is one of
+        workers: int = 1,  # trainings at once
     ):
         self.recipe, self.dir, self.progress = recipe, Path(output_dir), progress
+        self.workers = workers
         self.tokens: dict[str, tuple[int, int]] = {}  # of the pool's rows, from `_token_counts`
         self.own: dict[str, list[Example]] = {}  # rows that fit, by the file of an arm
         self.arms = recipe.arms | recipe.size_arms
@@ -503,6 +505,8 @@ def train_arms(
 ) -> None:
     "Train one adapter for every arm, size and replicate into adapters/."
     arms = stages(run)[0] if arms is None else arms
+    if run.workers > 1:
+        _train_at_once(run, selected, arms)
     for replicate, name in product(range(run.recipe.replicates), arms):
         part, output = run.recipe.part(name, replicate), run.adapter(name, replicate)
         if not run_folder.is_complete(output):
@@ -515,6 +519,22 @@ def train_arms(
     _check_runs_differ(run, arms)
 
 # %% ../nbs/06a_experiment.ipynb #84a074be
+def _train_at_once(run: Run, selected: Mapping[str, list], arms: Sequence[str]) -> None:
+    "What is not trained yet, several at a time; they do not depend on each other."
+    from alpagasus2.scale.arms import Training, train_apart
+
+    parts = [(run.recipe.part(a, r), r) for r, a in product(range(run.recipe.replicates), arms)]
+    todo = [
+        Training(part, run.recipe.base_model, selected[part], output, run.recipe.training(r))
+        for part, r in parts
+        if not run_folder.is_complete(output := run.dir / "adapters" / part)
+    ]
+    if todo:
+        run.say(f"Training {', '.join(t.name for t in todo)}: {run.workers} at a time")
+        run.models.release()
+        train_apart(todo, run.workers, run.progress)
+
+
 def _check_trained(run: Run, part: str, chosen: int) -> None:
     "Arms are comparable only at the rows and steps that the claim fixed for so many chosen rows."
     result = read_json(run.dir / "adapters" / part / "train_result.json")
@@ -897,7 +917,7 @@ def run_rate(
     recipe = run.recipe
     folder = run.dir / "rates" / f"{rate:g}"
     run.models.release()
-    other = Run(at_rate(recipe, rate), folder, run.progress, recipe.rates)
+    other = Run(at_rate(recipe, rate), folder, run.progress, recipe.rates, run.workers)
     run.say(f"Learning rate {rate:g}, in {folder}")
     train_arms(other, selected, list(other.arms))
     generate_and_measure(other)
@@ -1022,9 +1042,10 @@ def run_recipe(
     recipe: Recipe,  # what to do
     output_dir: str | Path,  # where; a folder with part of this run is continued
     progress: bool = True,  # show bars and say what happens
+    workers: int = 1,  # trainings at once, each in a process of its own
 ) -> Results:
     "Carry out a controlled comparison, or what is left of it."
-    run = Run(recipe, output_dir, progress)
+    run = Run(recipe, output_dir, progress, workers=workers)
     scores = rate_pool(run)
     selected = choose_and_train(run, scores)
     generate_and_measure(run)

@@ -54,6 +54,12 @@ class GenerateConfig:
         _ = self.form  # options without a chat template are refused before any work
 
     @property
+    def asked(self) -> dict[str, Any]:
+        "What a server is sent beside the messages."
+        return {"temperature": self.temperature, "max_tokens": self.max_new_tokens,
+                "top_p": self.top_p, "seed": self.seed}  # fmt: skip
+
+    @property
     def form(self) -> AnyTemplate:
         "The template with its settings."
         return template_of(vars(self))
@@ -179,11 +185,8 @@ def server_ask(
     tell: Callable[[str], None] = say,  # gets the estimate
 ) -> Ask:  # for `endpoint_answers`
     "What asks a server for answers."
-    return announced(
-        model, base_url, [Path(output)], limits, endpoint_requests(questions), tell,
-        temperature=config.temperature, max_tokens=config.max_new_tokens, top_p=config.top_p,
-        seed=config.seed,
-    )  # fmt: skip
+    requests = endpoint_requests(questions)
+    return announced(model, base_url, [Path(output)], limits, requests, tell, **config.asked)
 
 # %% ../nbs/03_generate.ipynb #bd307a3e
 def answer_lines(

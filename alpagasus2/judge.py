@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RATING_VERSION', 'PAIR_VERSION', 'VERDICT_VERSION', 'TAG', 'UNREAD', 'DRIFT', 'NULL_ANSWER', 'PADDING', 'JudgeConfig',
-           'RatingPrompt', 'load_prompt', 'rating_messages', 'comparison_messages', 'Plan', 'carry_out', 'endpoint_ask',
-           'Rating', 'rating_plan', 'score_counts', 'drift', 'Pair', 'Judgment', 'pair_arms', 'read_scores',
-           'missing_answers', 'comparison_plan', 'canary_pairs', 'file_name', 'judge_files', 'canaries_path']
+           'RatingPrompt', 'load_prompt', 'rating_messages', 'comparison_messages', 'to_ask_again', 'Plan',
+           'asked_since', 'carry_out', 'endpoint_ask', 'Rating', 'rating_plan', 'score_counts', 'drift', 'Pair',
+           'Judgment', 'pair_arms', 'read_scores', 'missing_answers', 'comparison_plan', 'canary_pairs', 'file_name',
+           'judge_files', 'canaries_path']
 
 # %% ../nbs/04_judge.ipynb #fe396af0
 import hashlib
@@ -211,7 +212,9 @@ def _status(reply: Reply, value: object) -> str:
 UNREAD = ("unparsed", "refused", "length")  # statuses of replies that state nothing
 
 
-def _to_ask_again(retry: bool) -> Callable[[Mapping], bool]:
+def to_ask_again(
+    retry: bool,  # also where the reply was unreadable or a refusal
+) -> Callable[[Mapping], bool]:
     "Whether a line of the file is asked for again."
     again = ("error", *UNREAD) if retry else ("error",)
     return lambda line: line["status"] in again
@@ -253,13 +256,16 @@ class Plan:
         retry: bool = False,  # also where the reply was unreadable or a refusal
     ) -> Iterator[Request]:
         "The questions that `carry_out` will ask, for an estimate."
-        find, since = finder(output), _asked_since(output, retry)
-        for line in open_lines(self.lines, find, _to_ask_again(retry)):
+        find, since = finder(output), asked_since(output, retry)
+        for line in open_lines(self.lines, find, to_ask_again(retry)):
             if "status" not in line:
                 yield self.request(line, find(line), since)
 
 
-def _asked_since(output: str | Path, retry: bool) -> str:
+def asked_since(
+    output: str | Path,  # the file that is filled
+    retry: bool,  # as in `carry_out`
+) -> str:  # a `moment`; "" where nothing is asked again
     "When the asking again began: one that was stopped goes on, so that nothing is paid for twice."
     return (manifest_entry(output).get("retry") or moment()) if retry else ""
 
@@ -294,12 +300,12 @@ def carry_out(
     progress: bool = True,  # show a bar, with the cost where there is one
 ) -> list[Any]:  # all lines of the file
     "Ask what is open, append each answer, resume where the file stops."
-    since = _asked_since(output, retry)
+    since = asked_since(output, retry)
     note = {"retry": since} if since else {}
     with resumed(output, plan.settings, plan.unit, progress, **note) as step:
         _refuse_other_answers(plan.lines, step.journal)
         _reread(plan, step.journal)
-        todo = step.todo(plan.lines, _to_ask_again(retry))
+        todo = step.todo(plan.lines, to_ask_again(retry))
         for line in (x for x in todo if "status" in x):
             step.append({**line, "review": None, "usage": {}, **plan.who})
         todo = [x for x in todo if "status" not in x]

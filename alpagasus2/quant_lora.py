@@ -210,13 +210,14 @@ def keep_trainable(
     return model
 
 # %% ../nbs/01_quant_lora.ipynb #36058aee
-def _quantization(config: QuantLoraConfig, dtype: torch.dtype) -> Any:
+def _quantization(config: QuantLoraConfig, dtype: torch.dtype, in_parts: bool = False) -> Any:
     if config.load_in_4bit:
         return transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=config.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=config.bnb_4bit_double_quant,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if in_parts else None,  # FSDP splits numbers, not bytes
         )
     return transformers.BitsAndBytesConfig(load_in_8bit=True) if config.load_in_8bit else None
 
@@ -265,13 +266,15 @@ def _say_share(base_model: str | Path, model: Any) -> None:
 def load_base(
     base_model: str | Path,  # a local folder, a hub id, or smollm2-135m
     config: QuantLoraConfig | None = None,  # how to quantise; default: NF4, double quantisation
+    in_parts: bool = False,  # it will be split over processes: it stays in the CPU's memory
 ) -> Any:  # a frozen causal LM in training mode without dropout
     "Load a base model, quantised and frozen."
     config, device = config or QuantLoraConfig(), pick_device()
+    place = "cpu" if in_parts else device
     dtype = compute_dtype(device)
     model = _pretrained(
         _auto_class(base_model), base_model, dtype=dtype, use_safetensors=True,
-        quantization_config=_quantization(config, dtype), device_map={"": device},
+        quantization_config=_quantization(config, dtype, in_parts), device_map={"": place},
     )  # fmt: skip
     model.requires_grad_(False)
     _say_share(base_model, model)
@@ -340,14 +343,19 @@ def _quick(model: Any) -> Any:
 def _weight(layer: torch.nn.Linear) -> torch.Tensor:
     "(out, in) as the layer multiplies by it."
     if isinstance(layer, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        return bnb.functional.dequantize_4bit(layer.weight.data, _state(layer))
     return layer.weight
+
+
+def _state(layer: torch.nn.Linear) -> Any:
+    "The constants of a quantised weight; of one that lies in parts the layer has them."
+    return getattr(layer.weight, "quant_state", None) or layer.quant_state
 
 
 def _type(layer: torch.nn.Linear) -> torch.dtype:
     "Of what `_weight` gives."
     packed = isinstance(layer, bnb.nn.Linear4bit)
-    return layer.weight.quant_state.dtype if packed else layer.weight.dtype
+    return _state(layer).dtype if packed else layer.weight.dtype
 
 
 def _plain(layer: Any, x: torch.Tensor) -> str | None:

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Misfit', 'TOKEN_BUDGET', 'SMALLER', 'BUDGETS', 'After', 'INDIFFERENT', 'TrainConfig', 'preset_values',
            'preset_configs', 'rate_at', 'batch_schedule', 'held_out', 'split_rows', 'encode_rows', 'misfits',
-           'misfit_line', 'LossScaling', 'training_step', 'measure_budget', 'mean_loss', 'own_loss', 'own_steps', 'fit',
-           'save_adapter', 'train']
+           'misfit_line', 'base_in_parts', 'LossScaling', 'training_step', 'measure_budget', 'mean_loss', 'own_loss',
+           'own_steps', 'fit', 'save_adapter', 'train']
 
 # %% ../nbs/02_train.ipynb #77de68da
 import math
+import os
+import platform
 import random
 import shutil
 import time
@@ -252,6 +254,11 @@ def misfit_line(
     )
 
 # %% ../nbs/02_train.ipynb #1b059461
+def base_in_parts() -> bool:
+    "Whether `accelerate launch` was given a file that splits the base over its processes."
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def _sum_over_processes(parameters: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
     "Add up gradients, in place, and the loss of all processes."
     if accelerate.PartialState().num_processes == 1:
@@ -345,6 +352,15 @@ def _add_gradient(
         scaler.scale(loss).backward()
     return loss.detach()
 
+# %% ../nbs/02_train.ipynb #0eb7fee3
+def _take_part(model: Any, batch: Sequence[Encoded], config: TrainConfig) -> None:
+    "Where another process has one more micro-batch, a base in parts needs this one for it."
+    from alpagasus2.scale.sharding import idle
+
+    cut, state = _cut(model, batch, config), accelerate.PartialState()
+    if len(cut[state.process_index :: state.num_processes]) < -(-len(cut) // state.num_processes):
+        idle(model, batch[0])
+
 # %% ../nbs/02_train.ipynb #85654cef
 def _add_gradients(
     model: Any, batch: Sequence[Encoded], config: TrainConfig, step: int,
@@ -361,7 +377,11 @@ def _add_gradients(
         try:
             total += _add_gradient(model, rows, targets, scaler, gradients)
         except torch.OutOfMemoryError:
+            if base_in_parts():  # the other processes wait for this one within a layer
+                raise UserError(f"step {step + 1}: memory ran out; lower token_budget") from None
             return total, rows
+    if base_in_parts():
+        _take_part(model, batch, config)
     return total, []
 
 # %% ../nbs/02_train.ipynb #67d19a0b
@@ -573,7 +593,7 @@ def _gradients_of(
     model: Any, batches: Sequence[Sequence[Encoded]], config: TrainConfig
 ) -> Gradients | None:
     "What records the micro-batches of these steps on a GPU, where all of them are small."
-    if model.device.type != "cuda" or not batches:
+    if model.device.type != "cuda" or not batches or base_in_parts():
         return None
     heavy = _heaviest(model, batches, config)
     largest = max(map(computed_tokens, heavy))
@@ -697,6 +717,8 @@ def _read(data_path: str | Path | list[Example]) -> tuple[list[Example], list]:
 
 def _check(output_dir: Path, config: TrainConfig) -> None:
     "Before any work, see what the device lacks, and whether the folder may be replaced."
+    if base_in_parts() and config.trainer:
+        raise UserError("trainer=trl does not split a base over processes; leave it away")
     if config.trainer and compute_dtype() == torch.float16:
         raise UserError("trainer=trl needs a GPU with bf16, from Ampere on; leave it away")
     if config.optimizer == "paged_adamw" and not torch.cuda.is_available():
@@ -764,7 +786,8 @@ def _prepared(
     base_model: str, quant_lora: QuantLoraConfig, config: TrainConfig, encoded: Sequence[Encoded]
 ) -> tuple[Any, TrainConfig]:
     "The base with a fresh adapter, and the settings with its rate and token budget."
-    model = add_lora(load_base(base_model, quant_lora), quant_lora, config.seed)
+    base = load_base(base_model, quant_lora, base_in_parts())
+    model = add_lora(base, quant_lora, config.seed)
     attend_by(model, config.attention)
     if config.trainer is None:
         checked(model, gradient=True)
@@ -774,7 +797,11 @@ def _prepared(
     config = replace(config, learning_rate=rate_at(width, config))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    ours = config.trainer is None and model.device.type == "cuda"
+    if base_in_parts():
+        from alpagasus2.scale.sharding import split  # after the check, which copies a block
+
+        split(model)
+    ours = config.trainer is None and model.device.type == "cuda" and not base_in_parts()
     if config.token_budget is None and ours:
         config = replace(config, token_budget=_measured_budget(model, encoded, config))
     return model, config
@@ -804,6 +831,7 @@ def _summary(
         "token_budget": state.get("token_budget"),  # the last
         "recordings": state.get("recordings", 0),  # of micro-batches, on a GPU
         "processes": accelerate.PartialState().num_processes,
+        "in_parts": base_in_parts(),
         "device": str(model.device),
         "compute_dtype": str(model.dtype),
         "step_seconds": log["seconds"],
@@ -827,6 +855,16 @@ def save_adapter(
     replace_folder(part, output_dir)
 
 # %% ../nbs/02_train.ipynb #5e9e71df
+def _place(model: Any) -> dict[str, Any]:
+    "Where this process trained, for the manifest."
+    cuda = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if cuda else "cpu"
+    visible = {"visible": os.environ.get("CUDA_VISIBLE_DEVICES")} if cuda else {}
+    threads, process = torch.get_num_threads(), os.getpid()
+    return {"host": platform.node(), "process": process, "device": device, "threads": threads,
+            **visible}  # fmt: skip
+
+
 def _finished(output_dir: Path, settings: Mapping[str, Any], trained_on: str) -> dict | None:
     "What a finished training of these rows measured; None where there is something to do."
     kept = manifest_entry(output_dir).get("trained_on")
@@ -876,7 +914,7 @@ def _train(
         if main:
             save_adapter(model, tokenizer, output_dir, result)
             checkpoint.path.unlink(missing_ok=True)
-        entry |= {"seconds": result["seconds"], "check": result["check"]}
+        entry |= {"seconds": result["seconds"], "check": result["check"], "ran_on": _place(model)}
     accelerate.PartialState().wait_for_everyone()  # nobody reads an adapter before it is there
     return result
 

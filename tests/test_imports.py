@@ -25,13 +25,18 @@ WINGS = {
     "report": "core evidence analysis judge",
     "commands": "core catalog data",  # each command loads the step it runs: see LOADED
     "extras": "core data quant_lora model train selection endpoint judge local recipe",  # dry_run
+    "scale": "core data endpoint model quant_lora generate judge selection",  # what it spreads
 }
 # What the main street takes from the wings.
 STEPS = "core endpoint model"  # catalog to local
 RESULTS = "core endpoint model evidence report"  # analysis to recipe
 EVERYTHING = " ".join(WINGS)  # experiment and cli
 # Loaded inside a function, when its command is run.
-LOADED = {"commands": f"{EVERYTHING} {' '.join(STREET)}"}
+LOADED = {
+    "commands": f"{EVERYTHING} {' '.join(STREET)}",
+    "scale": "local train",  # in an actor, or a process of its own
+    "train": "scale",  # where `accelerate launch` splits the base
+}
 # Without torch: all of these folders and modules.
 LIGHT = (
     "core endpoint evidence report commands catalog data selection generate judge analysis "

@@ -7,8 +7,9 @@ __all__ = ['rate', 'judge', 'generate', 'leaderboard']
 
 # %% ../../nbs/commands/ask.ipynb #684e7425
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,18 +26,22 @@ def _sorted_out(values: Mapping[str, Any], *classes: Any) -> list[Any]:
 # %% ../../nbs/commands/ask.ipynb #ed72794e
 def _ask(
     backend: str, model: str, base_url: str | None, settings: Any, limits: Any,
-    plans: Mapping[Path, Any], retry: bool, dry_run: bool, options: Any = None,
+    plans: Mapping[Path, Any], retry: bool, dry_run: bool, options: Any = None, spread: Any = None,
 ) -> Any:  # fmt: skip
     "What answers the plans' questions; None on a dry run. Host and price are named before."
     if backend == "endpoint":
         from alpagasus2.judge import endpoint_ask
 
         ask = endpoint_ask(model, base_url, settings, limits, plans, retry)
-        return None if dry_run else ask
-    prompts = sum(len(p.lines) for p in plans.values())
-    print(f"{prompts:,} prompts for {model} on this machine", file=sys.stderr)
+    else:
+        prompts = sum(len(p.lines) for p in plans.values())
+        print(f"{prompts:,} prompts for {model}", file=sys.stderr)
     if dry_run:
         return None
+    if spread and spread.engine:
+        return _spread_ask(backend, model, base_url, settings, limits, plans, options, spread)
+    if backend == "endpoint":
+        return ask
     from alpagasus2.local import Models, local_ask
 
     return local_ask(Models(model), plans.values(), options)
@@ -44,10 +49,14 @@ def _ask(
 # %% ../../nbs/commands/ask.ipynb #cefa2147
 def _say_status(output: str, lines: Sequence[Mapping]) -> None:
     "Count what became of the lines; a file of nothing but errors is a failure."
-    counts, usd = status_counts(lines), cost_of(output)["usd"]
+    _say_counts(output, status_counts(lines), cost_of(output)["usd"])
+
+
+def _say_counts(output: str, counts: Mapping[str, int], usd: float | None) -> None:
+    "The same, counted already."
     cost = f"; {dollars(usd)} spent" if usd else ""
     print(f"{output}: " + ", ".join(f"{n:,} {status}" for status, n in counts.items()) + cost)
-    if n := sum(x.get("status") == "length" for x in lines):
+    if n := counts.get("length"):
         from alpagasus2.endpoint.parameters import MORE_ROOM
 
         print(f"{n:,} replies were cut off before their answer: {MORE_ROOM}", file=sys.stderr)
@@ -66,7 +75,7 @@ def _check_all_answered(output: str, lines: Sequence[Mapping]) -> None:
                         "command asks for these again")  # fmt: skip
 
 # %% ../../nbs/commands/ask.ipynb #f89fa356
-def _say_scores(lines: Sequence[Any]) -> None:
+def _say_scores(lines: Iterable[Any]) -> None:
     "The distribution of the scores, and a warning where it tells nothing."
     from alpagasus2.judge import drift, score_counts
 
@@ -82,6 +91,7 @@ def _say_scores(lines: Sequence[Any]) -> None:
 def _rate_locally(
     rows: list, output: str, rater: str, model: str, template: Any, dry_run: bool
 ) -> None:
+    "By the signals of a model in this process."
     print(f"{len(rows):,} rows, two forward passes of {model} each", file=sys.stderr)
     if dry_run:
         return
@@ -105,6 +115,61 @@ def _check_given(beside: str, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if value:
             raise UserError(f"{name} changes nothing with {beside}; leave it out")
+
+# %% ../../nbs/commands/ask.ipynb #0804c32e
+def _asking(
+    backend: str, model: str, base_url: str | None, settings: Any, limits: Any, options: Any,
+    plan: Any, outputs: Sequence[Path], spread: Any,
+) -> Any:  # fmt: skip
+    "Who answers in every actor."
+    from alpagasus2.scale.rows import by_endpoint, by_model
+
+    if backend == "endpoint":
+        return by_endpoint(model, base_url, limits, spread.actors, outputs, **settings.asked)
+    return by_model(model, plan, options)
+
+
+def _spread_ask(
+    backend: str, model: str, base_url: str | None, settings: Any, limits: Any,
+    plans: Mapping[Path, Any], options: Any, spread: Any,
+) -> Any:  # fmt: skip
+    "What answers the plans' questions by several actors."
+    from alpagasus2.scale.rows import spread_ask
+
+    (output, plan), *_ = plans.items()
+    given = backend, model, base_url, settings, limits, options, plan, [*plans], spread
+    return spread_ask(_asking(*given), output, spread)
+
+# %% ../../nbs/commands/ask.ipynb #561a8392
+def _rate_in_blocks(
+    given: Sequence[Any], plan_of: Callable, who: Sequence[Any], output: str, retry: bool,
+    spread: Any,
+) -> None:  # fmt: skip
+    "Ask for the scores of rows that are not held."
+    from alpagasus2.core.run_folder import manifest_entry
+    from alpagasus2.data import iter_rows
+    from alpagasus2.scale.rows import rate_stream, stream_rows
+
+    asking = _asking(*[*who, plan_of([]), [Path(output)], spread])
+    counts = rate_stream(stream_rows(*given), plan_of, asking, output, spread, retry)
+    add_result(files={output: counts})
+    _say_counts(output, counts, manifest_entry(output)["cost"]["usd"])
+    _say_scores(iter_rows(output))
+    if counts.get("error"):
+        failed, all_ = counts["error"], sum(counts.values())
+        raise UserError(f"{output}: {failed:,} of {all_:,} got no answer; the others are kept, and "
+                        "the same command asks for these again")  # fmt: skip
+
+
+def _signals_in_blocks(
+    given: Sequence[Any], output: str, rater: str, model: str, template: Any, spread: Any
+) -> None:
+    "Read rows that are not held by a local model in every actor."
+    from alpagasus2.scale.rows import signal_stream, stream_rows
+
+    counts = signal_stream(model, stream_rows(*given), rater, output, template, spread)
+    add_result(files={output: counts})
+    _say_counts(output, counts, None)
 
 # %% ../../nbs/commands/ask.ipynb #fe5dbbce
 def rate(
@@ -131,20 +196,34 @@ def rate(
     "Score every row of a data set, with a judge or with a local model's likelihoods."
     from alpagasus2.endpoint.client import EndpointConfig
     from alpagasus2.judge import JudgeConfig, RatingPrompt, carry_out, load_prompt, rating_plan
+    from alpagasus2.scale.engine import Spread
 
     asking = {"--prompt": prompt, "--base_url": base_url}
     reading = {"--template": template, "--merge_system": merge_system}
     _check_given(f"--rater {rater}", reading if rater == "llm" else asking)
-    rows = rows_of(data, columns, preferred)[0][:limit]
+    settings, limits, spread = _sorted_out(config, JudgeConfig, EndpointConfig, Spread)
+    in_blocks = bool(spread.engine) and not dry_run
+    given = data, columns, preferred, limit
+    rows = [] if in_blocks else rows_of(data, columns, preferred)[0][:limit]
     if rater != "llm":
         read = {"template": template or "chat", "template_options": template_options}
         form = template_of({**read, "merge_system": merge_system})
-        _rate_locally(rows, output, rater, model or "smollm2-135m", form, dry_run)
+        reader = model or "smollm2-135m"
+        if in_blocks:
+            _signals_in_blocks(given, output, rater, reader, form, spread)
+            return
+        _rate_locally(rows, output, rater, reader, form, dry_run)
         return
     if not model:
         raise UserError("--model: name the model that rates (with --rater llm)")
-    settings, limits = _sorted_out(config, JudgeConfig, EndpointConfig)
     own = load_prompt(prompt, low, high) if prompt else RatingPrompt()
+    if in_blocks:
+        made = partial(rating_plan, config=settings, rater=model, prompt=own)
+        _rate_in_blocks(
+            given, lambda some: _with_options(made(some), backend, template_options),
+            (backend, model, base_url, settings, limits, template_options), output, retry, spread,
+        )  # fmt: skip
+        return
     plan = _with_options(rating_plan(rows, settings, model, own), backend, template_options)
     plans = {Path(output): plan}
     ask = _ask(
@@ -185,6 +264,7 @@ def judge(
         missing_answers,
         pair_arms,
     )  # fmt: skip
+    from alpagasus2.scale.engine import Spread
 
     if not model:
         raise UserError("--model: name the model that judges")
@@ -194,7 +274,7 @@ def judge(
         print(told, file=sys.stderr)
     if backend == "local":
         config["protocol"] = "verdict"
-    settings, limits = _sorted_out(config, JudgeConfig, EndpointConfig)
+    settings, limits, spread = _sorted_out(config, JudgeConfig, EndpointConfig, Spread)
     asked = {Path(output): pairs}
     if canaries and pairs:
         asked[canaries_path(output)] = canary_pairs(lines, pairs[0]["model_a"])
@@ -203,7 +283,7 @@ def judge(
         for path, todo in asked.items()
     }
     ask = _ask(
-        backend, model, base_url, settings, limits, plans, retry, dry_run, template_options
+        backend, model, base_url, settings, limits, plans, retry, dry_run, template_options, spread
     )  # fmt: skip
     judged = {str(p): carry_out(plan, ask, p, retry) for p, plan in plans.items() if ask}
     add_result(files={path: status_counts(lines) for path, lines in judged.items()})
@@ -275,9 +355,10 @@ def generate(
     from alpagasus2.endpoint.client import EndpointConfig
     from alpagasus2.generate import GenerateConfig, export_responses
     from alpagasus2.generate import generate as answer
+    from alpagasus2.scale.engine import Spread
 
     _check_source(base_model, base_url, adapters, export or [], name)
-    settings, limits = _sorted_out(config, GenerateConfig, EndpointConfig)
+    settings, limits, spread = _sorted_out(config, GenerateConfig, EndpointConfig, Spread)
     asked = load_test_sets(questions, limit)
     paths = dict(_named_path(a) for a in adapters or [])
     if name in paths:
@@ -292,7 +373,18 @@ def generate(
     if not base_url:
         from alpagasus2.local import local_arms
 
-        models = local_arms(base_model, paths, settings, load_in_4bit, name, unpacked)
+        given = base_model, paths, settings, load_in_4bit, name, unpacked
+        models = local_arms(*given)
+    if spread.engine:
+        from alpagasus2.scale.rows import by_endpoint, spread_answers, spread_backend
+
+        if base_url:
+            who = base_model, base_url, limits, spread.actors, [Path(output)]
+            asking = by_endpoint(*who, **settings.asked)
+            models = {name: spread_answers(asking, output, spread)}
+        else:
+            arms = partial(local_arms, *given)
+            models = {arm: spread_backend(arms, arm, output, spread) for arm in models}
     backend = {"base_url": base_url} if base_url else {"load_in_4bit": load_in_4bit}
     lines = answer(
         asked, models, output, settings, base_model, replicate, adapters=paths, backend=backend

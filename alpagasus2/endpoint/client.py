@@ -332,7 +332,7 @@ class Endpoint(Address):
         self,
         model: str,  # the name the server knows
         base_url: str | None = None,  # default: OPENAI_BASE_URL, else OpenAI's
-        cache: str | Path = "cache.sqlite",  # the reply cache
+        cache: str | Path | ReplyCache = "cache.sqlite",  # where replies are kept
         config: EndpointConfig | None = None,  # workers, limits, prices; default: EndpointConfig()
         spent: float = 0.0,  # US dollars spent on the same output before; counts to max_cost
         purpose: str = "",  # what the money is for: the cache keeps count of it, through kills
@@ -352,10 +352,15 @@ class Endpoint(Address):
                             "--price_out, or --prices")  # fmt: skip
         if self.config.max_cost and not self.longest:
             raise UserError("max_cost: a reply without max_tokens can cost any amount; set it")
-        self.cache = ReplyCache(cache)
+        self.cache = ReplyCache(cache) if isinstance(cache, str | Path) else cache
         self.sending.learned |= self.cache.learned(self.base_url, model)
         self.purpose, self._served = purpose, {self.sending.learned.get("served", "")} - {""}
         self.budget.spent = max(spent, self.cache.spent(purpose))
+
+    def limits(self) -> Limits:
+        "The pace of a run."
+        config = self.config
+        return Limits(config.requests_per_minute, config.tokens_per_minute, config.max_wait)
 
     @property
     def longest(self) -> int:  # 0: any number
@@ -602,8 +607,7 @@ class _Connection:
 
         self.endpoint, self.sleep, config = endpoint, pool.sleep, endpoint.config
         self.answered = endpoint.cache.means(endpoint.base_url, endpoint.model)[0] > 0
-        rates = config.requests_per_minute, config.tokens_per_minute
-        self.limits = Limits(*rates, config.max_wait)
+        self.limits = endpoint.limits()
         hooks = {"response": [_bound]}
         http = openai.DefaultAsyncHttpxClient(**endpoint.transport, event_hooks=hooks)
         own = {**endpoint.connection(), "timeout": config.timeout, "http_client": http}

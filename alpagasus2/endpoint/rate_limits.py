@@ -120,6 +120,22 @@ class Limits:
         sleep: Callable[[float], Any],  # an async sleep that can be broken off
     ) -> AsyncIterator[dict[str, str]]:  # put the answer's headers here, if there is an answer
         "Wait for a turn, in which the call is made; then note what the server says is left."
+        wait, before = self.take(tokens)
+        await sleep(wait)
+        while (wait := self.paused()) > 0:
+            await sleep(wait)  # the pause may have grown by then
+        self.begin(tokens)
+        headers: dict[str, str] = {}
+        try:
+            yield headers
+        finally:
+            self.give_back(tokens, headers, before)
+
+    def take(
+        self,
+        tokens: int,  # as in `turn`
+    ) -> tuple[float, dict[str, float]]:  # seconds to wait; what the buckets held, for `give_back`
+        "Take a turn; `Refused` where it would come too late."
         need = {"requests": 1.0, "tokens": float(tokens)}
         waits = [b.take(need[kind]) for kind, b in self._buckets.items()]
         before = {k: max(0.0, b.level) - b.shifted for k, b in self._buckets.items()}
@@ -131,17 +147,35 @@ class Limits:
         if wait >= 30 and time.monotonic() > self._told_until:
             self._told_until = time.monotonic() + wait
             say(f"the limits of requests or tokens a minute: waiting {wait:.0f} s")
-        await sleep(wait)
-        while (wait := self._resume_at - time.monotonic()) > 0:
-            await sleep(wait)  # the pause may have grown by then
-        self._out.update(need)
-        headers: dict[str, str] = {}
-        try:
-            yield headers
-        finally:
-            self._out.subtract(need)
-            for kind in need:
-                self._follow(kind, headers, before)
+        return wait, before
+
+    def begin(
+        self,
+        tokens: int,  # as in `take`
+    ) -> None:
+        "Count a call as under way, until `give_back`."
+        self._out.update({"requests": 1.0, "tokens": float(tokens)})
+
+    def give_back(
+        self,
+        tokens: int,  # as in `take`
+        headers: Mapping[str, str],  # of the answer, if there is one
+        before: Mapping[str, float],  # from `take`
+    ) -> None:
+        "The call is over: note what the server says is left."
+        need = {"requests": 1.0, "tokens": float(tokens)}
+        self._out.subtract(need)
+        for kind in need:
+            self._follow(kind, headers, before)
+
+    @property
+    def are_known(self) -> bool:
+        "Whether there is a limit to keep."
+        return bool(self._buckets)
+
+    def paused(self) -> float:  # seconds
+        "How long all calls are held back."
+        return max(0.0, self._resume_at - time.monotonic())
 
     def _follow(self, kind: str, headers: Mapping[str, str], before: Mapping[str, float]) -> None:
         "Move a bucket towards the server's, from what it held `before` the call."

@@ -577,6 +577,16 @@ def own_lines(
     "What `OWN_LOSSES` is to hold: a line for every model and held-out row; nothing of sizes."
     return _loss_lines(run, own_references(run), [*run.recipe.arms])
 
+# %% ../nbs/06a_experiment.ipynb #ca251d85
+def _with_known_base(step: run_folder.Step, wanted: Sequence[Mapping]) -> list[Any]:
+    "The lines that are still to be measured, once those of the base are copied from replicate 0."
+    todo = step.todo(wanted)
+    for line in [x for x in todo if x["model"] == "base"]:
+        if known := step.journal.get({**line, "replicate": 0}):
+            step.append({**known, "replicate": line["replicate"]})
+            todo.remove(line)
+    return todo
+
 # %% ../nbs/06a_experiment.ipynb #67f249f2
 def _measure(
     run: Run, output: Path, references: Sequence[Question], lines: Sequence[Mapping],
@@ -587,7 +597,8 @@ def _measure(
     by_id = {(q["test_set"], q["id"]): q for q in references}
     wanted = [line for line in lines if line["replicate"] == replicate]
     with run_folder.resumed(output, settings, "reference", run.progress) as step:
-        for name, group in groupby(step.todo(wanted), lambda line: line["model"]):
+        todo = _with_known_base(step, wanted) if replicate else step.todo(wanted)
+        for name, group in groupby(todo, lambda line: line["model"]):
             open_lines = list(group)
             asked = [by_id[line["test_set"], line["id"]] for line in open_lines]
             kind = "held-out rows" if output.name == OWN_LOSSES else "references"
@@ -597,6 +608,7 @@ def _measure(
                 step.entry["check"] = asdict(checked(model))
             for line, measured in zip(open_lines, found, strict=True):
                 step.append({**line, **measured})
+            step.bar.refresh()  # all of this arm, before the next one
 
 # %% ../nbs/06a_experiment.ipynb #757548d8
 def measure_heldout(
@@ -1090,13 +1102,13 @@ def quickstart_recipe(
     seed: int = 0,  # of all draws and trainings; no two share one
 ) -> Recipe:
     "The recipe of `alpagasus2 quickstart`."
-    rows = 64 if data == "sample" else _few_rows(data)
+    rows = 48 if data == "sample" else _few_rows(data)
     return Recipe(
         base_model=SMALL_MODEL,
         data=data,
         rater=Rater(kind="flaws", template="chat"),
         arms={"filtered": Arm("quantile", rows, value=0.4), "random": Arm("random_k", rows)},
-        judge=Judge(backend="local", questions=12),
+        judge=Judge(backend="local", questions=8),
         preset="quickstart",
         generate={"max_new_tokens": 32},
         replicates=3,
@@ -1105,7 +1117,7 @@ def quickstart_recipe(
 
 
 def _few_rows(data: str) -> int:
-    "How many rows an arm gets of one's own: at most 64, and no more than the filter surely keeps."
+    "How many rows an arm gets of one's own: at most 48, and no more than the filter surely keeps."
     rows, _ = load_examples(data)
     config, _ = preset_configs("quickstart")
     n = len(rows) - len(misfits(rows, local.Models(SMALL_MODEL).tokenizer, config))
@@ -1114,7 +1126,7 @@ def _few_rows(data: str) -> int:
             f"{data}: {n} of {len(rows)} rows fit in {config.cutoff_len} tokens, and a comparison "
             "takes at least 40"
         )
-    return min(64, 3 * n // 10)
+    return min(48, 3 * n // 10)
 
 # %% ../nbs/06a_experiment.ipynb #b45b9e7b
 def _is_decided(gap: Mapping[str, Any] | None) -> bool:

@@ -738,7 +738,7 @@ def quickstart(
     output_dir: str | None = None,  # default: runs/quickstart, or runs/ and the file's name
     seed: int = 0,  # of the draws and trainings
 ) -> None:
-    "The whole loop offline on a CPU, with a real 135M model; also on rows of your own."
+    "The whole loop offline on a CPU, with a real 135M model."
     from alpagasus2.experiment import lessons, quickstart_recipe, write_recipe
 
     mine = data != "sample"

@@ -90,10 +90,11 @@ def option_help(
     kind: Any = None,  # its type; None: it takes no value
     default: Any = None,  # None: it has none
     needed: bool = False,  # whether the command cannot do without it
-) -> str:  # as in: rows a step (a whole number, default: 128)
+) -> str:  # as in: rows a step (a whole number, default: 128); of text no kind is said
     "The help of an option, in a user's words."
     told = ["needed"] if needed else []
-    told += [kind_text(kind)] if kind is not None else []
+    takes = "" if kind is None else kind_text(kind)
+    told += [takes] if takes not in ("", "text") else []
     told += [f"default: {_default_text(default)}"] if default not in (None, "") else []
     return does + (f" ({', '.join(told)})" if told else "")
 

@@ -741,6 +741,7 @@ class Results(TypedDict, total=False):
     checkable: Any  # arm: [right, asked]
     filter: Any  # how the scores tell rows apart, from `filter_report`
     arms: Any  # what every arm was trained on and answered, from `arm_table`
+    setting: Any  # of a run: base_model, data, pool (its rows), replicates, questions
     rates: Any  # of several learning rates: rate, claim, pooled, judge_health, heldout, arms, cost
     scores: Any  # of other tools: a difference for each pair of models, test set and metric
     scores_pooled: Any  # the same over the test sets that share a metric

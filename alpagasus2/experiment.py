@@ -819,6 +819,20 @@ def _judged_results(
     results["claim"] = at_one_rate(results["claim"], run.claim.get("rates") or [])
     return results
 
+# %% ../nbs/06a_experiment.ipynb #72c673af
+def _setting(run: Run) -> dict[str, Any]:
+    "What was compared on which model and data, for the page's first sentence."
+    recipe = run.recipe
+
+    def short(name: str) -> str:  # a hub id has its owner before it, and exists nowhere here
+        return Path(name).name if Path(name).exists() else name
+
+    return {
+        "base_model": short(recipe.base_model), "data": short(str(recipe.data)),
+        "pool": len(run.rows), "replicates": recipe.replicates,
+        "questions": [short(str(q)) for q in recipe.questions],
+    }  # fmt: skip
+
 # %% ../nbs/06a_experiment.ipynb #9765437a
 def run_results(
     run: Run, judged: Mapping[str, list], scores: Mapping[str, float],
@@ -837,6 +851,7 @@ def run_results(
         "checkable": checkable(run_folder.latest(run.dir / "responses.jsonl"), run.questions),
         **size_results(run, measured, spent),
         "arms": _arm_results(run),
+        "setting": _setting(run),
         "filter": _filter_results(run, scores, selected, seen),
         "cost": spent,
         "manifest": manifest,
@@ -1068,7 +1083,7 @@ def _arm_line(results: Results, arm: str) -> str:
         shown += f" ({loss['difference']:+.3f})"
     score = f"{right[0]}/{right[1]}" if right else "-"
     pair = {p["model_b"]: p for p in results["pooled"]}.get(arm)
-    versus = f"{pair['win']}/{pair['tie']}/{pair['lose']}" if pair else "-"
+    versus = "/".join(f"{pair[k]:.3g}" for k in ("win", "tie", "lose")) if pair else "-"
     return f"{arm:12}{share:>12}{shown:>22}{score:>9}{versus:>15}"
 
 # %% ../nbs/06a_experiment.ipynb #2c95e7e2
@@ -1141,10 +1156,10 @@ def _of_losses(results: Results, a: str, control: str | None) -> Iterator[tuple[
     both = {"reference answers from elsewhere": results["heldout"],
             "held-out rows of the pool": own.get("arms") or {}}  # fmt: skip
     for arm in ("base", control):
-        name = "tuning" if arm == "base" else f"selecting, against {arm}"
+        name = "tuning brought" if arm == "base" else f"selecting brought ({a} against {arm})"
         for where, losses in both.items():
             if arm and (gap := losses.get(arm)):
-                said = f"What {name} brought, on {where}: {loss_gap(gap, arm, a)}."
+                said = f"What {name}, on {where}: {loss_gap(gap, arm, a)}."
                 yield _is_decided(gap), said
 
 # %% ../nbs/06a_experiment.ipynb #5fc7777f
@@ -1165,8 +1180,9 @@ def _of_filter(results: Results) -> Iterator[tuple[bool, str]]:
 
 def _of_judge(results: Results) -> tuple[bool, str]:
     unfit = results["judge_health"].get("fit") is False
-    said = "unfit, so its verdicts decide nothing" if unfit else "not found unfit"
-    return unfit, f"The judge is {said}: {results['claim']['verdict']}."
+    if unfit:
+        return True, "The judge is unfit, so its verdicts decide nothing."
+    return False, f"What the judge says of the claim: {results['claim']['verdict']}."
 
 # %% ../nbs/06a_experiment.ipynb #33581b97
 def lessons(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from . import __version__
 from .catalog import catalog, describe_data
@@ -29,6 +29,7 @@ from alpagasus2.commands.options import (
     command_parser,
     config_text,
     exit_status,
+    option_words,
     quiet,
     rows_of,
     take_auth_token,
@@ -776,7 +777,7 @@ def quickstart(
     seed: int = 0,  # of the draws and trainings
     workers: int = 1,  # trainings at once, each with a GPU or its share of the cores
 ) -> None:
-    "The whole loop offline on a CPU, with a real 135M model; also on rows of your own."
+    "The whole loop offline on a CPU, with a real 135M model."
     from alpagasus2.experiment import lessons, quickstart_recipe, write_recipe
 
     mine = data != "sample"
@@ -924,25 +925,16 @@ _alpagasus2() {{
 }}
 complete -o default -F _alpagasus2 alpagasus2"""
 
-
-def _choices(kind: Any) -> list[str]:
-    "The words that an option takes; none where it takes any, or none at all as a switch may."
-    found = [kind] if get_origin(kind) is Literal else get_args(kind)
-    words = [w for k in found if get_origin(k) is Literal for w in get_args(k)]
-    return [str(w) for w in words]
-
 # %% ../nbs/07_cli.ipynb #89bf0d1e
 def completion() -> str:  # for bash; zsh reads it, too
     "A script that completes the words of this command."
     options, values = [], []
     for command in COMMANDS:
-        actions = [a for a in build_parser(command)._actions if a.option_strings]
-        names = " ".join(a.option_strings[-1] for a in actions)
-        options.append(f'        {command}) known="{names}";;')
-        for action in actions:
-            if words := _choices(getattr(action, "_typehint", None)):
-                where = f"{command} {action.option_strings[-1]}"
-                values.append(f'      "{where}") known="{" ".join(words)}";;')
+        known = option_words(build_parser(command))
+        options.append(f'        {command}) known="{" ".join(known)}";;')
+        for name, words in known.items():
+            if words:
+                values.append(f'      "{command} {name}") known="{" ".join(words)}";;')
     commands = " ".join([*COMMANDS, "--help", "--version", "--completion"])
     return _COMPLETION.format(
         commands=commands, values="\n".join(values), options="\n".join(options)

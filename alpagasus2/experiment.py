@@ -597,6 +597,16 @@ def own_lines(
     "What `OWN_LOSSES` is to hold: a line for every model and held-out row; nothing of sizes."
     return _loss_lines(run, own_references(run), [*run.recipe.arms])
 
+# %% ../nbs/06a_experiment.ipynb #ca251d85
+def _with_known_base(step: run_folder.Step, wanted: Sequence[Mapping]) -> list[Any]:
+    "The lines that are still to be measured, once those of the base are copied from replicate 0."
+    todo = step.todo(wanted)
+    for line in [x for x in todo if x["model"] == "base"]:
+        if known := step.journal.get({**line, "replicate": 0}):
+            step.append({**known, "replicate": line["replicate"]})
+            todo.remove(line)
+    return todo
+
 # %% ../nbs/06a_experiment.ipynb #67f249f2
 def _measure(
     run: Run, output: Path, references: Sequence[Question], lines: Sequence[Mapping],
@@ -607,7 +617,8 @@ def _measure(
     by_id = {(q["test_set"], q["id"]): q for q in references}
     wanted = [line for line in lines if line["replicate"] == replicate]
     with run_folder.resumed(output, settings, "reference", run.progress) as step:
-        for name, group in groupby(step.todo(wanted), lambda line: line["model"]):
+        todo = _with_known_base(step, wanted) if replicate else step.todo(wanted)
+        for name, group in groupby(todo, lambda line: line["model"]):
             open_lines = list(group)
             asked = [by_id[line["test_set"], line["id"]] for line in open_lines]
             kind = "held-out rows" if output.name == OWN_LOSSES else "references"
@@ -617,6 +628,7 @@ def _measure(
                 step.entry["check"] = asdict(checked(model))
             for line, measured in zip(open_lines, found, strict=True):
                 step.append({**line, **measured})
+            step.bar.refresh()  # all of this arm, before the next one
 
 # %% ../nbs/06a_experiment.ipynb #757548d8
 def measure_heldout(
@@ -1092,7 +1104,7 @@ def _arm_line(results: Results, arm: str) -> str:
         shown += f" ({loss['difference']:+.3f})"
     score = f"{right[0]}/{right[1]}" if right else "-"
     pair = {p["model_b"]: p for p in results["pooled"]}.get(arm)
-    versus = f"{pair['win']}/{pair['tie']}/{pair['lose']}" if pair else "-"
+    versus = "/".join(f"{pair[k]:.3g}" for k in ("win", "tie", "lose")) if pair else "-"
     return f"{arm:12}{share:>12}{shown:>22}{score:>9}{versus:>15}"
 
 # %% ../nbs/06a_experiment.ipynb #2c95e7e2
@@ -1126,13 +1138,13 @@ def quickstart_recipe(
     seed: int = 0,  # of all draws and trainings; no two share one
 ) -> Recipe:
     "The recipe of `alpagasus2 quickstart`."
-    rows = 64 if data == "sample" else _few_rows(data)
+    rows = 48 if data == "sample" else _few_rows(data)
     return Recipe(
         base_model=SMALL_MODEL,
         data=data,
         rater=Rater(kind="flaws", template="chat"),
         arms={"filtered": Arm("quantile", rows, value=0.4), "random": Arm("random_k", rows)},
-        judge=Judge(backend="local", questions=12),
+        judge=Judge(backend="local", questions=8),
         preset="quickstart",
         generate={"max_new_tokens": 32},
         replicates=3,
@@ -1141,7 +1153,7 @@ def quickstart_recipe(
 
 
 def _few_rows(data: str) -> int:
-    "How many rows an arm gets of one's own: at most 64, and no more than the filter surely keeps."
+    "How many rows an arm gets of one's own: at most 48, and no more than the filter surely keeps."
     rows, _ = load_examples(data)
     config, _ = preset_configs("quickstart")
     n = len(rows) - len(misfits(rows, local.Models(SMALL_MODEL).tokenizer, config))
@@ -1150,7 +1162,7 @@ def _few_rows(data: str) -> int:
             f"{data}: {n} of {len(rows)} rows fit in {config.cutoff_len} tokens, and a comparison "
             "takes at least 40"
         )
-    return min(64, 3 * n // 10)
+    return min(48, 3 * n // 10)
 
 # %% ../nbs/06a_experiment.ipynb #b45b9e7b
 def _is_decided(gap: Mapping[str, Any] | None) -> bool:
@@ -1165,10 +1177,10 @@ def _of_losses(results: Results, a: str, control: str | None) -> Iterator[tuple[
     both = {"reference answers from elsewhere": results["heldout"],
             "held-out rows of the pool": own.get("arms") or {}}  # fmt: skip
     for arm in ("base", control):
-        name = "tuning" if arm == "base" else f"selecting, against {arm}"
+        name = "tuning brought" if arm == "base" else f"selecting brought ({a} against {arm})"
         for where, losses in both.items():
             if arm and (gap := losses.get(arm)):
-                said = f"What {name} brought, on {where}: {loss_gap(gap, arm, a)}."
+                said = f"What {name}, on {where}: {loss_gap(gap, arm, a)}."
                 yield _is_decided(gap), said
 
 # %% ../nbs/06a_experiment.ipynb #5fc7777f
@@ -1189,8 +1201,9 @@ def _of_filter(results: Results) -> Iterator[tuple[bool, str]]:
 
 def _of_judge(results: Results) -> tuple[bool, str]:
     unfit = results["judge_health"].get("fit") is False
-    said = "unfit, so its verdicts decide nothing" if unfit else "not found unfit"
-    return unfit, f"The judge is {said}: {results['claim']['verdict']}."
+    if unfit:
+        return True, "The judge is unfit, so its verdicts decide nothing."
+    return False, f"What the judge says of the claim: {results['claim']['verdict']}."
 
 # %% ../nbs/06a_experiment.ipynb #33581b97
 def lessons(

@@ -24,7 +24,14 @@ from .judge import Plan
 from .model.chat import prompt_ids
 from .model.check import checked
 from .model.decode import for_answers
-from .model.likelihood import Signals, choice_logprobs, flaws, signals, superfiltering
+from alpagasus2.model.likelihood import (
+    CHUNK,
+    Signals,
+    choice_logprobs,
+    flaws,
+    signals,
+    superfiltering,
+)
 from alpagasus2.quant_lora import (
     QuantLoraConfig,
     as_arm,
@@ -84,8 +91,10 @@ def rate_by_signals(
         read = signals(*models.load(), texts, template) if todo else ()
         if todo:  # is what is read the model's own loss?
             step.entry["check"] = asdict(checked(models.base))
-        for line, found in zip(todo, read, strict=True):
+        for n, (line, found) in enumerate(zip(todo, read, strict=True), 1):
             step.append({**line, "rater": who, "signals": asdict(found)})
+            if n % CHUNK == 0:  # the next rows take a while: show all of these
+                step.bar.refresh()
         _rank(step.journal, by_id.keys(), selector)
         return step.journal.rows()
 

@@ -77,19 +77,23 @@ from tqdm import tqdm
 class TrainConfig:
     "How rows become an adapter."
 
-    batch_size: int = Field(128, gt=0)  # rows an optimiser step; an epoch's last takes what is left
+    batch_size: int = Field(
+        128, gt=0, le=2**20
+    )  # rows an optimiser step; an epoch's last takes what is left
     micro_batch_size: int | None = Field(None, gt=0)  # at most so many rows a pass; None: no limit
     token_budget: int | None = Field(None, gt=0)  # tokens a pass; None: 2,048, on CUDA measured
-    num_epochs: int = Field(3, gt=0)  # passes over the rows
-    learning_rate: float = Field(2e-5, gt=0)  # at the end of the warm-up
-    rate_width: int | None = Field(None, gt=0)  # hidden size the rate is for; None: the base's
+    num_epochs: int = Field(3, gt=0, le=1000)  # passes over the rows
+    learning_rate: float = Field(2e-5, gt=0, le=1)  # at the end of the warm-up
+    rate_width: int | None = Field(
+        None, gt=0, le=2**20
+    )  # hidden size the rate is for; None: the base's
     warmup_ratio: float = Field(0.03, ge=0, lt=1)  # share of the steps in which the rate rises
-    weight_decay: float = 0.0  # AdamW's
-    max_grad_norm: float = 1.0  # the gradient is scaled down to this norm; 0: never
+    weight_decay: float = Field(0.0, ge=0, le=1)  # AdamW's
+    max_grad_norm: float = Field(1.0, ge=0)  # the gradient is scaled down to this norm; 0: never
     optimizer: Literal["adamw", "paged_adamw"] = "adamw"  # paged: bitsandbytes', CUDA only
     gradient_checkpointing: bool = False  # less memory for a third more time
     attention: Kernel | None = None  # by_row: a CPU's; unpadded: a GPU's; padded: an older GPU's
-    cutoff_len: int = Field(256, gt=0)  # tokens; a longer row loses its end, and its EOS
+    cutoff_len: int = Field(256, gt=0, le=2**22)  # tokens; a longer row loses its end, and its EOS
     train_on_prompt: bool = False  # also learn to write the instruction
     template: Template = "alpaca"  # the prompt: Alpaca's, or the tokenizer's chat template
     template_options: dict[str, Any] | None = None  # for the chat template: {enable_thinking: true}

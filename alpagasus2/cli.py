@@ -304,7 +304,9 @@ def _verdicts(judgments: str, judge: str | None) -> tuple[list[Any], bool]:
         judgments = str(Path(judgments) / "judgments.jsonl")
     lines, left_alone = load_judgments(judgments)
     known = {"claim.json", "manifest.json", "results.json"}
-    if unknown := {n for n in left_alone if n not in known and not n.startswith("canaries")}:
+    if unknown := {
+        n for n in left_alone if n not in known and not n.startswith(("canaries", "claim-"))
+    }:
         print(f"left alone: {', '.join(sorted(unknown))}", file=sys.stderr)
     return lines, False
 

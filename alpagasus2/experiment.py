@@ -37,6 +37,7 @@ from alpagasus2.core.files import (
     file_sha256,
     json_sha256,
     read_json,
+    replace_folder,
     write_json,
 )
 from alpagasus2.data import (
@@ -79,8 +80,9 @@ from alpagasus2.generate import (
     server_ask,
 )
 from .model.check import checked
+from .model.checkpoint import Checkpoint
 from .model.likelihood import heldout_nll
-from .quant_lora import as_arm
+from .quant_lora import as_arm, check_adapters
 from alpagasus2.recipe import (
     MATCHED,
     Arm,
@@ -89,17 +91,28 @@ from alpagasus2.recipe import (
     Recipe,
     Server,
     at_rate,
+    changes,
     comparisons,
     fix_claim,
     other_scores,
     rating_template,
+    same_fit,
     served_as,
 )
 from .report.judges import add_judges, agreement_line, named_verdicts
 from .report.page import write_report
 from .report.plots import plot_heldout, plot_outcomes, plot_slots
 from .selection import BY_SCORE, load_scores, random_to_total, select
-from .train import Misfit, encode_rows, misfit_line, misfits, train
+from alpagasus2.train import (
+    Misfit,
+    checkpoint_path,
+    encode_rows,
+    misfit_line,
+    misfits,
+    train,
+    trained_as,
+    training_of,
+)
 
 # %% ../nbs/06a_experiment.ipynb #0716d970
 class Run:
@@ -131,7 +144,12 @@ class Run:
                 "`reference`; add a test set that has them, or leave out `sizes`"
             )
         given = rows[: recipe.limit]
-        self.claim = fix_claim(recipe, self.dir, given, self.test_sets, rates, self.left_out)
+        before = claim_beside(self.dir)
+        self.claim = fix_claim(
+            recipe, self.dir, given, self.test_sets, rates, self.left_out, again=True
+        )
+        if before and before["sha256"] != self.claim["sha256"]:
+            self.say(_fixed_again(self.dir, before, self.claim))
         _keep_left_out(self)
         self.judged = judge.judge_files(self.dir, [name for name, _ in recipe.judges])
         for name, who in recipe.judges:
@@ -178,6 +196,15 @@ def _misfits(run: Run, rows: Sequence[Example], source: str) -> dict[str, Misfit
         run.say(f"{source}: {misfit_line(found, len(rows), config)}; they are left out")
     return found
 
+# %% ../nbs/06a_experiment.ipynb #3ceb570a
+def _fixed_again(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    "What is said where a claim took the place of another."
+    return (
+        f"{folder / 'claim.json'}: fixed again with another {' and '.join(changes(old, new))}, for "
+        "nothing was measured yet; the old one is kept as claim-N.json, and so is every training "
+        "whose rows, seed and settings are the same"
+    )
+
 # %% ../nbs/06a_experiment.ipynb #482b8623
 def _left_out(run: Run, rows: Sequence[Example], at_rate: bool) -> dict[str, Misfit] | None:
     "What of the pool does not fit, read back or found; None where an earlier version began."
@@ -188,6 +215,7 @@ def _left_out(run: Run, rows: Sequence[Example], at_rate: bool) -> dict[str, Mis
     path = run.dir / "left_out.json"
     kept = read_json(path) if path.exists() else None
     same = kept is not None and json_sha256(kept) == fixed.get("sha256")
+    same = same and (claim is None or at_rate or same_fit(claim, run.recipe, rows))
     return kept if same else _misfits(run, rows, run.recipe.data)
 
 
@@ -358,6 +386,34 @@ def _bought(run: Run, to: str) -> float:
         )
     return found
 
+# %% ../nbs/06a_experiment.ipynb #7a3200bb
+def _taken_back(run: Run, replicate: int, name: str, selected: Mapping[str, list]) -> bool:
+    "Take a training of an earlier claim that is this one; whether it was finished."
+    aside, output = sorted(run.dir.glob("claim-*/adapters")), run.adapter(name, replicate)
+    if not aside or output.exists():
+        return False
+    base, part = run.recipe.base_model, run.recipe.part(name, replicate)
+    settings = run.recipe.training(replicate)
+    wanted = training_of(base, selected[part], run.models.tokenizer, *settings)
+    for kept in (p.parent for folder in aside for p in folder.glob("*/train_result.json")):
+        if trained_as(kept) == wanted:
+            check_adapters({part: kept}, base)
+            run_folder.annotate(output, **run_folder.manifest_entry(kept))
+            replace_folder(kept, output)
+            run.say(f"{part}: trained for the earlier claim, on the same rows, as {kept.name}")
+            return True
+    _take_unfinished(aside, output, wanted)
+    return False
+
+
+def _take_unfinished(aside: Sequence[Path], output: Path, wanted: Mapping[str, Any]) -> None:
+    "Go on with a training that an earlier claim began."
+    for path in (p for folder in aside for p in folder.glob(".*.checkpoint")):
+        with contextlib.suppress(UserError):  # of another training, or damaged
+            Checkpoint(path, wanted).check()
+            path.replace(checkpoint_path(output))
+            return
+
 # %% ../nbs/06a_experiment.ipynb #472b07b9
 def train_arms(
     run: Run,  # whose recipe says how
@@ -368,7 +424,7 @@ def train_arms(
     arms = stages(run)[0] if arms is None else arms
     for replicate, name in product(range(run.recipe.replicates), arms):
         part, output = run.recipe.part(name, replicate), run.adapter(name, replicate)
-        if not run_folder.is_complete(output):
+        if not run_folder.is_complete(output) and not _taken_back(run, replicate, name, selected):
             run.say(f"Training {part}: {len(selected[part])} rows")
             run.models.release()
             base, settings = run.recipe.base_model, run.recipe.training(replicate)

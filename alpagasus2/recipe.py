@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MATCHED', 'Share', 'Name', 'Rater', 'Arm', 'Judge', 'Server', 'Recipe', 'served_as', 'rating_template', 'at_rate',
-           'other_scores', 'comparisons', 'load_recipe', 'plan_of', 'check_sizes', 'check_pool', 'fix_claim']
+           'other_scores', 'comparisons', 'load_recipe', 'plan_of', 'check_sizes', 'check_pool', 'changes', 'same_fit',
+           'fix_claim']
 
 # %% ../nbs/06_recipe.ipynb #6f5aed1f
 import difflib
@@ -42,7 +43,14 @@ from alpagasus2.data import (
 )
 from .endpoint.client import EndpointConfig
 from .endpoint.parameters import PLAIN, Parameters
-from .evidence.claim import check_margin, claim_beside, question, write_claim
+from alpagasus2.evidence.claim import (
+    check_margin,
+    claim_beside,
+    is_measured,
+    question,
+    set_aside,
+    write_claim,
+)
 from .generate import GenerateConfig
 from .judge import check_dimension, file_name
 from .quant_lora import QuantLoraConfig
@@ -720,6 +728,40 @@ def _plan(
         plan["sizes"] = {"arms": list(recipe.curves), "steps": steps}
     return plan
 
+# %% ../nbs/06_recipe.ipynb #b27c29a8
+_OF_RATINGS = ("rater", "base_model", "data", "preset", "train", "limit")
+
+
+def _made_by(old: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
+    "What of a run's folder was made by a claim, and does not hold for the next one."
+    before, now = old["recipe"], plan["recipe"]
+    same = all(before.get(k) == now.get(k) for k in _OF_RATINGS) and old["pool"] == plan["pool"]
+    same = same and old["files"] == plan["files"]
+    return ["selected", "adapters", *([] if same else ["ratings.jsonl"])]
+
+
+def changes(
+    old: Mapping[str, Any],  # a claim
+    new: Mapping[str, Any],  # another one
+) -> list[str]:  # names of settings; without one: of parts of the claim
+    "What two claims say differently."
+    before, now = _claimed(old["recipe"]), _claimed(new["recipe"])
+    named = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    return named or [
+        k for k in new if k not in ("sha256", "replaces", "recipe") and old.get(k) != new[k]
+    ]
+
+
+def same_fit(
+    claim: Mapping[str, Any],  # of a run's folder
+    recipe: Recipe,
+    rows: Sequence[Example],  # its pool, as it is read
+) -> bool:
+    "Whether the rows that do not fit are the same as when this claim was fixed."
+    before, now = _claimed(claim["recipe"]), _claimed(asdict(recipe))
+    same = all(before.get(k) == now.get(k) for k in (*_OF_RATINGS[1:], "keep_cut"))
+    return same and claim["pool"]["sha256"] == _pool_hash(Path(recipe.data), rows)
+
 # %% ../nbs/06_recipe.ipynb #7b52009b
 def fix_claim(
     recipe: Recipe,  # what will be run
@@ -728,6 +770,7 @@ def fix_claim(
     test_sets: Sequence[Sequence[Question]] = (),  # what will be asked
     rates: Sequence[float] = (),  # learning rates that it is one of
     left_out: Mapping[str, str] | None = None,  # ids of rows that do not fit; None: nobody asked
+    again: bool = False,  # whether one that says something else may be replaced, where it still can
 ) -> dict:  # the content of claim.json
     "Write claim.json, or check that the one that is there says the same."
     fitting = [r for r in rows if r["id"] not in (left_out or ())]
@@ -739,6 +782,10 @@ def fix_claim(
         check_pool(recipe, fitting)
         return write_claim(path, plan)
     if changed := _changed_key(claim, plan):
+        if again and left_out is not None and not rates and not is_measured(output_dir):
+            check_pool(recipe, fitting)
+            set_aside(output_dir, claim, _made_by(claim, plan))
+            return write_claim(path, plan | {"replaces": claim["sha256"]})
         raise UserError(
             f"{path}: this folder was started with another `{changed}`; "
             "choose another --output_dir, or delete this one"

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'Misfit', 'TOKEN_BUDGET', 'SMALLER', 'BUDGETS', 'After', 'INDIFFERENT', 'TrainConfig', 'preset_values',
            'preset_configs', 'rate_at', 'batch_schedule', 'held_out', 'split_rows', 'encode_rows', 'misfits',
            'misfit_line', 'LossScaling', 'training_step', 'measure_budget', 'mean_loss', 'own_loss', 'own_steps', 'fit',
-           'save_adapter', 'train']
+           'checkpoint_path', 'training_of', 'trained_as', 'save_adapter', 'train']
 
 # %% ../nbs/02_train.ipynb #77de68da
 import math
@@ -719,15 +719,52 @@ INDIFFERENT = (
 )  # fmt: skip # settings that change time and memory but, within rounding, not the adapter
 
 
+def _decisive(settings: Mapping[str, Any], rows: str) -> dict[str, Any]:
+    return {n: v for n, v in settings.items() if n not in INDIFFERENT} | {"rows": rows}
+
+
+def _rows_sha256(encoded: Sequence[Encoded]) -> str:
+    return json_sha256([[e.ids, e.n_prompt, *e.between] for e in encoded])[:16]
+
+
+def checkpoint_path(
+    output_dir: Path,  # of an adapter
+) -> Path:
+    "A hidden file beside the adapter, there while it is trained."
+    return output_dir.with_name(f".{output_dir.name}.checkpoint")
+
+
 def _checkpoint(
     output_dir: Path, settings: Mapping[str, Any], encoded: Sequence[Encoded]
 ) -> Checkpoint:
-    "A hidden file beside the adapter; one of another training is refused."
-    decisive = {n: v for n, v in settings.items() if n not in INDIFFERENT}
-    decisive["rows"] = json_sha256([[e.ids, e.n_prompt, *e.between] for e in encoded])[:16]
-    checkpoint = Checkpoint(output_dir.with_name(f".{output_dir.name}.checkpoint"), decisive)
+    "Where the training stands; that of another training is refused."
+    decisive = _decisive(settings, _rows_sha256(encoded))
+    checkpoint = Checkpoint(checkpoint_path(output_dir), decisive)
     checkpoint.check()
     return checkpoint
+
+# %% ../nbs/02_train.ipynb #f4acb7cf
+def training_of(
+    base_model: str,  # as given to `train`
+    rows: Sequence[Example],  # likewise
+    tokenizer: Any,  # of the base
+    config: TrainConfig,
+    quant_lora: QuantLoraConfig,
+) -> dict[str, Any]:
+    "What decides an adapter: the base, every setting that changes it, the rows as tokens."
+    encoded, _ = encode_rows(split_rows(rows, config)[0], tokenizer, config)
+    given = {"base_model": str(base_model), **asdict(config), **asdict(quant_lora)}
+    return _decisive(given, _rows_sha256(encoded))
+
+
+def trained_as(
+    adapter: str | Path,  # a folder that `train` wrote
+) -> dict[str, Any] | None:  # as `training_of`; None: not finished, or it does not say
+    "What decided an adapter that is there."
+    entry = manifest_entry(adapter)
+    if not is_complete(adapter) or "trained_on" not in entry:
+        return None
+    return _decisive(entry["config"], entry["trained_on"])
 
 # %% ../nbs/02_train.ipynb #84da32cc
 def _kept_state(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, Any]:

@@ -703,14 +703,15 @@ def plan(
 # %% ../nbs/07_cli.ipynb #a026340b
 def _run(recipe: Any, output_dir: str, dry_run: bool) -> None:
     from alpagasus2.experiment import run_recipe, summary_lines
-    from alpagasus2.extras.dry_run import plan_table, refusals
+    from alpagasus2.extras.dry_run import Known, plan_table, refusals
     from alpagasus2.recipe import plan_of
 
     if dry_run:
         print("\n".join(plan_of(recipe)))
-        if found := refusals(recipe, output_dir):
+        known = Known(recipe, output_dir)
+        if found := refusals(known):
             raise UserError(f"{len(found)} things would stop this run: {'; '.join(found)}")
-        print("\n".join(plan_table(recipe)))
+        print("\n".join(plan_table(known)))
         return
     results = run_recipe(recipe, output_dir)
     page = Path(output_dir) / "report" / "index.html"

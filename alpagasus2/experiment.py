@@ -93,6 +93,7 @@ from alpagasus2.recipe import (
     at_rate,
     changes,
     comparisons,
+    drawn_pool,
     fix_claim,
     other_scores,
     rating_template,
@@ -189,7 +190,7 @@ class Run:
 def _misfits(run: Run, rows: Sequence[Example], source: str) -> dict[str, Misfit]:
     "The rows of a source that the training could not take whole; they are counted and named."
     config, _ = run.recipe.training(0)
-    found = misfits(rows, run.models.tokenizer, config, run.recipe.keep_cut)
+    found = misfits(rows, run.models.tokenizer, config, run.recipe.keep_cut, run.progress)
     if len(found) == len(rows):
         raise UserError(f"{source}: {misfit_line(found, len(rows), config)}; raise cutoff_len")
     if found:
@@ -319,10 +320,7 @@ def _pool(run: Run, replicate: int, scores: Mapping[str, float]) -> list[Example
     "The rows that every arm of a replicate draws from."
     rows = [r for r in run.rows if not scores or r["id"] in scores]
     share = run.claim["recipe"].get("pool_share", 1.0)  # a claim of an earlier version: all
-    if share == 1:
-        return rows
-    rng = np.random.default_rng([run.recipe.seed, replicate])
-    return [rows[i] for i in sorted(rng.choice(len(rows), round(share * len(rows)), replace=False))]
+    return drawn_pool(run.recipe, rows, replicate, share)
 
 # %% ../nbs/06a_experiment.ipynb #0d3ffcf2
 def _arm_rows(run: Run, arm: Arm, replicate: int, scores: Mapping[str, float]) -> list[Example]:

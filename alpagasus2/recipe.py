@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MATCHED', 'Share', 'Name', 'Rater', 'Arm', 'Judge', 'Server', 'Recipe', 'served_as', 'rating_template', 'at_rate',
-           'other_scores', 'comparisons', 'load_recipe', 'plan_of', 'check_sizes', 'check_pool', 'changes', 'same_fit',
-           'fix_claim']
+           'other_scores', 'comparisons', 'load_recipe', 'plan_of', 'drawn_pool', 'check_sizes', 'check_pool',
+           'changes', 'same_fit', 'fix_claim']
 
 # %% ../nbs/06_recipe.ipynb #6f5aed1f
 import difflib
@@ -19,6 +19,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -593,6 +594,19 @@ def plan_of(
         lines += [question(*x, recipe.margin, recipe.equivalence) for x in asked]
     return lines
 
+# %% ../nbs/06_recipe.ipynb #9b352d24
+def drawn_pool(
+    recipe: Recipe,  # seed, replicates
+    rows: Sequence[Example],  # the pool
+    replicate: int,  # counts from 0
+    share: float,  # of the rows
+) -> list[Example]:
+    "The rows that every arm of a replicate draws from; a single one draws from all."
+    if share == 1 or recipe.replicates == 1:
+        return list(rows)
+    rng = np.random.default_rng([recipe.seed, replicate])
+    return [rows[i] for i in sorted(rng.choice(len(rows), round(share * len(rows)), replace=False))]
+
 # %% ../nbs/06_recipe.ipynb #738076ce
 def check_sizes(
     recipe: Recipe,  # perhaps with `sizes`
@@ -742,14 +756,17 @@ def _made_by(old: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
 
 def changes(
     old: Mapping[str, Any],  # a claim
-    new: Mapping[str, Any],  # another one
+    new: Mapping[str, Any] | Recipe,  # another one, or a recipe alone
 ) -> list[str]:  # names of settings; without one: of parts of the claim
     "What two claims say differently."
-    before, now = _claimed(old["recipe"]), _claimed(new["recipe"])
+    recipe = asdict(new) if isinstance(new, Recipe) else new["recipe"]
+    before, now = _claimed(old["recipe"]), _claimed(recipe)
     named = [k for k in {**before, **now} if before.get(k) != now.get(k)]
-    return named or [
-        k for k in new if k not in ("sha256", "replaces", "recipe") and old.get(k) != new[k]
-    ]
+    if "pool_share" not in before:  # of an earlier version
+        named = [k for k in named if k != "pool_share"]
+    if named or isinstance(new, Recipe):
+        return named
+    return [k for k in new if k not in ("sha256", "replaces", "recipe") and old.get(k) != new[k]]
 
 
 def same_fit(

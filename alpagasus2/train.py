@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Misfit', 'TOKEN_BUDGET', 'SMALLER', 'BUDGETS', 'After', 'INDIFFERENT', 'TrainConfig', 'preset_values',
-           'preset_configs', 'rate_at', 'batch_schedule', 'held_out', 'split_rows', 'encode_rows', 'misfits',
-           'misfit_line', 'LossScaling', 'training_step', 'measure_budget', 'mean_loss', 'own_loss', 'own_steps', 'fit',
-           'checkpoint_path', 'training_of', 'trained_as', 'save_adapter', 'train']
+           'preset_configs', 'rate_at', 'batch_schedule', 'held_out', 'split_rows', 'encode_each', 'encode_rows',
+           'misfit_of', 'misfits', 'misfit_line', 'LossScaling', 'training_step', 'measure_budget', 'mean_loss',
+           'own_loss', 'own_steps', 'fit', 'checkpoint_path', 'training_of', 'trained_as', 'save_adapter', 'train']
 
 # %% ../nbs/02_train.ipynb #77de68da
 import math
@@ -195,13 +195,28 @@ def split_rows(
     return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 # %% ../nbs/02_train.ipynb #0716d970
+_LONG = 2000  # rows, from which on it takes long enough for a bar
+
+
+def encode_each(
+    rows: Sequence[Example],
+    tokenizer: Any,  # of the base model
+    config: TrainConfig,  # cutoff_len, template
+    progress: bool = False,  # show a bar where there are many rows
+) -> Iterator[Encoded]:  # one a row
+    "Tokenise rows one by one."
+    hidden = not progress or len(rows) < _LONG
+    for row in tqdm(rows, "Tokenising", unit="row", leave=False, disable=hidden):
+        yield encode(row, tokenizer, config.cutoff_len, config.form)
+
+
 def encode_rows(
     rows: Sequence[Example],
     tokenizer: Any,  # of the base model
     config: TrainConfig,  # cutoff_len, template, train_on_prompt
 ) -> tuple[list[Encoded], dict]:  # rows with at least one target; the counts for train_result.json
     "Tokenise the training rows and count what was cut."
-    encoded = [encode(r, tokenizer, config.cutoff_len, config.form) for r in rows]
+    encoded = [*encode_each(rows, tokenizer, config)]
     kept = [e for e in encoded if e.n_targets]
     if not kept:
         raise UserError(f"cutoff_len={config.cutoff_len}: every prompt alone is longer than that")
@@ -222,21 +237,27 @@ def encode_rows(
 Misfit = Literal["answer", "prompt"]  # what does not fit: the whole answer, or the prompt alone
 
 
+def misfit_of(
+    read: Encoded,  # a row
+    keep_cut: bool = False,  # whether it is enough that the prompt alone fits
+) -> Misfit | None:  # None: it fits
+    "What of a row `cutoff_len` tokens do not hold."
+    if not read.n_targets:
+        return "prompt"
+    return "answer" if read.truncated and not keep_cut else None
+
+
 def misfits(
     rows: Sequence[Example],
     tokenizer: Any,  # of the base model
     config: TrainConfig,  # cutoff_len, template
     keep_cut: bool = False,  # keep the rows whose prompt alone fits
+    progress: bool = False,  # show a bar where there are many rows
 ) -> dict[str, Misfit]:  # row id -> what does not fit
     "The rows of which `cutoff_len` tokens do not hold the prompt and the whole answer."
-    found: dict[str, Misfit] = {}
-    for row in rows:
-        read = encode(row, tokenizer, config.cutoff_len, config.form)
-        if not read.n_targets:
-            found[row["id"]] = "prompt"
-        elif read.truncated and not keep_cut:
-            found[row["id"]] = "answer"
-    return found
+    read = encode_each(rows, tokenizer, config, progress)
+    found = {row["id"]: misfit_of(e, keep_cut) for row, e in zip(rows, read, strict=True)}
+    return {key: lost for key, lost in found.items() if lost}
 
 # %% ../nbs/02_train.ipynb #9f7a5666
 def misfit_line(

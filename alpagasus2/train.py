@@ -6,7 +6,8 @@
 __all__ = ['PRESETS', 'Misfit', 'TOKEN_BUDGET', 'SMALLER', 'BUDGETS', 'After', 'INDIFFERENT', 'TrainConfig', 'preset_values',
            'preset_configs', 'rate_at', 'batch_schedule', 'held_out', 'split_rows', 'encode_each', 'encode_rows',
            'misfit_of', 'misfits', 'misfit_line', 'LossScaling', 'training_step', 'measure_budget', 'mean_loss',
-           'own_loss', 'own_steps', 'fit', 'checkpoint_path', 'training_of', 'trained_as', 'save_adapter', 'train']
+           'own_loss', 'own_steps', 'fit', 'rows_sha256', 'checkpoint_path', 'training_of', 'trained_as',
+           'save_adapter', 'train']
 
 # %% ../nbs/02_train.ipynb #77de68da
 import math
@@ -744,7 +745,10 @@ def _decisive(settings: Mapping[str, Any], rows: str) -> dict[str, Any]:
     return {n: v for n, v in settings.items() if n not in INDIFFERENT} | {"rows": rows}
 
 
-def _rows_sha256(encoded: Sequence[Encoded]) -> str:
+def rows_sha256(
+    encoded: Sequence[Encoded],  # rows as they are read
+) -> str:  # first 16 hex digits
+    "What tells rows from others, as tokens and targets."
     return json_sha256([[e.ids, e.n_prompt, *e.between] for e in encoded])[:16]
 
 
@@ -759,7 +763,7 @@ def _checkpoint(
     output_dir: Path, settings: Mapping[str, Any], encoded: Sequence[Encoded]
 ) -> Checkpoint:
     "Where the training stands; that of another training is refused."
-    decisive = _decisive(settings, _rows_sha256(encoded))
+    decisive = _decisive(settings, rows_sha256(encoded))
     checkpoint = Checkpoint(checkpoint_path(output_dir), decisive)
     checkpoint.check()
     return checkpoint
@@ -775,7 +779,7 @@ def training_of(
     "What decides an adapter: the base, every setting that changes it, the rows as tokens."
     encoded, _ = encode_rows(split_rows(rows, config)[0], tokenizer, config)
     given = {"base_model": str(base_model), **asdict(config), **asdict(quant_lora)}
-    return _decisive(given, _rows_sha256(encoded))
+    return _decisive(given, rows_sha256(encoded))
 
 
 def trained_as(

@@ -25,7 +25,7 @@ WINGS = {
     "report": "core evidence analysis judge",
     "commands": "core catalog data",  # each command loads the step it runs: see LOADED
     "extras": "core data quant_lora model train selection endpoint judge local recipe "  # dry_run
-    "evidence generate",
+    "evidence generate catalog",
 }
 # What the main street takes from the wings.
 STEPS = "core endpoint model"  # catalog to local

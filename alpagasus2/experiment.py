@@ -58,7 +58,13 @@ from alpagasus2.evidence.claim import (
     read_claim,
     unlike_fixed,
 )
-from .evidence.doubts import doubts, home_of, known_questions, unlike_claim
+from alpagasus2.evidence.doubts import (
+    chosen_rows,
+    doubts,
+    home_of,
+    known_questions,
+    unlike_claim,
+)
 
 # %% ../nbs/06a_experiment.ipynb #248ec8e5
 from alpagasus2.evidence.filtering import (
@@ -309,7 +315,7 @@ def select_arms(
                 write_json(path, _arm_rows(run, run.arms[name], replicate, scores))
             except UserError as e:
                 raise UserError(f"{part}: {e}") from None
-        chosen[part], rows = read_json(path), run.arms[name].rows
+        chosen[part], rows = chosen_rows(path), run.arms[name].rows
         if rows and len(chosen[part]) != rows:
             found = f"{path}: {len(chosen[part])} rows, but claim.json fixed {rows}"
             raise UserError(f"{found}; delete the file, and what was trained on it, and run again")
@@ -361,7 +367,7 @@ def _token_counts(run: Run, rows: Sequence[Example]) -> dict[str, tuple[int, int
 def _matched_rows(run: Run, arm: Arm, replicate: int, scores: Mapping[str, float]) -> list[Example]:
     "Random rows of the pool with the target tokens of another arm, or for its price and rating's."
     to = arm.to or next(iter(run.recipe.arms))
-    other = read_json(run.dir / "selected" / f"{run.recipe.part(to, replicate)}.json")
+    other = chosen_rows(run.dir / "selected" / f"{run.recipe.part(to, replicate)}.json")
     run.tokens = run.tokens or _token_counts(run, run.rows)
     pool = [r for r in _pool(run, replicate, scores) if r["id"] in run.tokens]
     by_target = arm.select == "token_matched"
@@ -849,6 +855,17 @@ def _write_page(
     seal(output, made_from, {"command": "run", "price_hour": run.recipe.price_hour})
     return results
 
+# %% ../nbs/06a_experiment.ipynb #4777f887
+def _page_results(page: Path) -> Results | None:
+    "What a finished page has in results.json; None where a file of it is torn or gone."
+    for name, known in run_folder.manifest_entry(page / PAGE).get("files", {}).items():
+        if not (page / name).is_file() or file_sha256(page / name) != known:
+            return None
+    try:
+        return read_json(page / "results.json")
+    except UserError:
+        return None
+
 # %% ../nbs/06a_experiment.ipynb #dd289012
 def report_run(
     run: Run,
@@ -866,7 +883,9 @@ def report_run(
     inputs |= {f"rates/{rate:g}": file_sha256(path) for rate, path in further.items()}
     output = run.dir / "report"
     if run_folder.is_complete(output, inputs):
-        return read_json(output / "results.json")
+        if whole := _page_results(output):
+            return whole
+        run.say(f"{output}: it is not as it was written; the page is made again")
     results = _write_page(run, scores, selected, further, output)
     run_folder.annotate(output, config=inputs)  # it may be made again, when one of them has changed
     return results
@@ -909,7 +928,7 @@ def remake_report(
         rated = any(a.select in BY_SCORE for a in recipe.arms.values())
         parts = [recipe.part(a, r) for r, a in product(range(recipe.replicates), run.arms)]
         rows = home_of(folder, claim) / "selected"
-        selected = {p: read_json(rows / f"{p}.json") for p in parts}
+        selected = {p: chosen_rows(rows / f"{p}.json") for p in parts}
         further = {rate: path / "results.json" for rate, path in reports.items()}
         _write_page(run, _saved_scores(run) if rated else {}, selected, further, output)
 

@@ -137,15 +137,13 @@ def _finished(output: Path, described: Mapping[str, Any], made_from: Mapping) ->
     "What a finished merge of the same measured; None where there is something to do."
     entry = manifest_entry(output)
     kept = entry.get("made_from")
-    if kept is None or not is_complete(output):
-        return None
+    if kept is None or not is_complete(output, described):
+        return None  # `recorded` names a setting that was another one
     if other := [name for name, value in made_from.items() if kept.get(name) != value]:
         raise UserError(
             f"{output} was merged from, or compared with, another {' and '.join(other)}; choose "
             "another folder, or --overwrite it"
         )
-    if not is_complete(output, described):
-        return None  # `recorded` names the setting
     if entry.get("weights") != _hashes(output):
         raise UserError(f"{output}: its weights were changed since; --overwrite merges again")
     say(f"{output} is finished, by this adapter and these rows; --overwrite merges again")

@@ -753,9 +753,11 @@ class Results(TypedDict, total=False):
     warnings: list[str]
     failures: list[dict[str, Any]]  # verdicts that could not be read
     heldout: Any  # arm: loss on reference answers, ci95, difference to model_a's
+    heldout_own: Any  # the same on rows held out of the pool, by rating; from `own_rows_results`
     checkable: Any  # arm: [right, asked]
     filter: Any  # how the scores tell rows apart, from `filter_report`
     arms: Any  # what every arm was trained on and answered, from `arm_table`
+    setting: Any  # of a run: base_model, data, pool (its rows), replicates, questions
     rates: Any  # of several learning rates: rate, claim, pooled, judge_health, heldout, arms, cost
     scores: Any  # of other tools: a difference for each pair of models, test set and metric
     scores_pooled: Any  # the same over the test sets that share a metric

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import alpagasus2
-from .core.files import UserError, atomic, cache_dir, read_json
+from .core.files import UserError, atomic, cache_dir, did_you_mean, read_json
 from .core.run_folder import manifest_entry
 
 # %% ../nbs/00a_catalog.ipynb #c1dfd96e
@@ -42,7 +42,8 @@ def fetch(
 ) -> Path:  # the verified file
     "Download a catalogued file and verify it; says how to place it by hand when that fails."
     if name not in catalog():
-        raise UserError(f"{name}: not in the catalogue; known: {', '.join(catalog())}")
+        near = did_you_mean(name, catalog()) or f"; known: {', '.join(catalog())}"
+        raise UserError(f"{name}: not in the catalogue{near}")
     entry = catalog()[name]
     path = Path(output) if output else cache_dir() / "data" / entry["file"]
     if path.exists() and git_blob_id(path.read_bytes()) == entry["git_blob"]:

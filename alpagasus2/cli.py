@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'ALONE', 'POSITIONAL', 'GROUPS', 'EXAMPLES', 'FIELDS', 'USAGE', 'check', 'fetch', 'select', 'report',
-           'verify', 'plan', 'run', 'quickstart', 'build_parser', 'main']
+           'verify', 'plan', 'run', 'quickstart', 'build_parser', 'completion', 'main']
 
 # %% ../nbs/07_cli.ipynb #77de68da
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from . import __version__
 from .catalog import catalog, describe_data
@@ -704,7 +704,7 @@ def plan(
         print(output)
 
 # %% ../nbs/07_cli.ipynb #a026340b
-def _run(recipe: Any, output_dir: str, dry_run: bool) -> None:
+def _run(recipe: Any, output_dir: str, dry_run: bool) -> Any:  # what was found, if it ran
     from alpagasus2.experiment import run_recipe, summary_lines
     from alpagasus2.extras.dry_run import Known, plan_table, refusals
     from alpagasus2.recipe import plan_of
@@ -716,12 +716,14 @@ def _run(recipe: Any, output_dir: str, dry_run: bool) -> None:
             things = "1 thing" if len(found) == 1 else f"{len(found)} things"
             raise UserError(f"{things} would stop this run: {'; '.join(found)}")
         print("\n".join(plan_table(known)))
-        return
+        return None
     results = run_recipe(recipe, output_dir)
     page = Path(output_dir) / "report" / "index.html"
-    add_result(page=str(page), claim=results["claim"], heldout=results.get("heldout"))
+    losses = {k: results.get(k) for k in ("heldout", "heldout_own")}
+    add_result(page=str(page), claim=results["claim"], **losses)
     print("\n".join(summary_lines(results)))
     print(page)
+    return results
 
 # %% ../nbs/07_cli.ipynb #7902822c
 def run(
@@ -737,14 +739,26 @@ def run(
     loaded.limit = limit if limit is not None else loaded.limit
     _run(loaded, output_dir or f"runs/{Path(recipe).stem}", dry_run)
 
-
+# %% ../nbs/07_cli.ipynb #27afff97
 def quickstart(
-    output_dir: str = "runs/quickstart",  # the run's folder; run again to resume
+    data: str = "sample",  # rows of your own: a file, a catalogued name or a hub id
+    output_dir: str | None = None,  # default: runs/quickstart, or runs/ and the file's name
+    seed: int = 0,  # of the draws and trainings
 ) -> None:
-    "The whole loop offline on a CPU, with a real 135M model."
-    from alpagasus2.experiment import quickstart_recipe
+    "The whole loop offline on a CPU, with a real 135M model; also on rows of your own."
+    from alpagasus2.experiment import lessons, quickstart_recipe, write_recipe
 
-    _run(quickstart_recipe(), output_dir, False)
+    mine = data != "sample"
+    folder = output_dir or f"runs/{Path(data).stem if mine else 'quickstart'}"
+    recipe = quickstart_recipe(data, seed)
+    results = _run(recipe, folder, False)
+    print(*lessons(results), sep="\n")
+    if not mine:
+        print("Next, on a file of your own:\nalpagasus2 quickstart --data rows.json")
+        return
+    write_recipe(recipe, path := Path(folder) / "recipe.yaml")
+    print(f"Next: put your model, judge and numbers of rows into {path}, and see what it would do:")
+    print(f"alpagasus2 run {path} --output_dir {folder}-mine --dry_run")
 
 # %% ../nbs/07_cli.ipynb #0716d970
 COMMANDS: dict[str, tuple[Callable, tuple[str, ...]]] = {
@@ -800,8 +814,8 @@ EXAMPLES = {
 }
 _PAGE = ("page", "claim")
 FIELDS: dict[str, tuple[str, ...]] = {  # of the object `result` under --json
-    "quickstart": (*_PAGE, "heldout"),
-    "run": (*_PAGE, "heldout"),
+    "quickstart": (*_PAGE, "heldout", "heldout_own"),
+    "run": (*_PAGE, "heldout", "heldout_own"),
     "plan": ("plan", "output"),
     "fetch": ("catalog", "path", "rows", "licence"),
     "check": ("rows", "good", "problems", "output"),
@@ -856,6 +870,47 @@ def _carry_out(command: str, argv: Sequence[str]) -> None:
         raise UserError(f"unknown command {command!r}; {hint}")
     COMMANDS[command][0](**_values(command, take_auth_token(argv)))
 
+# %% ../nbs/07_cli.ipynb #c609f912
+_COMPLETION = """# source <(alpagasus2 --completion), in ~/.bashrc or ~/.zshrc
+if [ -n "$ZSH_VERSION" ]; then autoload -U +X bashcompinit && bashcompinit; fi
+_alpagasus2() {{
+  local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" known=""
+  if [ "$COMP_CWORD" -eq 1 ]; then known="{commands}"; else
+    case "${{COMP_WORDS[1]}} $before" in
+{values}
+      *) case "$word" in -*) case "${{COMP_WORDS[1]}}" in
+{options}
+      esac;; esac;;
+    esac
+  fi
+  COMPREPLY=($(compgen -W "$known" -- "$word"))
+}}
+complete -o default -F _alpagasus2 alpagasus2"""
+
+
+def _choices(kind: Any) -> list[str]:
+    "The words that an option takes; none where it takes any, or none at all as a switch may."
+    found = [kind] if get_origin(kind) is Literal else get_args(kind)
+    words = [w for k in found if get_origin(k) is Literal for w in get_args(k)]
+    return [str(w) for w in words]
+
+# %% ../nbs/07_cli.ipynb #89bf0d1e
+def completion() -> str:  # for bash; zsh reads it, too
+    "A script that completes the words of this command."
+    options, values = [], []
+    for command in COMMANDS:
+        actions = [a for a in build_parser(command)._actions if a.option_strings]
+        names = " ".join(a.option_strings[-1] for a in actions)
+        options.append(f'        {command}) known="{names}";;')
+        for action in actions:
+            if words := _choices(getattr(action, "_typehint", None)):
+                where = f"{command} {action.option_strings[-1]}"
+                values.append(f'      "{where}") known="{" ".join(words)}";;')
+    commands = " ".join([*COMMANDS, "--help", "--version", "--completion"])
+    return _COMPLETION.format(
+        commands=commands, values="\n".join(values), options="\n".join(options)
+    )
+
 # %% ../nbs/07_cli.ipynb #a10b0689
 USAGE = """usage: alpagasus2 COMMAND [options]
 
@@ -864,6 +919,7 @@ Train a better model with fewer data on one GPU, and prove it.
 {commands}
 alpagasus2 COMMAND --help lists the options of a command, with an example; --version prints the
 version. Every command takes --quiet (warnings and errors alone) and --json (one JSON object).
+For bash and zsh, source <(alpagasus2 --completion) completes commands and options.
 """
 
 
@@ -885,8 +941,8 @@ def main(
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0
-    if words[0] == "--version":
-        print(__version__)
+    if words[0] in ("--version", "--completion"):
+        print(__version__ if words[0] == "--version" else completion())
         return 0
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see 01_quant_lora
     carry_out = partial(_carry_out, words[0], words[1:])

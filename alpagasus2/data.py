@@ -9,7 +9,6 @@ __all__ = ['ALPACA_INPUT', 'ALPACA_NO_INPUT', 'Template', 'AnyTemplate', 'iter_r
            'template_settings', 'last_turn', 'asked_of', 'load_questions', 'load_test_sets']
 
 # %% ../nbs/00_data.ipynb #77de68da
-import difflib
 import hashlib
 import json
 import re
@@ -21,7 +20,15 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
 from .catalog import catalog, locate
-from .core.files import UserError, check_safe_name, printable, say_once, unwritable
+from alpagasus2.core.files import (
+    UserError,
+    check_safe_name,
+    did_you_mean,
+    files_beside,
+    printable,
+    say_once,
+    unwritable,
+)
 from alpagasus2.core.row_formats import (
     FORMATS,
     QUESTION_FORMATS,
@@ -62,10 +69,9 @@ def iter_rows(
             raise UserError(f"{path}: the file is empty")
         return
     if ending_of(path) or path.is_absolute() or str(source).count("/") != 1:
-        near = difflib.get_close_matches(str(source), catalog(), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = did_you_mean(source, [*catalog(), *files_beside(source)])
         raise UserError(
-            f"{source}: no such file, and no data set of the catalogue has this name{hint}"
+            f"{source}: no such file, and no data set of the catalogue has this name{near}"
         )
     yield from _read_hub(str(source), split)
 

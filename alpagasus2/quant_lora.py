@@ -31,7 +31,10 @@ from alpagasus2.core.files import (
     UserError,
     adapter_hashes,
     cache_dir,
+    did_you_mean,
+    files_beside,
     read_json,
+    readable_weights,
     say,
     settings,
 )
@@ -150,6 +153,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
         part = Path(beside) / target.name
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        readable_weights(part)
         part.replace(target)
 
 # %% ../nbs/01_quant_lora.ipynb #fa35e192
@@ -180,11 +184,15 @@ def resolve_model(
 def _pretrained(auto: Any, name: str | Path, **options: Any) -> Any:
     "`from_pretrained`, with a sentence in place of the libraries' tracebacks."
     path = resolve_model(name)
+    near = "" if Path(path).exists() else did_you_mean(name, [SMALL_MODEL, *files_beside(name)])
+    if near and "/" not in str(name):  # a hub id, too, but such short ones are few
+        raise UserError(f"{name}: no local folder{near}")
     try:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError) as e:
         where = "the folder" if Path(path).is_dir() else "no local folder, and the hub"
-        raise UserError(f"{name}: {where} did not give a model: {str(e).splitlines()[0]}") from e
+        why = str(e).splitlines()[0]
+        raise UserError(f"{name}: {where} did not give a model: {why}{near}") from e
 
 
 def load_tokenizer(

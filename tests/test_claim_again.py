@@ -22,6 +22,7 @@ def recipe(tmp_path: Path) -> Recipe:
     tiny_llama(base)
     made = quickstart_recipe()
     made.base_model, made.limit, made.arms, made.margin = str(base), 12, ARMS, 0.4
+    made.replicates, made.holdout = 1, 0
     return made
 
 

@@ -21,6 +21,10 @@ class NotebookAccessError(Exception):
 def get(name):
     raise SecretNotFoundError(name)
 '''
+DRIVE = """
+def mount(path):
+    raise ValueError("mount failed")
+"""
 SMALLER = """
 recipe.limit, recipe.judge.questions, recipe.generate = 8, 2, {"max_new_tokens": 8}
 for arm in recipe.arms.values():
@@ -35,6 +39,7 @@ def colab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text("")
     (stub / "userdata.py").write_text(USERDATA)
+    (stub / "drive.py").write_text(DRIVE)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stub'}:{NOTEBOOK.parent.parent}")
     for name in ("HF_TOKEN", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -81,6 +86,8 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 def test_run_all_twice(colab):
     said, _ = run_all(colab, SMALLER)
+    for told in ("Drive is not connected (mount failed)", "Llama 2 is given to those", "train"):
+        assert told in said, told
     assert "HF_TOKEN is not among the secrets" in said and "judge unfit: no claim" in said
     found = files(colab)
     assert len(found) == 4 and (colab / "runs" / "smollm2-135m.zip").exists()

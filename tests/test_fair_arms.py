@@ -33,7 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def small(base: str, arms: dict[str, Arm], **settings: object) -> Recipe:
     made = quickstart_recipe()
-    made.base_model, made.limit, made.arms = base, POOL, arms
+    made.base_model, made.limit, made.arms, made.replicates = base, POOL, arms, 1
     made.generate, made.judge.questions = {"max_new_tokens": 2}, 1
     for name, value in settings.items():
         setattr(made, name, value)

@@ -25,6 +25,7 @@ preset: quickstart
 questions: [sample_questions]
 generate: {{max_new_tokens: 2}}
 judge: {{backend: local, questions: 2}}
+holdout: 0
 """
 
 

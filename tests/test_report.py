@@ -214,7 +214,13 @@ def open_link(tab, number, of=60):
     tab.wait_for_function(f"document.querySelector('#count').textContent === '{number} of {of}'")
 
 
+def unfold(tab):
+    "Open everything that is folded, as a reader would one by one."
+    tab.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+
+
 def test_the_keyboard_turns_pages(tab):
+    unfold(tab)
     assert count(tab) == "1 of 60"
     for key, at in (("j", 2), ("ArrowRight", 3), ("k", 2), ("ArrowLeft", 1), ("k", 1)):
         tab.keyboard.press(key)
@@ -241,12 +247,14 @@ def test_hostile_answers_are_text(tab):
 
 
 def test_search_and_filters(tab):
+    press(tab, "/")  # unfolds the search and goes there
     tab.fill("#search", "NUMBER 41")
     assert count(tab) == "1 of 1" and "Question number 41?" in tab.text_content("#pair")
     marked = "[...CSS.highlights.get('found')].map(r => r.toString())"
     assert tab.evaluate(marked) == ["number 41"]
     tab.click("#clear")
     assert tab.evaluate(marked) == []
+    unfold(tab)
     tab.click("#pairs tbody >> text=vicuna")  # from a comparison to its pairs
     assert count(tab) == "1 of 27"
     tab.click("#clear")
@@ -268,6 +276,7 @@ def test_a_link_finds_its_pair_again(tab):
     assert tab.url.endswith(link(12))
     tab.reload()
     assert count(tab) == "12 of 60" and "Question number 11?" in tab.text_content("#pair")
+    unfold(tab)
     tab.select_option("#by-outcome", "win")
     open_link(tab, 2)  # a link to a pair that the filter hides
     assert tab.input_value("#by-outcome") == ""
@@ -279,6 +288,7 @@ def test_tables_sort_by_keyboard(tab):
             "#pairs tbody tr", "rows => rows.map(r => r.cells[2].textContent)"
         )
 
+    unfold(tab)
     head = tab.locator("#pairs").get_by_role("button", name="n", exact=True)
     head.focus()
     tab.keyboard.press("Enter")
@@ -297,6 +307,7 @@ def test_a_phone_never_scrolls_sideways(tab, scheme):
     tab.set_viewport_size({"width": 390, "height": 844})
     for number in (1, *range(55, 61)):
         open_link(tab, number)
+        unfold(tab)
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
@@ -375,6 +386,7 @@ def test_labels_say_which_model(tab, tmp_path):
     keys = {"id", "test_set", "model_a", "model_b", "replicate", "label"}
     assert {tuple(sorted(x)) for x in file["labels"]} == {tuple(sorted(keys))}
     press(tab, ["Escape"])
+    unfold(tab)
     tab.select_option("#by-label", "not labelled")
     assert count(tab) == "1 of 40"
 
@@ -469,6 +481,7 @@ def test_labelling_without_verdicts(browser, tmp_path):
     file = saved(tab, tmp_path / "labels.json")
     assert {pair_name(x): x["label"] for x in file["labels"]} == given
     press(tab, "l")
+    unfold(tab)
     tab.select_option("#by-label", "not labelled")
     assert count(tab) == "1 of 10"
     later = [x for n in range(30) for x in pair_lines(n, "ab", test_set="koala")]
@@ -528,6 +541,7 @@ def test_thousands_of_pairs_open_fast(browser, large):
         assert count(tab) == "1 of 2000"
         seconds.append(time.perf_counter() - start)
     opened = min(seconds)
+    press(tab, "/")
     tab.fill("#search", "question number 1999?")
     assert count(tab) == "1 of 1"
     tab.click("#clear")
@@ -537,3 +551,150 @@ def test_thousands_of_pairs_open_fast(browser, large):
     assert tab.text_content("#progress-text").startswith("3 of ")
     tab.close()
     assert opened < 2 and labelled < 2, f"opened in {opened:.2f} s, labelled in {labelled:.2f} s"
+
+
+# --- the first screen ----------------------------------------------------------------------------
+def measured():
+    "A run's results with all that the first screen has, and rows of each side of the filter."
+    lost = {"loss": 2.9, "difference": 0.389, "difference_ci95": [0.33, 0.44]}
+    held = {"loss": 2.52, "difference": 0.02, "difference_ci95": [-0.006, 0.047]}
+    rows = [{"id": str(n), "score": n / 2, "asked": f"Question {n}? " * 9, "answer": "Word. " * 50,
+             "flaw": None} for n in range(3)]  # fmt: skip
+    arms = [{"arm": a, "rows": 120.0} for a in ("filtered", "random")]
+    return example() | {
+        "claim": {"verdict": "judge unfit: no claim", "question": "Is filtered better than random?",
+                  "reason": "The judge takes what it sees first. " * 8},
+        "warnings": ["Only 24 prompts: below 40 only large effects are found. " + "Which: " * 20],
+        "judge_health": example()["judge_health"] | {"fit": False, "summary": ""},
+        "heldout": {"base": lost, "filtered": {"loss": 2.5, "ci95": [-0.1, 5.1]}, "random": held},
+        "aa": {"model_a": "random", "model_b": "random_again", "win_rate": 0.5,
+               "win_rate_ci95": [0.4, 0.6], "heldout_difference": 0.005,
+               "heldout_ci95": [-0.024, 0.035]},
+        "setting": {"base_model": "smollm2-135m", "data": "sample", "pool": 400, "replicates": 1},
+        "arms": arms,
+        "filter": {"selector": "flaws", "rows": 400, "kept": {"filtered": 120},
+                   "examples": {"arm": "filtered", "kept": rows, "dropped": rows}},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A page with long answers."
+    answer = "A sentence of an answer. " * 60
+    verdicts = [x for n in range(30) for x in pair_lines(n, "ab", answer, response_b=answer)]
+    figures = {"Wins, ties and losses": figure()}
+    return write_report(measured(), tmp_path_factory.mktemp("run"), verdicts, figures=figures)
+
+
+@pytest.fixture(params=["desktop, light", "desktop, dark", "phone, light", "phone, dark"])
+def opened(browser, run, request):
+    size, scheme = request.param.split(", ")
+    size = {"width": 1280, "height": 900} if size == "desktop" else {"width": 390, "height": 844}
+    tab = browser.new_page(viewport=size, color_scheme=scheme)
+    tab.goto(run.as_uri())
+    yield tab
+    tab.close()
+
+
+def test_the_first_screen_says_what_was_compared_and_what_came_out(opened):
+    first = opened.locator("#answer")
+    assert first.locator(".compared").inner_text() == (
+        "Compared: filtered and random, each 120 of the 400 rows of sample, in one training of "
+        "smollm2-135m each; 30 questions of koala."
+    )
+    assert first.locator(".headline").inner_text() == (
+        "Tuning helped; filtered rows cannot be told from random rows; the judge is unfit, so "
+        "nothing is claimed of the answers."
+    )
+    cards = first.locator(".cards .card")
+    assert [cards.nth(n).locator("dt").inner_text() for n in range(cards.count())] == [
+        "What tuning brought",
+        "What selecting brought: filtered against random",
+        "What the judge is worth",
+    ]
+    said = cards.all_inner_texts()
+    assert "Loss lower by 0.389" in said[0] and "noise: random and random_again" in said[1]
+    assert "decide nothing" in said[2] and "judge unfit: no claim" in first.inner_text()
+    assert first.locator("svg").count() == 1
+    told = first.locator("svg").get_attribute("aria-label")
+    assert "tuning: filtered against base: 0.389, from 0.33 to 0.44" in told
+    if opened.viewport_size["width"] > 1000:
+        assert first.locator("svg").bounding_box()["y"] < 600  # it begins on the screen
+
+
+def test_the_page_is_short_as_opened_and_in_its_order(opened):
+    assert opened.evaluate("document.documentElement.scrollHeight") < 4000
+    assert opened.evaluate("document.documentElement.scrollWidth") <= opened.viewport_size["width"]
+    parts = opened.eval_on_selector_all("main > section", "all => all.map(x => x.id)")
+    assert parts[:3] == ["answer", "viewer", "rows"]
+    assert {"claim", "pairs", "health", "no-judge", "filter", "figures", "cost"} <= set(parts[3:])
+    assert opened.locator(".fold details[open]").count() == 0
+    assert opened.locator("#rows .row-card").count() == 6
+
+
+def test_a_link_into_a_folded_part_unfolds_it(opened):
+    assert not opened.locator("#claim strong").is_visible()
+    opened.click("text=Why, in full")
+    assert opened.locator("#claim strong").is_visible()
+
+
+def test_every_figure_can_be_read(opened):
+    unfold(opened)
+    small = """svgs => svgs.flatMap(svg => [...svg.querySelectorAll('text')].map(t => [
+      parseFloat(getComputedStyle(t).fontSize) * svg.getScreenCTM().a, t.textContent]))
+      .filter(([size]) => size < 10)"""
+    assert opened.eval_on_selector_all("figure svg", small) == []
+    wide = "x => x.parentElement.scrollWidth - x.parentElement.clientWidth"
+    assert opened.eval_on_selector("#answer svg", wide) <= 0
+
+
+def test_text_stands_out_from_what_is_behind_it(opened):
+    luminance = """(() => {
+      const part = c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+      const lum = text => text.match(/[\\d.]+/g).slice(0, 3).map(x => part(x / 255))
+        .reduce((sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0);
+      const behind = n => { while (getComputedStyle(n).backgroundColor.endsWith(', 0)'))
+        n = n.parentElement; return lum(getComputedStyle(n).backgroundColor); };
+      return [...document.querySelectorAll('.compared, .headline, .cards dt, .cards dd, .mark,'
+        + '.note, .prose, .row-card p, summary, nav a, button:not(:disabled)')].map(n => {
+        const [a, b] = [lum(getComputedStyle(n).color), behind(n)];
+        return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), n.className + n.textContent];
+      }).filter(([ratio]) => ratio < 4.5);
+    })()"""
+    assert opened.evaluate(luminance) == []
+
+
+def test_keys_are_explained_and_wait_while_they_are(opened):
+    press(opened, "?")
+    keys = opened.locator("#keys")
+    assert keys.is_visible() and "label a random sample" in keys.inner_text()
+    press(opened, "jl")
+    press(opened, ["Escape"])
+    assert not keys.is_visible() and count(opened) == "1 of 30"
+    if opened.viewport_size["width"] > 1000:
+        opened.get_by_role("button", name="Keys").click()
+        assert keys.is_visible()
+        opened.click("#keys-close")
+        assert not keys.is_visible()
+
+
+def test_labelling_has_a_button_on_the_first_screen(opened):
+    button = opened.get_by_role("button", name="Label answers")
+    assert button.bounding_box()["y"] < 200
+    button.click()
+    assert opened.locator("#labelling").is_visible()
+    assert not opened.locator("#answer, #rows, #more, .fold").filter(visible=True).count()
+
+
+def test_no_interval_is_outside_what_is_possible(tmp_path):
+    wild = measured()
+    p = wild["pooled"][0]
+    p |= {"win_rate_ci95": [-0.1, 1.2], "winning_score_ci95": [-0.2, 2.4], "detectable_effect": 0.7,
+          "holm_p": 1.0}  # fmt: skip
+    wild["pairs"] = [{**x, "holm_p": 1.0, "detectable_effect": 0.7} for x in wild["pairs"]]
+    text = write_report(wild, tmp_path).read_text(encoding="utf-8")
+    shown = re.sub(r"<svg.*?</svg>|<style.*?</style>|<script.*?</script>", "", text, flags=re.S)
+    for impossible in ("[-10.0%", "120.0%]", "[-0.200", "2.400]", "[-0.100", "± 70.0%"):
+        assert impossible not in shown, impossible
+    for possible in ("[0.0%, 100.0%]", "[0.000, 2.000]", "[0.000, 5.100]", "none up to ± 50.0%"):
+        assert possible in shown, possible

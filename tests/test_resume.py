@@ -21,13 +21,13 @@ from alpagasus2.experiment import quickstart_recipe, run_recipe
 quant_lora.compute_dtype = lambda device=None: torch.float32
 recipe = quickstart_recipe()
 recipe.base_model = sys.argv[2]
-recipe.limit, recipe.judge.questions = 8, 2
+recipe.limit, recipe.judge.questions, recipe.replicates = 8, 2, 1
 recipe.generate = {"max_new_tokens": 8}
 for arm in recipe.arms.values():
     arm.rows = 4
 run_recipe(recipe, sys.argv[1], progress=False)
 """
-STEPS = ("ratings.jsonl", "selected/longest.json", "adapters/random", "responses.jsonl")
+STEPS = ("ratings.jsonl", "selected/random.json", "adapters/random", "responses.jsonl")
 
 
 def start(folder: Path, base: str) -> subprocess.Popen:
@@ -78,7 +78,7 @@ def test_killed_after_each_step_it_ends_the_same(uninterrupted, tiny, tmp_path):
     kills = [kill_when(start(tmp_path, tiny), tmp_path / s, seed.uniform(0, 0.5)) for s in STEPS]
     assert sum(kills) >= 2, f"too few of the runs were still alive when killed: {kills}"
     assert finish(tmp_path, tiny) == expected
-    for name in ("adapters/filtered", "adapters/random", "adapters/longest"):
+    for name in ("adapters/filtered", "adapters/random"):
         weights = "adapter_model.safetensors"
         assert (tmp_path / name / weights).read_bytes() == (whole / name / weights).read_bytes()
 

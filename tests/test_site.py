@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import io
 import json
 import sys
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import matplotlib.pyplot as plt
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +94,72 @@ def test_search_lands_on_the_reference(site, browser):
     assert heading.is_visible() and "winning_score" in heading.inner_text()
     signature = page.locator("pre", has_text="def winning_score").first.inner_text()
     assert "win" in signature and "# " in signature  # a parameter and its comment
+    page.close()
+
+
+@pytest.mark.parametrize("option", ["cutoff_len", "learning_rate", "top_k"])
+def test_search_finds_an_options_own_entry_first(site, browser, option):
+    page = browser.new_page()
+    page.goto(f"{site}/index.html")
+    page.locator("input.md-search__input").click()
+    page.locator("input.md-search__input").type(option)
+    page.locator(".md-search-result__link").first.wait_for(timeout=60_000)
+    entries = page.locator(".md-search-result__link[href*='#']")
+    entries.first.wait_for(timeout=60_000)
+    assert entries.first.inner_text().startswith(f"--{option}")
+    entries.first.click()
+    page.wait_for_url(f"**/commands.html**{option}")
+    heading = page.locator(f"h4[id$='-{option}']:target")
+    assert heading.is_visible() and heading.inner_text().startswith(f"--{option}")
+    page.close()
+
+
+def test_the_front_page_has_a_picture_three_lines_and_where_to_go(site, browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(f"{site}/index.html")
+    hero = page.locator(".hero")
+    assert len(hero.locator("pre code").inner_text().splitlines()) == 3
+    assert "pip install" in hero.locator("pre code").inner_text()
+    picture = hero.locator("svg.front")
+    assert "tuning at all: 0.176 [0.156, 0.199]" in picture.get_attribute("aria-label")
+    doors = hero.locator("a.md-button")
+    assert doors.all_inner_texts() == ["Tutorial", "Open a report", "Commands"]
+    for part in (hero.locator("h1"), hero.locator("pre"), picture, *doors.all()):
+        box = part.bounding_box()
+        assert box["y"] + box["height"] < 900, "not on the first screen"
+    doors.nth(1).click()
+    page.wait_for_url("**/example/index.html")
+    assert page.locator("#answer .headline").inner_text().startswith("Tuning helped")
+    assert page.locator("#count").inner_text() == "1 of 72"
+    page.close()
+
+
+def test_figures_take_the_dark_pages_colour(site, browser):
+    for scheme in ("light", "dark"):
+        page = browser.new_page(color_scheme=scheme)
+        page.goto(f"{site}/selection.html")
+        figure = page.locator("article img[src*='_files/']").first
+        figure.scroll_into_view_if_needed()
+        page.wait_for_function("document.querySelector(\"article img[src*='_files/']\").complete")
+        corner = plt.imread(io.BytesIO(figure.screenshot()))[1, 1, :3]
+        behind = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        wanted = [int(x) / 255 for x in behind.strip("rgba()").split(",")[:3]]
+        assert abs(corner - wanted).max() < 0.02, scheme
+        page.close()
+
+
+def test_what_options_and_tables_say_fits_a_phone(site, browser):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    hidden = """nodes => nodes.filter(n => n.getBoundingClientRect().right > innerWidth
+      || n.scrollWidth > n.clientWidth + 1).map(n => n.textContent.trim().slice(0, 60))"""
+    page.goto(f"{site}/commands.html")
+    assert page.locator(".option").count() > 100
+    assert page.eval_on_selector_all(".option, .option > *", hidden) == []
+    for name in ("measured", "tutorial", "architecture"):
+        page.goto(f"{site}/{name}.html")
+        assert page.locator("article table").count()
+        wide = ".md-typeset__scrollwrap"
+        assert page.eval_on_selector_all(wide, hidden) == [], name
     page.close()
 
 

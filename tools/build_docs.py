@@ -12,7 +12,11 @@ or any file of the repository. On the site it leads to the page; in README.md, w
 GitHub and PyPI, it becomes a full address. A link that leads nowhere stops the build.
 
 The texts are nbs/pages/ and some files of the repository's root; tools/site_pages.py makes the
-pages that are written from code: commands, reference, the rooms' picture, llms.txt.
+pages that are written from code: the front, commands, reference, the rooms' picture, llms.txt.
+
+The report that one can open on the site is made here from nbs/pages/example/: results.json and
+judgments.jsonl of a real `alpagasus2 quickstart` on the rows of dataset/. To renew it, run the
+quickstart and copy both files there.
 """
 
 import argparse
@@ -51,6 +55,7 @@ TEXTS |= {path: path.stem for path in sorted((NBS / "pages").glob("*.md"))}
 MADE = {"commands": site_pages.commands_page, "reference": site_pages.reference_page}
 PAGE_OF = {NBS / file: page for file, page in NOTEBOOKS.items()} | TEXTS  # endpoint/cache, say
 NAMED = {f"{page}.html": page for page in (*PAGE_OF.values(), *MADE)}  # as a link may name them
+EXAMPLE = "example/index.html"  # a report, as a link may name it
 PICTURES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp"}
 
 STYLE = re.compile(r"<style scoped>.*?</style>\n?", re.S)  # pandas' own, which GitHub would print
@@ -113,6 +118,8 @@ def resolve(
     anchor = re.sub(r"^_.*|\..*", "", anchor)
     anchor = anchor and f"#{anchor}"
     folder = os.path.dirname(PAGE_OF[source]) or "."
+    if path == EXAMPLE:
+        return f"{SITE}/{path}" if readme else os.path.relpath(path, folder)
     file = None if path in NAMED else place(path, source)
     if page := NAMED.get(path) or PAGE_OF.get(file):
         return (
@@ -233,6 +240,25 @@ def text_page(
     return text.replace("<!-- table of the house -->", site_pages.house_table())
 
 
+def example_report() -> None:
+    "The report of the example, as the package writes it."
+    from alpagasus2.analysis import load_judgments
+    from alpagasus2.core.files import read_json
+    from alpagasus2.report.page import write_report
+    from alpagasus2.report.plots import plot_heldout, plot_outcomes, plot_slots
+
+    data = NBS / "pages" / "example"
+    results = read_json(data / "results.json")
+    figures = {
+        "Held-out loss by arm": plot_heldout(results["heldout"]),
+        "Verdicts in both orders": plot_outcomes(results["pairs"]),
+        "Slot preference of the judge": plot_slots(results["judge_health"]),
+    }
+    judgments, _ = load_judgments(data / "judgments.jsonl")
+    output = PAGES / os.path.dirname(EXAMPLE)
+    write_report(results, output, judgments, figures=figures, title="The quickstart’s report")
+
+
 def write(
     files: dict[Path, bytes],  # contents by path
 ) -> None:
@@ -248,9 +274,12 @@ def build() -> int:
     write({PAGES / f"{page}.md": text_page(file).encode() for file, page in TEXTS.items()})
     write({PAGES / f"{page}.md": make().encode() for page, make in MADE.items()})
     shutil.copy(NBS / "pages/extra.css", PAGES)
+    shutil.copy(IMAGES / "mark.svg", PAGES)
+    example_report()
     for file, page in NOTEBOOKS.items():
         body, files = rendered(NBS / file)
         folder = (PAGES / page).parent
+        body = site_pages.front_page(body) if page == "index" else body
         write({PAGES / f"{page}.md": body.encode()} | {folder / p: d for p, d in files.items()})
     nav = yaml.safe_load(re.sub(r"!!\S+", "", (ROOT / "mkdocs.yml").read_text()))["nav"]
     (PAGES / "llms.txt").write_text(site_pages.llms_txt(nav, PAGES, SITE))

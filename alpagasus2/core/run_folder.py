@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'LIBRARIES', 'UNANSWERED', 'row_key', 'latest', 'hold', 'Journal', 'environment', 'now', 'read_manifest',
-           'manifest_entry', 'changed_setting', 'annotate', 'recorded', 'is_complete', 'dollars', 'cost_of',
+           'manifest_entry', 'changed_setting', 'annotate', 'recorded', 'is_complete', 'duration', 'dollars', 'cost_of',
            'has_failed', 'open_lines', 'finder', 'is_settled', 'Step', 'status_counts', 'resumed']
 
 # %% ../../nbs/core/run_folder.ipynb #77de68da
@@ -225,6 +225,16 @@ def is_complete(
     entry = manifest_entry(output)
     same = config is None or entry.get("config") == json.loads(files.dumps(config))
     return Path(output).exists() and bool(entry.get("ended")) and same
+
+# %% ../../nbs/core/run_folder.ipynb #814ed9c2
+def duration(
+    seconds: float,  # not below 0
+) -> str:  # "40 s", "4.2 min", "2.5 h"
+    "A time as it is shown."
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    short, unit = (seconds / 60, "min") if seconds < 5400 else (seconds / 3600, "h")
+    return f"{short:,.1f} {unit}" if short < 10 else f"{short:,.0f} {unit}"
 
 # %% ../../nbs/core/run_folder.ipynb #648d7a79
 def dollars(

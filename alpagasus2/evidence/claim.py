@@ -6,8 +6,8 @@
 __all__ = ['Number', 'UNTESTED', 'UNDECIDED', 'UNEQUAL', 'NO_CONTROL', 'NO_CLAIM', 'UNLIKE', 'VERDICTS', 'ONE_SIDED',
            'PairStatistics', 'noise_floor', 'apart', 'check_margin', 'decide', 'check_value', 'claim', 'question',
            'all_must_hold', 'at_every_rate', 'at_one_rate', 'after_holm', 'with_post_hoc', 'without_claim',
-           'unlike_fixed', 'without_seen', 'without_questions', 'heldout_finding', 'read_claim', 'write_claim',
-           'claim_beside', 'is_measured', 'set_aside', 'fixed_terms']
+           'unlike_fixed', 'without_seen', 'without_questions', 'loss_gap', 'heldout_finding', 'read_claim',
+           'write_claim', 'claim_beside', 'is_measured', 'set_aside', 'fixed_terms']
 
 # %% ../../nbs/evidence/claim.ipynb #355de085
 import re
@@ -483,6 +483,23 @@ def without_questions(
     questions = {name: n - gone[name] for name, n in planned["questions"].items()}
     return {**planned, "questions": questions, "number": sum(questions.values()) * planned["runs"]}
 
+# %% ../../nbs/evidence/claim.ipynb #d9d7e7b4
+def loss_gap(
+    found: Mapping[str, Any],  # difference, difference_ci95, holds_run_noise of an arm's loss
+    arm: str,  # whose loss it is
+    other: str,  # the arm that it is the difference to
+) -> str:  # without a full stop
+    "How far apart two losses are, and whether that may be chance."
+    gap, (low, high) = found["difference"], found["difference_ci95"]
+    sure = "" if low > 0 or high < 0 else ", which may be chance"
+    if not found.get("holds_run_noise"):
+        sure = ", not tested against run-to-run noise"
+    side = "above" if gap >= 0 else "below"
+    return (
+        f"the loss of {arm} is {abs(gap):.3f} nats a token {side} that of {other} "
+        f"[{low:+.3f}, {high:+.3f}]{sure}"
+    )
+
 # %% ../../nbs/evidence/claim.ipynb #1a878920
 def heldout_finding(
     heldout: Mapping,  # arm -> difference and difference_ci95 of its loss to model_a's
@@ -494,15 +511,8 @@ def heldout_finding(
     found = heldout.get(control) or {}
     if found.get("difference") is None:
         return ""
-    gap, (low, high) = found["difference"], found["difference_ci95"]
-    sure = "" if low > 0 or high < 0 else ", which may be chance"
-    if not found.get("holds_run_noise"):
-        sure = ", not tested against run-to-run noise"
-    side = "above" if gap >= 0 else "below"
-    said = (
-        f"Without a judge: on reference answers the loss of {control} is {abs(gap):.3f} nats a "
-        f"token {side} that of {model_a} [{low:+.3f}, {high:+.3f}]{sure}."
-    )
+    gap = loss_gap(found, str(control), model_a)
+    said = f"Without a judge: on reference answers {gap}."
     if aa is None or aa.get("heldout_difference") is None:
         return said
     low, high = aa["heldout_ci95"]
@@ -559,7 +569,7 @@ def claim_beside(
     return None
 
 # %% ../../nbs/evidence/claim.ipynb #69bc01dd
-_OUTCOMES = ("heldout.jsonl", "responses.jsonl", "judgments*.jsonl", "canaries*.jsonl", "rates/*",
+_OUTCOMES = ("heldout*.jsonl", "responses.jsonl", "judgments*.jsonl", "canaries*.jsonl", "rates/*",
              "report/*")  # fmt: skip
 
 

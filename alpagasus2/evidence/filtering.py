@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEW_ROWS', 'SEEN', 'kept_by_category', 'plot_categories', 'auc', 'length_shift', 'plot_lengths', 'auc_with_interval',
-           'contamination', 'overlap', 'rater_agreement', 'filter_report', 'plot_scores']
+           'contamination', 'overlap', 'rater_agreement', 'row_examples', 'filter_report', 'plot_scores']
 
 # %% ../../nbs/evidence/filtering.ipynb #d283692a
 from collections import Counter
@@ -193,6 +193,11 @@ def _contamination_counts(found: Sequence[Mapping], questions: int) -> dict[str,
     }
 
 # %% ../../nbs/evidence/filtering.ipynb #a0ab1b6b
+def _start(text: str, cut: int = 300) -> str:
+    "As much of a text as a page quotes."
+    return text if len(text) <= cut else f"{text[:cut]}…"
+
+
 def _contamination_hits(
     found: Sequence[Mapping],  # from `contamination`
     rows: Sequence[Example],  # the same examples, with ids
@@ -204,13 +209,11 @@ def _contamination_hits(
     texts = {r["id"]: _text(r) for r in rows}
     worst = sorted((x for x in found if x["seen"]), key=lambda x: -x["seen"])[:10]
 
-    def start(text: str) -> str:
-        return text if len(text) <= cut else f"{text[:cut]}…"
-
     return [
-        {**x, "question": start(asked[x["test_set"], x["id"]]), "holds": start(texts[x["row"]])}
+        {**x, "question": _start(asked[x["test_set"], x["id"]], cut),
+         "holds": _start(texts[x["row"]], cut)}
         for x in worst
-    ]
+    ]  # fmt: skip
 
 # %% ../../nbs/evidence/filtering.ipynb #21f66a94
 def overlap(
@@ -338,6 +341,39 @@ def _known_flaws(
         },
     }
 
+# %% ../../nbs/evidence/filtering.ipynb #4936871f
+def _spread(ids: Sequence[str], scores: Mapping[str, float]) -> list[str]:
+    "The best, one in the middle and the worst; fewer of fewer."
+    ranked = sorted(ids, key=lambda i: (-scores[i], i))
+    return [ranked[k] for k in sorted({0, len(ranked) // 2, len(ranked) - 1})] if ranked else []
+
+
+def _example(row: Example, score: float) -> dict[str, Any]:
+    "A row as a page quotes it."
+    known = {"flaw": row["flaw"] or None} if "flaw" in row else {}
+    texts = {"asked": _start(asked_of(row)[1].strip()), "answer": _start(response_of(row))}
+    return {"id": row["id"], "score": float(score), **texts, **known}
+
+# %% ../../nbs/evidence/filtering.ipynb #c53719cf
+def row_examples(
+    rows: Sequence[Example],  # the pool, with ids
+    scores: Mapping[str, float],  # row id -> score
+    selected: Mapping[str, Sequence[Example]],  # arm -> its rows, with ids
+) -> dict[str, Any]:  # arm; kept, dropped: id, score, asked, answer, flaw of up to three rows each
+    "Rows on both sides of what the scores kept; empty where no arm has rows with a score."
+    pool = {r["id"]: r for r in rows if r["id"] in scores}
+    arms = {a: {r["id"] for r in part} & pool.keys() for a, part in selected.items()}
+    means = {a: np.mean([scores[i] for i in ids]) for a, ids in arms.items() if ids}
+    if not means:
+        return {}
+    arm = max(means, key=lambda a: means[a])
+    last = min(scores[i] for i in arms[arm])
+    out = [i for i in pool if i not in arms[arm]]
+    below = [i for i in out if scores[i] < last] or out  # of equal scores a draw has decided
+    sides = {"kept": sorted(arms[arm]), "dropped": below}
+    return {"arm": arm} | {side: [_example(pool[i], scores[i]) for i in _spread(ids, scores)]
+                           for side, ids in sides.items()}  # fmt: skip
+
 # %% ../../nbs/evidence/filtering.ipynb #3d40547b
 def filter_report(
     rows: Sequence[Example],  # the pool: examples with ids; `flaw` where it is known
@@ -358,6 +394,7 @@ def filter_report(
         "scored": len(scored),
         "score_histogram": _histogram(scored),
         "kept": {arm: len(kept) for arm, kept in selected.items()},
+        "examples": row_examples(rows, scores, selected),
         "median_length": {arm: float(np.median(x)) for arm, x in lengths.items() if x},
         **_against_pool(rows, selected),
         "near_duplicates": {arm: _repeats(kept) for arm, kept in selected.items()},

@@ -40,9 +40,11 @@ from alpagasus2.recipe import (
     Server,
     changes,
     check_pool,
+    check_rating_price,
     check_sizes,
     comparisons,
     drawn_pool,
+    hold_out,
     other_scores,
     served_as,
 )
@@ -82,6 +84,16 @@ class Known:
     def fitting(self) -> list[Example]:
         "The pool's rows that fit."
         return [r for r in self.rows if r["id"] in self.encoded]
+
+    @cached_property
+    def held(self) -> dict[str, str]:
+        "The rows that fit and are held out, by id."
+        return hold_out(self.recipe, self.fitting)
+
+    @property
+    def drawn(self) -> list[Example]:
+        "The rows that the arms draw from."
+        return [r for r in self.fitting if r["id"] not in self.held]
 
     @cached_property
     def sets(self) -> list[list[Question]]:
@@ -131,7 +143,7 @@ class Known:
 # %% ../../nbs/extras/dry_run.ipynb #682eb314
 def _check_filled(known: Known) -> None:
     "`UserError` where the arms or sizes cannot be filled."
-    recipe, rows = known.recipe, known.fitting
+    recipe, rows = known.recipe, known.drawn
     check_sizes(recipe, rows)
     check_pool(recipe, rows)
     seen = len(rows) * (recipe.pool_share if recipe.replicates > 1 else 1)
@@ -147,7 +159,7 @@ def _check_kept(known: Known) -> None:
     recipe, scores = known.recipe, known.scores
     if not scores:
         return
-    rows = [r for r in known.fitting if r["id"] in scores]
+    rows = [r for r in known.drawn if r["id"] in scores]
     for replicate in range(recipe.replicates):
         pool = drawn_pool(recipe, rows, replicate, recipe.pool_share)
         for name, arm in recipe.arms.items():
@@ -233,6 +245,7 @@ def _checks(known: Known) -> list[Callable[[], Any]]:
         partial(_check_claim, known),
         partial(_check_filled, known),
         partial(_check_kept, known),
+        partial(check_rating_price, recipe),
         *(partial(load_examples, a.data) for a in recipe.arms.values() if a.data),
         *(partial(load_questions, name) for name in recipe.questions),
         partial(_check_prompts, known),

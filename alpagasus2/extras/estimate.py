@@ -22,6 +22,7 @@ from typing import Any
 
 from ..core import families
 from ..core.files import UserError
+from ..core.run_folder import duration
 from ..model.forward import Encoded, computed_tokens, packs
 from ..quant_lora import QuantLoraConfig, compute_dtype, expert_weights, pick_device
 from ..train import BUDGETS, TOKEN_BUDGET, TrainConfig, batch_schedule
@@ -516,7 +517,7 @@ def report_lines(
     last = f"{found.tokens:,} tokens"
     if found.seconds is not None:
         speed = found.tokens / found.seconds
-        last += f" in about {found.seconds / 60:,.1f} minutes ({speed:,.0f} a second)"
+        last += f" in about {duration(found.seconds)} ({speed:,.0f} a second)"
     return [*lines, last]
 
 # %% ../../nbs/extras/estimate.ipynb #f1defb69

@@ -44,7 +44,7 @@ class Signals:
     eos: float | None  # log-probability of EOS behind the response, <= 0; None: truncated
 
 # %% ../../nbs/model/likelihood.ipynb #b3f0c7f6
-CHUNK = 512  # rows that are put into micro-batches together; results come after each chunk
+CHUNK = 64  # rows that are put into micro-batches together; results come after each chunk
 
 
 def signals(

@@ -56,8 +56,8 @@ const labelled = new Map(pairs.filter(pair => pair.judged).map(pair => [pair.nam
   { name: pair.name, pair, models: pair.answers.map(answer => answer.model) }]));
 for (const sample of Object.values(samples))
   for (const item of sample.items) labelled.set(item.name, item);
-const SHORT = 1500;  // characters; a longer text gets a box of its own that scrolls
-let shown = pairs, at = 0;
+const SHORT = 600;  // characters; a longer text gets a box of its own that scrolls
+let shown = pairs, at = 0, unfolded = false;
 
 function prose(text) {
   const node = el("div", text ? "prose" : "prose muted", text || "(empty)");
@@ -81,8 +81,9 @@ function questionCard(pair) {
 
 function answerCard(title, text) {
   const n = [...text].length;
-  const length = `${n.toLocaleString("en")} character${n === 1 ? "" : "s"}`;
-  return card(title, el("p", "muted", length), prose(text));
+  const node = card(title, prose(text));
+  node.firstChild.append(el("small", "", `${n.toLocaleString("en")} character${n === 1 ? "" : "s"}`));
+  return node;
 }
 
 function columns(...cards) {
@@ -94,6 +95,18 @@ function columns(...cards) {
 function winner(pair, verdict) {
   const model = { a: 0, b: 1, win: 0, lose: 1 }[verdict];
   return model === undefined ? verdict : `${pair.answers[model].model} wins`;
+}
+
+function verdicts(pair) {  // folded, and as the reader left it from one pair to the next
+  if (!pair.verdicts.length) return [];
+  const node = el("details", "said");
+  node.append(el("summary", "", "What the judge said"),
+    columns(...pair.verdicts.map(verdict => verdictCard(pair, verdict))));
+  const words = $("search").value.trim().toLowerCase();
+  const inside = pair.verdicts.some(x => (x.review ?? "").toLowerCase().includes(words));
+  node.open = unfolded || Boolean(words) && inside;
+  node.firstChild.addEventListener("click", () => { unfolded = !node.open; });
+  return [node];
 }
 
 function verdictCard(pair, verdict) {
@@ -120,11 +133,12 @@ function renderPair(pair) {
   tags.append(el("span", `mark ${tones[pair.outcome] ?? "none"}`, winner(pair, pair.outcome)));
   if (pair.flip) tags.append(el("span", "mark warn", "verdicts disagree"));
   if (labelOf(pair)) tags.append(el("span", "mark you", `you: ${youSaid(pair)}`));
-  for (const text of [pair.models, pair.test_set, pair.category, `replicate ${pair.replicate}`])
-    tags.append(el("span", "mark", text));
+  const facts = [pair.models, pair.test_set, pair.category];
+  if (pairs.some(x => x.replicate)) facts.push(`replicate ${pair.replicate}`);
+  for (const text of facts) tags.append(el("span", "mark", text));
   return [head, tags, questionCard(pair),
     columns(...pair.answers.map(answer => answerCard(answer.model, answer.text))),
-    columns(...pair.verdicts.map(verdict => verdictCard(pair, verdict)))];
+    ...verdicts(pair)];
 }
 
 function goTo(pair) {
@@ -192,6 +206,16 @@ function highlight(words) {  // marks what was searched, without a change to the
     }
   }
   CSS.highlights.set("found", new Highlight(...ranges));
+}
+
+// A link to a part that is folded, or into one, unfolds it.
+function unfold() {
+  const part = location.hash.length > 1 && $(decodeURIComponent(location.hash.slice(1)));
+  if (!part) return;
+  const inner = part.classList.contains("fold") && part.querySelector("details");
+  for (let node = inner || part; node; node = node.parentElement)
+    if (node.tagName === "DETAILS") node.open = true;
+  part.scrollIntoView();
 }
 
 function openHash() {
@@ -398,6 +422,8 @@ function onKey(event) {
     return;
   }
   const key = event.key.toLowerCase();
+  if (key === "?") return $("keys").open ? $("keys").close() : $("keys").showModal();
+  if ($("keys").open) return;
   if (key === "l") return labelling ? leave() : enter();
   if (labelling) {
     const does = { 1: () => give("1"), 2: () => give("2"), 3: () => give("3"), s: () => give(""),
@@ -407,6 +433,7 @@ function onKey(event) {
   }
   if (key === "/") {
     event.preventDefault();
+    $("filtering").open = true;
     $("viewer").scrollIntoView();
     $("search").focus();
   }
@@ -420,6 +447,7 @@ function showOnly(button) {  // from a table's row to its pairs
     ["category", "by-category"]])
     if (button.dataset[name]) $(id).value = button.dataset[name];
   applyFilters();
+  $("filtering").open = true;
   $("viewer").scrollIntoView();
 }
 
@@ -433,7 +461,7 @@ function start() {
   const clicks = {
     clear: () => clearFilters(shown[at]), previous: () => step(-1), next: () => step(1),
     label: () => labelling ? leave() : enter(), leave, undo, again, save,
-    load: () => $("label-file").click(),
+    load: () => $("label-file").click(), "keys-close": () => $("keys").close(),
   };
   for (const [id, does] of Object.entries(clicks)) $(id).addEventListener("click", does);
   for (const button of document.querySelectorAll("[data-label]"))
@@ -447,6 +475,10 @@ function start() {
     button.hidden = !chosen();
     button.addEventListener("click", enter);
   }
+  for (const button of document.querySelectorAll(".to-keys")) {
+    button.hidden = false;
+    button.addEventListener("click", () => $("keys").showModal());
+  }
   document.addEventListener("keydown", onKey);
   window.addEventListener("hashchange", openHash);
   window.addEventListener("beforeunload", event => {
@@ -455,4 +487,9 @@ function start() {
   applyFilters();
   openHash();
 }
+window.addEventListener("hashchange", unfold);
+window.addEventListener("beforeprint", () => {  // paper cannot be unfolded
+  for (const node of document.querySelectorAll("details")) node.open = true;
+});
+unfold();
 if (pairs.length) start();

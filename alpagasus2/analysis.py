@@ -7,6 +7,7 @@ __all__ = ['load_judgments', 'orient', 'prompt_table', 'winning_score', 'pair_st
            'judge_health', 'is_right', 'checkable', 'Results', 'analyse', 'hold_without']
 
 # %% ../nbs/05_analysis.ipynb #77de68da
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
@@ -43,6 +44,10 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 
 # %% ../nbs/05_analysis.ipynb #c572e926
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _wrong_field(line: Judgment) -> str:
     "What a line says that cannot be counted, and what was wanted; empty where it can."
     run, answers = line.get("replicate", 0), (line.get("response_a"), line.get("response_b"))
@@ -50,8 +55,19 @@ def _wrong_field(line: Judgment) -> str:
         return f"first={line['first']!r}; a or b is wanted"
     if line["verdict"] not in ("a", "b", "tie", None):
         return f"verdict={line['verdict']!r}; a, b, tie or null is wanted"
-    if not isinstance(run, int):
+    if type(run) is not int or run < 0:
         return f"replicate={run!r}; a whole number is wanted"
+    for name in ("model_a", "model_b", "test_set", "category", "cluster", "instruction", "status"):
+        if not isinstance(value := line.get(name), str | None):
+            return f"{name}={value!r}; text is wanted"
+    for name in ("score_a", "score_b"):
+        if (value := line.get(name)) is not None and not _is_number(value):
+            return f"{name}={value!r}; a number or null is wanted"
+    if (line.get("score_a") is None) != (line.get("score_b") is None):
+        return "one score of two; both are wanted, or neither"
+    for name in ("judge", "usage"):
+        if not isinstance(value := line.get(name), dict | None):
+            return f"{name}={value!r}; named values are wanted"
     if line["model_a"] == line["model_b"]:
         return f"{line['model_a']} as both models; two are wanted"
     if not all(isinstance(x, str | None) for x in answers):

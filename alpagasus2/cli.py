@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import __version__
 from .catalog import catalog, describe_data
@@ -35,7 +35,7 @@ from alpagasus2.commands.options import (
     take_auth_token,
 )
 from .commands.training import doctor, estimate, merge, preview, train
-from .core.files import UserError, file_sha256, read_json, read_jsonl, write_json
+from .core.files import UserError, file_sha256, read_json, write_json
 from .core.run_folder import annotate, latest, manifest_entry
 from alpagasus2.data import (
     Examined,
@@ -337,7 +337,9 @@ def _verdicts(judgments: str, judge: str | None) -> tuple[list[Any], bool]:
         judgments = str(Path(judgments) / "judgments.jsonl")
     lines, left_alone = load_judgments(judgments)
     known = {"claim.json", "manifest.json", "results.json"}
-    if unknown := {n for n in left_alone if n not in known and not n.startswith("canaries")}:
+    if unknown := {
+        n for n in left_alone if n not in known and not n.startswith(("canaries", "claim-"))
+    }:
         print(f"left alone: {', '.join(sorted(unknown))}", file=sys.stderr)
     return lines, False
 
@@ -544,6 +546,7 @@ def _verdict_page(
     "Write the page of verdicts or answers; the files that it was made from."
     from alpagasus2.analysis import orient
     from alpagasus2.evidence.labels import load_labels
+    from alpagasus2.generate import read_responses
     from alpagasus2.report.formats import load_other_forms, without_orders
     from alpagasus2.report.judges import add_judges, named_verdicts
     from alpagasus2.report.outside import weighted_win_rates
@@ -551,6 +554,8 @@ def _verdict_page(
     from alpagasus2.report.plots import plot_outcomes, plot_slots
 
     lines, copied = _verdicts(judgments, judge) if judgments else ([], False)
+    if judgments and not lines:
+        raise UserError(f"{judgments}: it holds no verdict")
     models = {x[m] for x in lines for m in ("model_a", "model_b")}
     if model_a and lines and model_a not in models:
         raise UserError(f"--model_a {model_a}: not judged; there are {', '.join(sorted(models))}")
@@ -568,7 +573,7 @@ def _verdict_page(
         judged = {first: lines} | {name: latest(files[name]) for name in others}
         add_judges(results, judged, files, **terms)
         shown = named_verdicts(judged, terms["model_a"])
-    answers = [x for path in responses for x in read_jsonl(path)]
+    answers: list[Any] = [x for path in responses for x in read_responses(path)]
     figures = {"Verdicts in both orders": plot_outcomes(results["pairs"])} if lines else {}
     if lines and not copied:
         figures["Slot preference of the judge"] = plot_slots(results["judge_health"])
@@ -736,14 +741,16 @@ def _run(  # what was found, if it ran
     recipe: Any, output_dir: str, dry_run: bool, workers: int = 1
 ) -> Any:
     from alpagasus2.experiment import run_recipe, summary_lines
-    from alpagasus2.extras.dry_run import plan_table, refusals
+    from alpagasus2.extras.dry_run import Known, plan_table, refusals
     from alpagasus2.recipe import plan_of
 
     if dry_run:
         print("\n".join(plan_of(recipe)))
-        if found := refusals(recipe, output_dir):
-            raise UserError(f"{len(found)} things would stop this run: {'; '.join(found)}")
-        print("\n".join(plan_table(recipe)))
+        known = Known(recipe, output_dir)
+        if found := refusals(known):
+            things = "1 thing" if len(found) == 1 else f"{len(found)} things"
+            raise UserError(f"{things} would stop this run: {'; '.join(found)}")
+        print("\n".join(plan_table(known)))
         return None
     if workers < 1:
         raise UserError(f"--workers {workers}: a number above 0 is wanted")

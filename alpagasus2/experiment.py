@@ -40,6 +40,7 @@ from alpagasus2.core.files import (
     file_sha256,
     json_sha256,
     read_json,
+    replace_folder,
     write_json,
 )
 from .core.run_folder import duration
@@ -59,11 +60,18 @@ from alpagasus2.evidence.claim import (
     claim_beside,
     fixed_terms,
     heldout_finding,
+    is_measured,
     loss_gap,
     read_claim,
     unlike_fixed,
 )
-from .evidence.doubts import doubts, home_of, known_questions, unlike_claim
+from alpagasus2.evidence.doubts import (
+    chosen_rows,
+    doubts,
+    home_of,
+    known_questions,
+    unlike_claim,
+)
 
 # %% ../nbs/06a_experiment.ipynb #248ec8e5
 from alpagasus2.evidence.filtering import (
@@ -86,8 +94,9 @@ from alpagasus2.generate import (
     server_ask,
 )
 from .model.check import checked
+from .model.checkpoint import Checkpoint
 from .model.likelihood import heldout_nll
-from .quant_lora import SMALL_MODEL, as_arm
+from .quant_lora import SMALL_MODEL, as_arm, check_adapters
 from alpagasus2.recipe import (
     MATCHED,
     Arm,
@@ -96,20 +105,33 @@ from alpagasus2.recipe import (
     Recipe,
     Server,
     at_rate,
+    changes,
     check_rating_price,
     comparisons,
+    drawn_pool,
     fix_claim,
     hold_out,
     other_scores,
     rating_template,
     repeats_of,
+    same_fit,
     served_as,
 )
 from .report.judges import add_judges, agreement_line, named_verdicts
 from .report.page import write_report
 from .report.plots import plot_heldout, plot_outcomes, plot_slots
 from .selection import BY_SCORE, load_scores, random_to_total, select
-from .train import Misfit, encode_rows, misfit_line, misfits, preset_configs, train
+from alpagasus2.train import (
+    Misfit,
+    checkpoint_path,
+    encode_rows,
+    misfit_line,
+    misfits,
+    preset_configs,
+    train,
+    trained_as,
+    training_of,
+)
 
 # %% ../nbs/06a_experiment.ipynb #68026cfc
 class Steps:
@@ -184,9 +206,12 @@ class Run:
                 "`reference`; add a test set that has them, or leave out `sizes`"
             )
         given = rows[: recipe.limit]
+        before = claim_beside(self.dir)
         self.claim = fix_claim(
-            recipe, self.dir, given, self.test_sets, rates, self.left_out, self.held_out
+            recipe, self.dir, given, self.test_sets, rates, self.left_out, self.held_out, again=True
         )
+        if before and before["sha256"] != self.claim["sha256"]:
+            self.say(_fixed_again(self.dir, before, self.claim))
         _keep_left_out(self)
         _keep_held_out(self)
         self.judged = judge.judge_files(self.dir, [name for name, _ in recipe.judges])
@@ -272,12 +297,21 @@ def _work_of_answers(run: Run) -> dict[str, float]:
 def _misfits(run: Run, rows: Sequence[Example], source: str) -> dict[str, Misfit]:
     "The rows of a source that the training could not take whole; they are counted and named."
     config, _ = run.recipe.training(0)
-    found = misfits(rows, run.models.tokenizer, config, run.recipe.keep_cut)
+    found = misfits(rows, run.models.tokenizer, config, run.recipe.keep_cut, run.progress)
     if len(found) == len(rows):
         raise UserError(f"{source}: {misfit_line(found, len(rows), config)}; raise cutoff_len")
     if found:
         run.say(f"{source}: {misfit_line(found, len(rows), config)}; they are left out")
     return found
+
+# %% ../nbs/06a_experiment.ipynb #3ceb570a
+def _fixed_again(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    "What is said where a claim took the place of another."
+    return (
+        f"{folder / 'claim.json'}: fixed again with another {' and '.join(changes(old, new))}, for "
+        "nothing was measured yet; the old one is kept as claim-N.json, and so is every training "
+        "whose rows, seed and settings are the same"
+    )
 
 # %% ../nbs/06a_experiment.ipynb #482b8623
 def _left_out(run: Run, rows: Sequence[Example], at_rate: bool) -> dict[str, Misfit] | None:
@@ -289,6 +323,7 @@ def _left_out(run: Run, rows: Sequence[Example], at_rate: bool) -> dict[str, Mis
     path = run.dir / "left_out.json"
     kept = read_json(path) if path.exists() else None
     same = kept is not None and json_sha256(kept) == fixed.get("sha256")
+    same = same and (claim is None or at_rate or same_fit(claim, run.recipe, rows))
     return kept if same else _misfits(run, rows, run.recipe.data)
 
 
@@ -319,10 +354,11 @@ def _held_out(run: Run, fitting: Sequence[Example], at_rate: bool) -> dict[str, 
     home = run.dir.parents[1] if at_rate else run.dir
     claim, path = claim_beside(run.dir) or claim_beside(home), home / "held_out.json"
     fixed = claim["pool"].get("held_out") if claim else {}
-    if fixed is None:
+    again = claim and not at_rate and not is_measured(run.dir) and changes(claim, run.recipe)
+    if fixed is None and not again:
         return {}
-    kept = read_json(path) if path.exists() else None
-    if kept is not None and json_sha256(kept) == fixed.get("sha256"):
+    kept = read_json(path) if path.exists() and not again else None
+    if kept is not None and fixed and json_sha256(kept) == fixed.get("sha256"):
         return kept
     own = {a.data: _own_rows(run, a.data) for a in run.recipe.arms.values() if a.data}
     held = hold_out(run.recipe, fitting, own)
@@ -419,7 +455,7 @@ def select_arms(
                 write_json(path, _arm_rows(run, run.arms[name], replicate, scores))
             except UserError as e:
                 raise UserError(f"{part}: {e}") from None
-        chosen[part], rows = read_json(path), run.arms[name].rows
+        chosen[part], rows = chosen_rows(path), run.arms[name].rows
         if rows and len(chosen[part]) != rows:
             found = f"{path}: {len(chosen[part])} rows, but claim.json fixed {rows}"
             raise UserError(f"{found}; delete the file, and what was trained on it, and run again")
@@ -430,10 +466,7 @@ def _pool(run: Run, replicate: int, scores: Mapping[str, float]) -> list[Example
     "The rows that every arm of a replicate draws from."
     rows = [r for r in run.rows if not scores or r["id"] in scores]
     share = run.claim["recipe"].get("pool_share", 1.0)  # a claim of an earlier version: all
-    if share == 1:
-        return rows
-    rng = np.random.default_rng([run.recipe.seed, replicate])
-    return [rows[i] for i in sorted(rng.choice(len(rows), round(share * len(rows)), replace=False))]
+    return drawn_pool(run.recipe, rows, replicate, share)
 
 # %% ../nbs/06a_experiment.ipynb #0d3ffcf2
 def _arm_rows(run: Run, arm: Arm, replicate: int, scores: Mapping[str, float]) -> list[Example]:
@@ -474,7 +507,7 @@ def _token_counts(run: Run, rows: Sequence[Example]) -> dict[str, tuple[int, int
 def _matched_rows(run: Run, arm: Arm, replicate: int, scores: Mapping[str, float]) -> list[Example]:
     "Random rows of the pool with the target tokens of another arm, or for its price and rating's."
     to = arm.to or next(iter(run.recipe.arms))
-    other = read_json(run.dir / "selected" / f"{run.recipe.part(to, replicate)}.json")
+    other = chosen_rows(run.dir / "selected" / f"{run.recipe.part(to, replicate)}.json")
     run.tokens = run.tokens or _token_counts(run, run.rows)
     pool = [r for r in _pool(run, replicate, scores) if r["id"] in run.tokens]
     by_target = arm.select == "token_matched"
@@ -497,6 +530,34 @@ def _bought(run: Run, to: str) -> float:
         )
     return found
 
+# %% ../nbs/06a_experiment.ipynb #7a3200bb
+def _taken_back(run: Run, replicate: int, name: str, selected: Mapping[str, list]) -> bool:
+    "Take a training of an earlier claim that is this one; whether it was finished."
+    aside, output = sorted(run.dir.glob("claim-*/adapters")), run.adapter(name, replicate)
+    if not aside or output.exists():
+        return False
+    base, part = run.recipe.base_model, run.recipe.part(name, replicate)
+    settings = run.recipe.training(replicate)
+    wanted = training_of(base, selected[part], run.models.tokenizer, *settings)
+    for kept in (p.parent for folder in aside for p in folder.glob("*/train_result.json")):
+        if trained_as(kept) == wanted:
+            check_adapters({part: kept}, base)
+            run_folder.annotate(output, **run_folder.manifest_entry(kept))
+            replace_folder(kept, output)
+            run.say(f"{part}: trained for the earlier claim, on the same rows, as {kept.name}")
+            return True
+    _take_unfinished(aside, output, wanted)
+    return False
+
+
+def _take_unfinished(aside: Sequence[Path], output: Path, wanted: Mapping[str, Any]) -> None:
+    "Go on with a training that an earlier claim began."
+    for path in (p for folder in aside for p in folder.glob(".*.checkpoint")):
+        with contextlib.suppress(UserError):  # of another training, or damaged
+            Checkpoint(path, wanted).check()
+            path.replace(checkpoint_path(output))
+            return
+
 # %% ../nbs/06a_experiment.ipynb #472b07b9
 def train_arms(
     run: Run,  # whose recipe says how
@@ -509,7 +570,7 @@ def train_arms(
         _train_at_once(run, selected, arms)
     for replicate, name in product(range(run.recipe.replicates), arms):
         part, output = run.recipe.part(name, replicate), run.adapter(name, replicate)
-        if not run_folder.is_complete(output):
+        if not run_folder.is_complete(output) and not _taken_back(run, replicate, name, selected):
             run.begin(f"train {part}", f"Training {part}: {len(selected[part])} rows")
             run.models.release()
             base, settings = run.recipe.base_model, run.recipe.training(replicate)
@@ -1026,6 +1087,17 @@ def _write_page(
     seal(output, made_from, {"command": "run", "price_hour": run.recipe.price_hour})
     return results
 
+# %% ../nbs/06a_experiment.ipynb #4777f887
+def _page_results(page: Path) -> Results | None:
+    "What a finished page has in results.json; None where a file of it is torn or gone."
+    for name, known in run_folder.manifest_entry(page / PAGE).get("files", {}).items():
+        if not (page / name).is_file() or file_sha256(page / name) != known:
+            return None
+    try:
+        return read_json(page / "results.json")
+    except UserError:
+        return None
+
 # %% ../nbs/06a_experiment.ipynb #dd289012
 def report_run(
     run: Run,
@@ -1043,7 +1115,9 @@ def report_run(
     inputs |= {f"rates/{rate:g}": file_sha256(path) for rate, path in further.items()}
     output = run.dir / "report"
     if run_folder.is_complete(output, inputs):
-        return read_json(output / "results.json")
+        if whole := _page_results(output):
+            return whole
+        run.say(f"{output}: it is not as it was written; the page is made again")
     run.begin("report", f"Making {output / PAGE}")
     results = _write_page(run, scores, selected, further, output)
     run_folder.annotate(output, config=inputs)  # it may be made again, when one of them has changed
@@ -1088,7 +1162,7 @@ def remake_report(
         rated = any(a.select in BY_SCORE for a in recipe.arms.values())
         parts = [recipe.part(a, r) for r, a in product(range(recipe.replicates), run.arms)]
         rows = home_of(folder, claim) / "selected"
-        selected = {p: read_json(rows / f"{p}.json") for p in parts}
+        selected = {p: chosen_rows(rows / f"{p}.json") for p in parts}
         further = {rate: path / "results.json" for rate, path in reports.items()}
         _write_page(run, _saved_scores(run) if rated else {}, selected, further, output)
 

@@ -10,6 +10,7 @@ __all__ = ['SMALL_MODEL', 'quiet_libraries', 'QuantLoraConfig', 'pick_device', '
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
 import copy
+import difflib
 import hashlib
 import importlib.util
 import logging
@@ -86,8 +87,8 @@ class QuantLoraConfig:
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"  # 4-bit number format
     bnb_4bit_double_quant: bool = True  # quantise the quantisation constants too
     unpacked: bool | None = None  # hold the quantised weights in 16 bits; None: on a CPU
-    lora_r: int = Field(8, gt=0)  # rank of the adapter
-    lora_alpha: int = Field(32, gt=0)  # the adapter's output is scaled by alpha / r
+    lora_r: int = Field(8, gt=0, le=4096)  # rank of the adapter
+    lora_alpha: int = Field(32, gt=0, le=2**16)  # the adapter's output is scaled by alpha / r
     lora_dropout: float = Field(0.05, ge=0, lt=1)  # dropout in front of the adapter
     lora_bias: Literal["none", "all", "lora_only"] = "none"  # which biases are trained
     lora_task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"  # the only task this project trains
@@ -98,6 +99,9 @@ class QuantLoraConfig:
             self.load_in_4bit = False
         if not self.lora_target_modules:
             raise UserError("lora_target_modules is empty: name layers, or give all-linear")
+        names = self.lora_target_modules
+        if isinstance(names, list) and len({*names}) < len(names):
+            raise UserError("lora_target_modules: a layer is named twice")
 
 # %% ../nbs/01_quant_lora.ipynb #7b52009b
 def pick_device() -> str:  # "cuda" or "cpu"
@@ -169,7 +173,10 @@ def small_model() -> Path:  # a folder for `from_pretrained`
 def resolve_model(
     name: str | Path,  # a local folder, a hub id, or smollm2-135m
 ) -> str:  # what `from_pretrained` takes
-    "Turn the small model's name into its folder; leave everything else alone."
+    "Turn the small model's name into its folder; leave all else alone, but for a misspelt one."
+    near = difflib.get_close_matches(str(name).lower(), [SMALL_MODEL], 1, 0.8)
+    if near and str(name) != SMALL_MODEL and not Path(name).exists():
+        raise UserError(f"{name}: there is no such folder; did you mean {SMALL_MODEL}?")
     return str(small_model()) if str(name) == SMALL_MODEL else str(name)
 
 # %% ../nbs/01_quant_lora.ipynb #73340e3c

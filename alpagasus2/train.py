@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Misfit', 'TOKEN_BUDGET', 'SMALLER', 'BUDGETS', 'After', 'INDIFFERENT', 'TrainConfig', 'preset_values',
-           'preset_configs', 'rate_at', 'batch_schedule', 'held_out', 'split_rows', 'encode_rows', 'misfits',
-           'misfit_line', 'base_in_parts', 'LossScaling', 'training_step', 'measure_budget', 'mean_loss', 'own_loss',
-           'own_steps', 'fit', 'save_adapter', 'train']
+           'preset_configs', 'rate_at', 'batch_schedule', 'held_out', 'split_rows', 'encode_each', 'encode_rows',
+           'misfit_of', 'misfits', 'misfit_line', 'base_in_parts', 'LossScaling', 'training_step', 'measure_budget',
+           'mean_loss', 'own_loss', 'own_steps', 'fit', 'rows_sha256', 'checkpoint_path', 'training_of', 'trained_as',
+           'save_adapter', 'train']
 
 # %% ../nbs/02_train.ipynb #77de68da
 import math
@@ -79,19 +80,23 @@ from tqdm import tqdm
 class TrainConfig:
     "How rows become an adapter."
 
-    batch_size: int = Field(128, gt=0)  # rows an optimiser step; an epoch's last takes what is left
+    batch_size: int = Field(
+        128, gt=0, le=2**20
+    )  # rows an optimiser step; an epoch's last takes what is left
     micro_batch_size: int | None = Field(None, gt=0)  # at most so many rows a pass; None: no limit
     token_budget: int | None = Field(None, gt=0)  # tokens a pass; None: 2,048, on CUDA measured
-    num_epochs: int = Field(3, gt=0)  # passes over the rows
-    learning_rate: float = Field(2e-5, gt=0)  # at the end of the warm-up
-    rate_width: int | None = Field(None, gt=0)  # hidden size the rate is for; None: the base's
+    num_epochs: int = Field(3, gt=0, le=1000)  # passes over the rows
+    learning_rate: float = Field(2e-5, gt=0, le=1)  # at the end of the warm-up
+    rate_width: int | None = Field(
+        None, gt=0, le=2**20
+    )  # hidden size the rate is for; None: the base's
     warmup_ratio: float = Field(0.03, ge=0, lt=1)  # share of the steps in which the rate rises
-    weight_decay: float = 0.0  # AdamW's
-    max_grad_norm: float = 1.0  # the gradient is scaled down to this norm; 0: never
+    weight_decay: float = Field(0.0, ge=0, le=1)  # AdamW's
+    max_grad_norm: float = Field(1.0, ge=0)  # the gradient is scaled down to this norm; 0: never
     optimizer: Literal["adamw", "paged_adamw"] = "adamw"  # paged: bitsandbytes', CUDA only
     gradient_checkpointing: bool = False  # less memory for a third more time
     attention: Kernel | None = None  # by_row: a CPU's; unpadded: a GPU's; padded: an older GPU's
-    cutoff_len: int = Field(256, gt=0)  # tokens; a longer row loses its end, and its EOS
+    cutoff_len: int = Field(256, gt=0, le=2**22)  # tokens; a longer row loses its end, and its EOS
     train_on_prompt: bool = False  # also learn to write the instruction
     template: Template = "alpaca"  # the prompt: Alpaca's, or the tokenizer's chat template
     template_options: dict[str, Any] | None = None  # for the chat template: {enable_thinking: true}
@@ -193,13 +198,28 @@ def split_rows(
     return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 # %% ../nbs/02_train.ipynb #0716d970
+_LONG = 2000  # rows, from which on it takes long enough for a bar
+
+
+def encode_each(
+    rows: Sequence[Example],
+    tokenizer: Any,  # of the base model
+    config: TrainConfig,  # cutoff_len, template
+    progress: bool = False,  # show a bar where there are many rows
+) -> Iterator[Encoded]:  # one a row
+    "Tokenise rows one by one."
+    hidden = not progress or len(rows) < _LONG
+    for row in tqdm(rows, "Tokenising", unit="row", leave=False, disable=hidden):
+        yield encode(row, tokenizer, config.cutoff_len, config.form)
+
+
 def encode_rows(
     rows: Sequence[Example],
     tokenizer: Any,  # of the base model
     config: TrainConfig,  # cutoff_len, template, train_on_prompt
 ) -> tuple[list[Encoded], dict]:  # rows with at least one target; the counts for train_result.json
     "Tokenise the training rows and count what was cut."
-    encoded = [encode(r, tokenizer, config.cutoff_len, config.form) for r in rows]
+    encoded = [*encode_each(rows, tokenizer, config)]
     kept = [e for e in encoded if e.n_targets]
     if not kept:
         raise UserError(f"cutoff_len={config.cutoff_len}: every prompt alone is longer than that")
@@ -220,21 +240,27 @@ def encode_rows(
 Misfit = Literal["answer", "prompt"]  # what does not fit: the whole answer, or the prompt alone
 
 
+def misfit_of(
+    read: Encoded,  # a row
+    keep_cut: bool = False,  # whether it is enough that the prompt alone fits
+) -> Misfit | None:  # None: it fits
+    "What of a row `cutoff_len` tokens do not hold."
+    if not read.n_targets:
+        return "prompt"
+    return "answer" if read.truncated and not keep_cut else None
+
+
 def misfits(
     rows: Sequence[Example],
     tokenizer: Any,  # of the base model
     config: TrainConfig,  # cutoff_len, template
     keep_cut: bool = False,  # keep the rows whose prompt alone fits
+    progress: bool = False,  # show a bar where there are many rows
 ) -> dict[str, Misfit]:  # row id -> what does not fit
     "The rows of which `cutoff_len` tokens do not hold the prompt and the whole answer."
-    found: dict[str, Misfit] = {}
-    for row in rows:
-        read = encode(row, tokenizer, config.cutoff_len, config.form)
-        if not read.n_targets:
-            found[row["id"]] = "prompt"
-        elif read.truncated and not keep_cut:
-            found[row["id"]] = "answer"
-    return found
+    read = encode_each(rows, tokenizer, config, progress)
+    found = {row["id"]: misfit_of(e, keep_cut) for row, e in zip(rows, read, strict=True)}
+    return {key: lost for key, lost in found.items() if lost}
 
 # %% ../nbs/02_train.ipynb #9f7a5666
 def misfit_line(
@@ -737,15 +763,55 @@ INDIFFERENT = (
 )  # fmt: skip # settings that change time and memory but, within rounding, not the adapter
 
 
+def _decisive(settings: Mapping[str, Any], rows: str) -> dict[str, Any]:
+    return {n: v for n, v in settings.items() if n not in INDIFFERENT} | {"rows": rows}
+
+
+def rows_sha256(
+    encoded: Sequence[Encoded],  # rows as they are read
+) -> str:  # first 16 hex digits
+    "What tells rows from others, as tokens and targets."
+    return json_sha256([[e.ids, e.n_prompt, *e.between] for e in encoded])[:16]
+
+
+def checkpoint_path(
+    output_dir: Path,  # of an adapter
+) -> Path:
+    "A hidden file beside the adapter, there while it is trained."
+    return output_dir.with_name(f".{output_dir.name}.checkpoint")
+
+
 def _checkpoint(
     output_dir: Path, settings: Mapping[str, Any], encoded: Sequence[Encoded]
 ) -> Checkpoint:
-    "A hidden file beside the adapter; one of another training is refused."
-    decisive = {n: v for n, v in settings.items() if n not in INDIFFERENT}
-    decisive["rows"] = json_sha256([[e.ids, e.n_prompt, *e.between] for e in encoded])[:16]
-    checkpoint = Checkpoint(output_dir.with_name(f".{output_dir.name}.checkpoint"), decisive)
+    "Where the training stands; that of another training is refused."
+    decisive = _decisive(settings, rows_sha256(encoded))
+    checkpoint = Checkpoint(checkpoint_path(output_dir), decisive)
     checkpoint.check()
     return checkpoint
+
+# %% ../nbs/02_train.ipynb #f4acb7cf
+def training_of(
+    base_model: str,  # as given to `train`
+    rows: Sequence[Example],  # likewise
+    tokenizer: Any,  # of the base
+    config: TrainConfig,
+    quant_lora: QuantLoraConfig,
+) -> dict[str, Any]:
+    "What decides an adapter: the base, every setting that changes it, the rows as tokens."
+    encoded, _ = encode_rows(split_rows(rows, config)[0], tokenizer, config)
+    given = {"base_model": str(base_model), **asdict(config), **asdict(quant_lora)}
+    return _decisive(given, rows_sha256(encoded))
+
+
+def trained_as(
+    adapter: str | Path,  # a folder that `train` wrote
+) -> dict[str, Any] | None:  # as `training_of`; None: not finished, or it does not say
+    "What decided an adapter that is there."
+    entry = manifest_entry(adapter)
+    if not is_complete(adapter) or "trained_on" not in entry:
+        return None
+    return _decisive(entry["config"], entry["trained_on"])
 
 # %% ../nbs/02_train.ipynb #84da32cc
 def _kept_state(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, Any]:

@@ -56,6 +56,16 @@ class _Refused(Exception):
     """An answer other than 200: status, error code, message, and the repository if it is there."""
 
 
+def held(path: str, data: bytes) -> dict:
+    """How the hub describes a file: weights by SHA-256, others as git does."""
+    about = {"rfilename": path, "size": len(data),
+             "blobId": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}  # fmt: skip
+    if path.endswith(".safetensors"):
+        digest = hashlib.sha256(data).hexdigest()
+        about["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 100}
+    return about
+
+
 def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
@@ -143,7 +153,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if not rest:
                 if repo not in hub.repos:
                     raise _Refused(404, "RepoNotFound", "Repository not found")
-                return {"id": repo, "private": hub.repos[repo]["private"], "siblings": []}
+                files = [held(*x) for x in hub.repos[repo]["files"].items()]
+                return {"id": repo, "private": hub.repos[repo]["private"], "siblings": files}
             self.needs_write(user, repo)
             if rest[0] == "preupload":
                 files = json.loads(body)["files"]

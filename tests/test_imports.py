@@ -24,7 +24,8 @@ WINGS = {
     "evidence": "core data selection",
     "report": "core evidence analysis judge",
     "commands": "core catalog data",  # each command loads the step it runs: see LOADED
-    "extras": "core data quant_lora model train selection endpoint judge local recipe",  # dry_run
+    "extras": "core data quant_lora model train selection endpoint judge local recipe "  # dry_run
+    "evidence generate catalog",
     "scale": "core data endpoint model quant_lora generate judge selection",  # what it spreads
 }
 # What the main street takes from the wings.

@@ -198,6 +198,13 @@ def nothing(path: Path, status: int) -> None:
     assert not path.exists()
 
 
+def page(folder: Path, status: int) -> None:
+    """A page and its figures, or neither."""
+    results = folder / "results.json"
+    assert results.exists() == (folder / "index.html").exists()
+    assert status == 2 or strict(results)["pooled"]
+
+
 def check(file: Path, out: Path) -> list[str]:
     return ["check", str(file), "--output", str(out)]
 
@@ -229,6 +236,22 @@ def plan(file: Path, out: Path) -> list[str]:
     rows.write_text(json.dumps(ROWS))
     file.write_bytes(file.read_bytes().replace(b"ROWS", str(rows).encode()))
     return ["run", str(file), "--output_dir", str(out), "--dry_run"]
+
+
+def report(file: Path, out: Path) -> list[str]:
+    return ["report", "--judgments", str(file), "--output", str(out)]
+
+
+def label(file: Path, out: Path) -> list[str]:
+    judged = file.with_name("judgments.jsonl")
+    judged.write_text(as_lines(JUDGMENTS[0]))
+    return [*report(judged, out), "--labels", str(file)]
+
+
+def show(file: Path, out: Path) -> list[str]:
+    judged = file.with_name("judgments.jsonl")
+    judged.write_text(as_lines(JUDGMENTS[0]))
+    return [*report(judged, out), "--responses", str(file)]
 
 
 DATA = (
@@ -267,6 +290,24 @@ RESPONSES = (
       "model": model, "replicate": 0, "response": "Zwéi", "finish_reason": "stop",
       "prompt_tokens": 9, "response_tokens": 3} for model in ("a", "b") for n in range(2)],
 )  # fmt: skip
+JUDGMENTS = (
+    [{"id": f"q{n}", "test_set": "my", "category": "maths", "instruction": f"{n}+1?", "input": "",
+      "model_a": "a", "model_b": "b", "replicate": 0, "vote": 0, "first": first,
+      "response_a": "Zwéi", "response_b": "Drei", "score_a": 8.0, "score_b": 5.0 + n,
+      "protocol": "pair", "verdict": "a", "review": "8 5", "status": "ok",
+      "judge": {"model": "m", "prompt_version": "pair-1"}, "usage": {"usd": 0.01}}
+     for n in range(2) for first in ("a", "b")],
+    [{"id": "q0", "test_set": "my", "instruction": "1+1?", "input": "", "model_a": "a",
+      "model_b": "b", "first": first, "response_a": "2", "response_b": "3", "verdict": verdict,
+      "status": status} for first, verdict, status in (("a", "tie", "ok"), ("b", None, "refused"))],
+)  # fmt: skip
+LABELS = (
+    {"page": "x", "sample": {"seed": 0}, "skipped": [], "labels": [
+        {"id": f"q{n}", "test_set": "my", "model_a": "a", "model_b": "b", "replicate": 0,
+         "label": label} for n, label in enumerate(("a", "tie"))]},
+    {"labels": [{"id": "q0", "test_set": "my", "model_a": "b", "model_b": "a", "label": "b"}],
+     "skipped": [{"id": "q1", "test_set": "my", "model_a": "a", "model_b": "b"}]},
+)  # fmt: skip
 RECIPES = (
     {"base_model": "smollm2-135m", "preset": "quickstart", "data": "ROWS",
      "rater": {"kind": "flaws"}, "replicates": 1, "questions": ["sample_questions"],
@@ -285,6 +326,9 @@ KINDS = {
     "scores": Kind(SCORES, select_by_scores, one_known_row),
     "questions": Kind(QUESTIONS, ask, nothing),
     "responses": Kind(RESPONSES, judge, nothing, (".jsonl",)),
+    "judgments": Kind(JUDGMENTS, report, page, (".jsonl",), in_ci=8),
+    "labels": Kind(LABELS, label, page, (".json",), in_ci=8),
+    "shown": Kind(RESPONSES, show, page, (".jsonl",), in_ci=6),
     "recipes": Kind(RECIPES, plan, nothing, (".json",), in_ci=10),
 }
 

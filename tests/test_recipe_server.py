@@ -107,6 +107,7 @@ def test_a_reply_from_before_the_training_is_no_answer(
 
 def test_another_server_is_another_experiment(recipe: Recipe, tmp_path: Path) -> None:
     experiment.Run(recipe, tmp_path, False)
+    (tmp_path / "responses.jsonl").touch()
     elsewhere = {**recipe.generate, "base_url": "http://localhost:9/v1"}
     with pytest.raises(UserError, match="another `recipe`"):
         experiment.Run(replace(recipe, generate=elsewhere), tmp_path, False)

@@ -403,6 +403,7 @@ def leaderboard(
     include_path: str | None = None,  # a folder with task files of your own and their rows
     name: str = "base",  # the name of the model without adapters
     load_in_4bit: bool = True,  # quantise the base; false: 16 bits, as for a merged model
+    overwrite: bool = False,  # ask again what is finished
     dry_run: bool = False,  # say what would be done
     **config: Any,
 ) -> None:
@@ -415,7 +416,7 @@ def leaderboard(
     results = ask(
         base_model, output_dir, tasks, paths, LeaderboardConfig(**config),
         QuantLoraConfig(load_in_4bit=load_in_4bit), include_path, name,
-        say=lambda line: print(line, file=sys.stderr), dry_run=dry_run,
+        say=lambda line: print(line, file=sys.stderr), dry_run=dry_run, overwrite=overwrite,
     )  # fmt: skip
     if results:
         add_result(output_dir=output_dir)

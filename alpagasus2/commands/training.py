@@ -30,13 +30,18 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _before_training(output_dir: str, hub_path: str | None, private: bool) -> str | None:
+def _before_training(
+    output_dir: str, hub_path: str | None, private: bool, overwrite: bool
+) -> str | None:
     "Everything that could refuse the result, asked while nothing has been spent on it."
-    from alpagasus2.extras.hub import check_disk, check_push
+    from alpagasus2.extras.hub import check_disk, check_push, check_weights
 
     check_output(output_dir)
     check_disk(output_dir, 2**29)  # twice an fp32 adapter of a 13B at r=16 on all linear layers
-    return check_push(hub_path, private) if hub_path else None
+    repo = check_push(hub_path, private) if hub_path else None
+    if repo and not overwrite:
+        check_weights(output_dir, repo)
+    return repo
 
 # %% ../../nbs/commands/training.ipynb #b919373d
 def _dry_run(base_model: str, rows: list[Any], settings: Any) -> None:
@@ -53,7 +58,7 @@ def _dry_run(base_model: str, rows: list[Any], settings: Any) -> None:
 
 # %% ../../nbs/commands/training.ipynb #2e303ba3
 def _after_training(
-    output_dir: str, data_path: str, rows: int, repo: str | None, private: bool
+    output_dir: str, data_path: str, rows: int, repo: str | None, private: bool, overwrite: bool
 ) -> None:
     "Leave the card beside the adapter, and push both when that was asked for."
     from alpagasus2.extras.hub import DATA_FILE, push, write_card
@@ -61,7 +66,7 @@ def _after_training(
     write_json(Path(output_dir) / DATA_FILE, describe_data(data_path, rows))
     write_card(output_dir, repo)
     if repo:
-        print(f"pushed to {push(output_dir, repo, private)}")
+        print(f"pushed to {push(output_dir, repo, private, overwrite=overwrite)}")
 
 # %% ../../nbs/commands/training.ipynb #17ba0791
 def train(
@@ -85,7 +90,7 @@ def train(
     first = _is_first_process()
     repo = None
     if first and not dry_run:
-        repo = _before_training(output_dir, hub_path, hub_private)
+        repo = _before_training(output_dir, hub_path, hub_private, overwrite)
     from alpagasus2.train import preset_configs
     from alpagasus2.train import train as train_adapter
 
@@ -105,7 +110,7 @@ def train(
         f"{output_dir}: {result['steps']} steps over {result['rows']:,} rows, "
         f"loss {result['loss'][0]:.3f} to {result['loss'][-1]:.3f}, {result['seconds']:.0f} s"
     )
-    _after_training(output_dir, data_path, len(rows), repo, hub_private)
+    _after_training(output_dir, data_path, len(rows), repo, hub_private, overwrite)
 
 # %% ../../nbs/commands/training.ipynb #70c27ed3
 def _count_tokens(base_model: str, rows: list[Any], config: Any) -> tuple[dict[str, Any], str]:
@@ -188,6 +193,7 @@ def merge(
     data_path: str = "sample",  # rows to compare on, best such as it was not trained on
     compare: bool = False,  # also measure the other merge_base
     limit: int = 60,  # only the first so many of these rows
+    overwrite: bool = False,  # merge again what is finished
 ) -> None:
     "Add an adapter to its base; compare the saved model with the trained one."
     from alpagasus2.extras.hub import write_card
@@ -196,7 +202,8 @@ def merge(
 
     held = _rows_to_compare(adapter, data_path, limit)
     print(f"comparing on {len(held)} rows of {data_path}", file=sys.stderr)
-    result = merge_adapter(adapter, output_dir, held, base_model, merge_base, compare)
+    given = (adapter, output_dir, held, base_model, merge_base, compare)
+    result = merge_adapter(*given, overwrite=overwrite)
     write_card(output_dir)
     add_result(output_dir=output_dir)
     print(*merge_table(result), sep="\n")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['T', 'did_you_mean', 'files_beside', 'UserError', 'unknown_name', 'check_names', 'check_safe_name', 'SettingError',
-           'settings', 'build', 'printable', 'say', 'say_once', 'atomic', 'dumps', 'write_json', 'write_jsonl',
-           'unwritable', 'readable_weights', 'replace_folder', 'standing', 'check_output', 'read_json', 'read_jsonl',
-           'cache_dir', 'file_sha256', 'json_sha256', 'adapter_sha256', 'adapter_hashes']
+           'wrong_text', 'settings', 'build', 'printable', 'say', 'say_once', 'atomic', 'dumps', 'write_json',
+           'write_jsonl', 'unwritable', 'readable_weights', 'replace_folder', 'standing', 'check_output', 'read_json',
+           'read_jsonl', 'cache_dir', 'file_sha256', 'json_sha256', 'adapter_sha256', 'adapter_hashes']
 
 # %% ../../nbs/core/files.ipynb #44fad563
 import dataclasses
@@ -87,12 +87,19 @@ _WANTED = {
     "list_type": "a list", "dict_type": "a set of named values", "literal_error": "{expected}",
     "greater_than": "above {gt:g}", "greater_than_equal": "at least {ge:g}",
     "less_than": "below {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "less_than_equal": "at most {le:g}", "string_too_short": "a text that is not empty",
 }  # fmt: skip
 
 
 class SettingError(UserError):
     "One wrong setting; it does not yet say where it stands."
+
+
+def _nearest(given: Any, wanted: str) -> str:
+    "The name among those wanted that was probably meant; empty where none is near."
+    known = re.findall(r"'([^']+)'", wanted)
+    near = difflib.get_close_matches(given, known, 1) if isinstance(given, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _said(cls: type, error: Any) -> UserError:
@@ -114,9 +121,29 @@ def _said(cls: type, error: Any) -> UserError:
     name += f".{first['loc'][-1]}" if depth > 2 else ""
     if first["type"] == "dict_type":  # what stands there may be a key
         return SettingError(f"{name}: it must be {' or '.join(wanted)}")
-    return SettingError(f"{name}={first['input']!r}: it must be {' or '.join(wanted)}")
+    near = _nearest(first["input"], " or ".join(wanted))
+    return SettingError(f"{name}={first['input']!r}: it must be {' or '.join(wanted)}{near}")
 
 # %% ../../nbs/core/files.ipynb #b979b35d
+_LONGEST_TEXT = 4096  # characters; no path is longer
+
+
+def wrong_text(
+    value: Any,  # a name, an address, a path; or a list of these
+) -> str | None:  # what is wrong; None: nothing
+    "What is wrong with a text, or with one of a list of texts: no name looks like that."
+    if isinstance(value, list):
+        return next(filter(None, map(wrong_text, value)), None)
+    if not isinstance(value, str):
+        return None
+    if len(value) > _LONGEST_TEXT:
+        return f"{value[:20]!r}...: it has {len(value):,} characters, no name has as many"
+    if value != value.strip():
+        return f"{value!r}: it begins or ends with a space; take that away"
+    found = re.search("[\\x00-\\x1f\\x7f-\\x9f]", value)
+    return f"{value!r}: it holds a control character" if found else None
+
+
 @dataclass_transform(field_specifiers=(dataclasses.field,))
 def settings(
     cls: type[T],  # fields with types, defaults and bounds (`pydantic.Field(128, gt=0)`)
@@ -135,6 +162,9 @@ def settings(
             check(self, *values, **named)
         except ValidationError as e:
             raise _said(made, e) from None
+        for name in made.__dataclass_fields__:  # type: ignore[attr-defined]
+            if wrong := wrong_text(getattr(self, name)):
+                raise SettingError(f"{name}={wrong}")
 
     made.__init__ = __init__  # type: ignore[method-assign]
     return made

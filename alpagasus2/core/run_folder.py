@@ -42,6 +42,9 @@ def latest(
 ) -> list[Any]:  # the last line of each key, in the order in which the keys first appeared
     "Read a journal without opening it for writing; a file that is not there has no lines."
     lines = files.read_jsonl(path) if Path(path).exists() else []
+    for line in lines:
+        if wrong := [k for k in KEYS if isinstance(line.get(k), list | dict)]:
+            raise UserError(f"{path}: {wrong[0]} is {line[wrong[0]]!r}, not a text or a number")
     return list({row_key(line): line for line in lines}.values())
 
 # %% ../../nbs/core/run_folder.ipynb #2df7d559

@@ -7,7 +7,7 @@ __all__ = ['Number', 'UNTESTED', 'UNDECIDED', 'UNEQUAL', 'NO_CONTROL', 'NO_CLAIM
            'PairStatistics', 'noise_floor', 'apart', 'check_margin', 'decide', 'check_value', 'claim', 'question',
            'all_must_hold', 'at_every_rate', 'at_one_rate', 'after_holm', 'with_post_hoc', 'without_claim',
            'unlike_fixed', 'without_seen', 'without_questions', 'loss_gap', 'heldout_finding', 'read_claim',
-           'write_claim', 'claim_beside', 'fixed_terms']
+           'write_claim', 'claim_beside', 'is_measured', 'set_aside', 'fixed_terms']
 
 # %% ../../nbs/evidence/claim.ipynb #355de085
 import re
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from ..core.files import UserError, json_sha256, read_json, write_json
-from ..core.run_folder import annotate, manifest_entry
+from ..core.run_folder import annotate, hold, manifest_entry
 from .intervals import few_prompts_warning, holm
 
 # %% ../../nbs/evidence/claim.ipynb #335dc82a
@@ -567,6 +567,42 @@ def claim_beside(
             f"{claim.parent}: claim.json is gone, which manifest.json names; put it back"
         )
     return None
+
+# %% ../../nbs/evidence/claim.ipynb #69bc01dd
+_OUTCOMES = ("heldout*.jsonl", "responses.jsonl", "judgments*.jsonl", "canaries*.jsonl", "rates/*",
+             "report/*")  # fmt: skip
+
+
+def is_measured(
+    folder: str | Path,  # of a run
+) -> bool:
+    "Whether any loss, answer or verdict of its arms is there: from then on its claim is fixed."
+    return any(path.exists() for name in _OUTCOMES for path in Path(folder).glob(name))
+
+
+def _check_idle(folder: Path) -> None:
+    "Raise `UserError` where another process rates or trains in this folder."
+    for lock in [*folder.glob(".ratings.jsonl.lock"), *folder.glob("adapters/.*.lock")]:
+        if lock.name != ".manifest.lock":
+            hold(lock.with_name(lock.name[1:].removesuffix(".lock"))).lock.release()
+
+# %% ../../nbs/evidence/claim.ipynb #80620874
+def set_aside(
+    folder: Path,  # of a run that is not measured yet
+    claim: Mapping[str, Any],  # its content
+    made: Sequence[str],  # files and folders that were made by it
+) -> Path:  # claim-1.json, or the next number; a folder claim-1 has what was made
+    "Keep a claim and what was made by it under another name. A kill leaves the claim in force."
+    _check_idle(folder)
+    number = next(n for n in range(1, 10_000) if not (folder / f"claim-{n}.json").exists())
+    aside = folder / f"claim-{number}"
+    for name in made:
+        if (folder / name).exists() and not (aside / name).exists():
+            aside.mkdir(exist_ok=True)
+            (folder / name).rename(aside / name)
+    write_json(kept := aside.with_suffix(".json"), claim)
+    annotate(folder / "claim.json", sha256=None)  # until the next one is there, none is named
+    return kept
 
 # %% ../../nbs/evidence/claim.ipynb #7c2b9fbf
 def _planned(claim: Mapping[str, Any]) -> dict[str, Any] | None:

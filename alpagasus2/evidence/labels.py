@@ -38,6 +38,11 @@ def load_labels(
         label = {"replicate": 0, **row, "seed": seed}
         if lacking := {"id", "test_set", "model_a", "model_b", "label"} - set(label):
             raise UserError(f"{path}: label {n} has no `{min(lacking)}`")
+        for name in ("id", "test_set", "model_a", "model_b"):
+            if not isinstance(value := label[name], str):
+                raise UserError(f"{path}: label {n} has {name}={value!r}; text is wanted")
+        if type(run := label["replicate"]) is not int:
+            raise UserError(f"{path}: label {n} has replicate={run!r}; a whole number is wanted")
         if label["label"] not in [*SIGNS, "skipped"]:
             raise UserError(f"{path}: label {n} is {label['label']!r}; use a, b or tie")
         label["label"] = None if label["label"] == "skipped" else label["label"]

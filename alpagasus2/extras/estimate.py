@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SHAPES', 'STEPS', 'DEVICES', 'SHARED', 'TOGETHER', 'load_config', 'Shape', 'shape_of', 'StepMemory', 'quantised',
            'adapted', 'MicroBatch', 'activation_bytes', 'Device', 'matrix_rate', 'find_device', 'weight_bits',
-           'heaviest', 'Estimate', 'estimate', 'advice', 'largest_fitting', 'report_lines', 'fitting_line']
+           'heaviest', 'Estimate', 'forward_seconds', 'estimate', 'advice', 'largest_fitting', 'report_lines',
+           'fitting_line']
 
 # %% ../../nbs/extras/estimate.ipynb #54b6b459
 import difflib
@@ -431,6 +432,16 @@ def _seconds(shape: Shape, tokens: int, device: Device) -> float | None:
     weights += round(shape.experts * shape.active)
     rate = device.flops and device.flops * device.step.utilisation
     return 4 * weights * tokens / rate if rate else None
+
+
+def forward_seconds(
+    shape: Shape,  # the architecture
+    tokens: int,  # that are read
+    device: Device,  # with what rate
+) -> float | None:  # None: the device's rate is unknown
+    "Time in which a model reads tokens: half of what training on them takes."
+    seconds = _seconds(shape, tokens, device)
+    return None if seconds is None else seconds / 2
 
 # %% ../../nbs/extras/estimate.ipynb #500e3123
 def estimate(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DATA_FILE', 'public_name', 'base_revision', 'measured', 'made_with', 'card_for', 'write_card', 'check_push',
-           'check_disk', 'shared_files', 'push_name', 'push']
+           'check_disk', 'shared_files', 'push_name', 'check_weights', 'push']
 
 # %% ../../nbs/extras/hub.ipynb #258bc222
+import hashlib
 import json
 import re
 import shutil
@@ -17,7 +18,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..core.files import UserError, atomic, file_sha256, read_json, standing
+from ..catalog import git_blob_id
+from ..core.files import UserError, atomic, file_sha256, read_json, say, standing
 from ..core.run_folder import manifest_entry
 from ..core.text import markdown_text
 from ..data import ALPACA_INPUT, ALPACA_NO_INPUT
@@ -326,6 +328,49 @@ def _operations(folder: Path, repo: str) -> Sequence[CommitOperationAdd]:
         operations.append(CommitOperationAdd(path.name, content))
     return operations
 
+# %% ../../nbs/extras/hub.ipynb #d585d180
+def _on_hub(api: HfApi, repo: str) -> dict[str, str | None]:
+    "Files of a repository: SHA-256 of a large one, git's blob id of another."
+    found = api.model_info(repo, files_metadata=True).siblings or []
+    return {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in found}
+
+
+def _hash_as(content: bytes | str | Path, known: str | None) -> str:
+    "The hash of a file or of bytes, of the kind that is known."
+    if len(known or "") == 64:
+        if isinstance(content, bytes):
+            return hashlib.sha256(content).hexdigest()
+        return file_sha256(content)
+    return git_blob_id(content if isinstance(content, bytes) else Path(content).read_bytes())
+
+
+def _all_there(api: HfApi, repo: str, operations: Sequence[CommitOperationAdd]) -> bool:
+    "Whether a repository has all files of a commit, byte for byte."
+    held: Mapping[str, Any] = _on_hub(api, repo)
+    if any(op.path_in_repo not in held for op in operations):
+        return False
+    pairs = [(op.path_or_fileobj, held[op.path_in_repo]) for op in operations]
+    return all(_hash_as(content, known) == known for content, known in pairs)  # type: ignore[arg-type]
+
+# %% ../../nbs/extras/hub.ipynb #2b55dee5
+def check_weights(
+    folder: str | Path,  # an adapter, or merged weights; need not be there yet
+    repo: str,  # from `check_push`
+    token: str | None = None,  # default: HF_TOKEN, else the stored login
+    endpoint: str | None = None,  # default: HF_ENDPOINT, else the hub
+) -> None:
+    "Raise `UserError` for a repository that has weights which are not this folder's."
+    api, folder = _api(token, endpoint), Path(folder)
+    with _asking(repo, api.endpoint):
+        held = {n: h for n, h in _on_hub(api, repo).items() if n.endswith(".safetensors")}
+    for name, known in held.items():
+        mine = folder / name
+        if not mine.is_file() or _hash_as(mine, known) != known:
+            raise UserError(
+                f"hub_path {repo!r} has other weights ({name}); choose another name, or replace "
+                "them with --overwrite (overwrite=True)"
+            )
+
 # %% ../../nbs/extras/hub.ipynb #0913133f
 def push(
     folder: str | Path,  # an adapter, or merged weights
@@ -333,17 +378,23 @@ def push(
     private: bool = True,  # of a repository that has to be made
     token: str | None = None,  # default: HF_TOKEN, else the stored login
     endpoint: str | None = None,  # default: HF_ENDPOINT, else the hub
+    overwrite: bool = False,  # replace other weights that the repository has, or push again
 ) -> str:  # the address of the repository
-    "Upload adapter or merged weights, tokenizer and card in one commit."
+    "Upload adapter or merged weights, tokenizer and card in one commit, unless they are there."
     folder = Path(folder)
     shared_files(folder)  # a wrong folder must not make a repository
     try:
         repo = check_push(push_name(folder, hub_path), private, token, endpoint)
         api = _api(token, endpoint)
         with _asking(repo, api.endpoint):
-            api.create_commit(
-                repo, _operations(folder, repo), commit_message="Upload with alpagasus2"
-            )
+            operations = _operations(folder, repo)
+            if not overwrite and _all_there(api, repo, operations):
+                say(f"{repo} has all of {folder} already; overwrite=True pushes it again")
+                return f"{api.endpoint}/{repo}"
+        if not overwrite:
+            check_weights(folder, repo, token, endpoint)
+        with _asking(repo, api.endpoint):
+            api.create_commit(repo, operations, commit_message="Upload with alpagasus2")
     except UserError as e:
         again = f"alpagasus2.extras.hub.push({str(folder)!r}, {hub_path!r})"
         raise UserError(f"{e}; {folder} is complete on this disk: push it with {again}") from None

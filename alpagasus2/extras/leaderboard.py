@@ -25,7 +25,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from ..core.files import UserError, adapter_sha256, file_sha256, json_sha256, settings
-from ..core.run_folder import Journal, Step, changed_setting, resumed
+from ..core.run_folder import Journal, Step, changed_setting, hold, resumed
 from .benchmark_tables import BENCHMARKS, OPEN_LLM, Benchmark, write_results
 
 # %% ../../nbs/extras/leaderboard.ipynb #40e5865e
@@ -477,7 +477,7 @@ def _counted(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _ask_open(
     output: Path, arms: Arms, planned: Sequence[Planned], config: LeaderboardConfig,
-    include_path: str | Path | None, progress: bool,
+    include_path: str | Path | None, progress: bool, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     tasks = {(p.benchmark, p.task.task_name): p for p in planned}
     lines = _lines(planned, arms.settings())
@@ -486,6 +486,8 @@ def _ask_open(
         _refuse_other_settings(step.journal, lines)
         if todo := [(tasks[x["test_set"], x["id"]], x) for x in step.todo(lines)]:
             _ask_all(arms.scorer(config), todo, config, step, progress)
+        else:
+            say(f"{output} is finished, by these models and tasks; --overwrite asks them again")
         step.entry |= _counted(step.journal.rows())
 
 # %% ../../nbs/extras/leaderboard.ipynb #d6b47346
@@ -501,6 +503,7 @@ def leaderboard(
     progress: bool = True,  # show a bar
     say: Callable[[str], None] = print,  # gets what it will take, before anything is asked
     dry_run: bool = False,  # only say what it will take
+    overwrite: bool = False,  # ask again what is finished; the old file stays as a hidden one
 ) -> dict[str, Any]:  # what leaderboard.json has; {} on a dry run
     "Ask a base model and its adapters all tasks, and put the figures side by side."
     config = config or LeaderboardConfig()
@@ -511,5 +514,8 @@ def leaderboard(
     if dry_run:
         return {}
     output = Path(output_dir) / "leaderboard.jsonl"
-    _ask_open(output, arms, planned, config, include_path, progress)
+    if overwrite and output.exists():
+        with hold(output):
+            output.rename(output.with_name(f".{output.name}.old"))
+    _ask_open(output, arms, planned, config, include_path, progress, say)
     return write_results(output_dir)

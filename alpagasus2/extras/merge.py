@@ -12,8 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.files import UserError, build, read_json, replace_folder, write_json
-from ..core.run_folder import manifest_entry, recorded
+from alpagasus2.core.files import (
+    UserError,
+    adapter_sha256,
+    build,
+    file_sha256,
+    read_json,
+    replace_folder,
+    say,
+    write_json,
+)
+from ..core.run_folder import hold, is_complete, manifest_entry, recorded
 from ..model.forward import Encoded
 from ..model.likelihood import target_logprobs
 from alpagasus2.quant_lora import (
@@ -23,6 +32,7 @@ from alpagasus2.quant_lora import (
     load_base,
     load_tokenizer,
 )
+from ..train import rows_sha256
 
 # %% ../../nbs/extras/merge.ipynb #32d5d90a
 import torch
@@ -117,6 +127,53 @@ def _trained(adapter: str | Path, base: str, config: QuantLoraConfig) -> Any:
     "The base as it was trained on, with the adapter."
     return load_adapters(load_base(base, config), {"default": adapter}).eval()
 
+# %% ../../nbs/extras/merge.ipynb #5c8de2e3
+def _hashes(folder: Path) -> dict[str, str]:
+    "SHA-256 of the weights of a merged model, by file."
+    return {p.name: file_sha256(p) for p in sorted(folder.glob("*.safetensors"))}
+
+
+def _finished(output: Path, described: Mapping[str, Any], made_from: Mapping) -> dict | None:
+    "What a finished merge of the same measured; None where there is something to do."
+    entry = manifest_entry(output)
+    kept = entry.get("made_from")
+    if kept is None or not is_complete(output, described):
+        return None  # `recorded` names a setting that was another one
+    if other := [name for name, value in made_from.items() if kept.get(name) != value]:
+        raise UserError(
+            f"{output} was merged from, or compared with, another {' and '.join(other)}; choose "
+            "another folder, or --overwrite it"
+        )
+    if entry.get("weights") != _hashes(output):
+        raise UserError(f"{output}: its weights were changed since; --overwrite merges again")
+    say(f"{output} is finished, by this adapter and these rows; --overwrite merges again")
+    return read_json(output / "merge_result.json")
+
+# %% ../../nbs/extras/merge.ipynb #8fd7c6c6
+def _merge(
+    adapter: str | Path, output: Path, rows: Sequence[Encoded], base: str, config: QuantLoraConfig,
+    settings: Mapping[str, Any], compare: bool,
+) -> dict:  # fmt: skip
+    "`merge` in a folder that this process holds."
+    merge_base: MergeBase = settings["merge_base"]
+    part = output.with_name(f".{output.name}.part")
+    _save(merged_model(adapter, base, config, merge_base), adapter, part)
+    trained = _trained(adapter, base, config)
+    plain = dataclasses.replace(config, load_in_4bit=False, load_in_8bit=False)
+    kinds = {merge_base: divergence(trained, load_base(part, plain).eval(), rows)}
+    packed = getattr(trained.get_base_model(), "is_quantized", False)
+    apart = _trained(adapter, base, dataclasses.replace(config, unpacked=packed))
+    floor = divergence(trained, apart, rows)["kl"]
+    del apart
+    if compare:
+        other: MergeBase = "original" if merge_base == "dequantised" else "dequantised"
+        model = merged_model(adapter, base, config, other)
+        kinds[other] = divergence(trained, model, rows)
+    result = {**settings, "rows": len(rows), "kinds": kinds, "rounding_kl": floor}
+    write_json(part / "merge_result.json", result)
+    replace_folder(part, output)
+    return result
+
 # %% ../../nbs/extras/merge.ipynb #42b46f0f
 def merge(
     adapter: str | Path,  # an adapter folder
@@ -125,6 +182,7 @@ def merge(
     base_model: str | Path | None = None,  # default: the one recorded with the adapter
     merge_base: MergeBase = "dequantised",  # weights to add to: as trained, or the checkpoint's
     compare: bool = False,  # also measure the other kind of merge
+    overwrite: bool = False,  # merge again what is finished
 ) -> dict:  # the content of merge_result.json
     "Merge, save, load again, compare with the trained model; then the folder gets its name."
     output, (base, config) = Path(output_dir).resolve(), _base_of(adapter, base_model)
@@ -132,23 +190,16 @@ def merge(
         raise UserError(f"{output} holds something that is no merged model; choose another folder")
     settings = {"adapter": str(adapter), "base_model": base, "merge_base": merge_base}
     described = training_settings(adapter) | settings
-    with recorded(output, described, [Path(adapter) / "adapter_model.safetensors"]):
-        part = output.with_name(f".{output.name}.part")
-        _save(merged_model(adapter, base, config, merge_base), adapter, part)
-        trained = _trained(adapter, base, config)
-        plain = dataclasses.replace(config, load_in_4bit=False, load_in_8bit=False)
-        kinds = {merge_base: divergence(trained, load_base(part, plain).eval(), rows)}
-        packed = getattr(trained.get_base_model(), "is_quantized", False)
-        apart = _trained(adapter, base, dataclasses.replace(config, unpacked=packed))
-        floor = divergence(trained, apart, rows)["kl"]
-        del apart
-        if compare:
-            other: MergeBase = "original" if merge_base == "dequantised" else "dequantised"
-            model = merged_model(adapter, base, config, other)
-            kinds[other] = divergence(trained, model, rows)
-        result = {**settings, "rows": len(rows), "kinds": kinds, "rounding_kl": floor}
-        write_json(part / "merge_result.json", result)
-        replace_folder(part, output)
+    made_from = {"adapter": adapter_sha256(adapter), "rows": rows_sha256(rows), "compare": compare}
+    weights = [Path(adapter) / "adapter_model.safetensors"]
+    with hold(output):
+        done = None if overwrite else _finished(output, described, made_from)
+        if done is not None:
+            return done
+        recording = recorded(output, described, weights, overwrite, made_from=made_from)
+        with recording as entry:
+            result = _merge(adapter, output, rows, base, config, settings, compare)
+            entry["weights"] = _hashes(output)
     return result
 
 # %% ../../nbs/extras/merge.ipynb #5cd27050

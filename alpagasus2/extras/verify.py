@@ -141,11 +141,15 @@ def _made_again(
             remake(again)
         except UserError as e:
             return [f"the page cannot be made again: {e}"]
-        shown, found = (read_json(p / "results.json") for p in (page, again))
+        try:
+            shown = read_json(page / "results.json")
+        except UserError as e:
+            raise UserError(f"{e}; delete {page}, and make the page again") from None
+        found = read_json(again / "results.json")
         told = differing(shown, found, whole=bool(entry))
         if not entry:
             return told
-        text, drawn = ((p / PAGE).read_text(encoding="utf-8") for p in (page, again))
+        text, drawn = ((p / PAGE).read_text("utf-8", "replace") for p in (page, again))
         return [*told, *differing_page(text, drawn, alike), *_new_inputs(page, entry, again)]
 
 # %% ../../nbs/extras/verify.ipynb #a81a6805

@@ -242,6 +242,16 @@ def _select_in_blocks(
     missing = f"; {unscored:,} had no score" if scores else ""
     print(f"{output}: kept {kept:,} of {n:,} rows{missing}")
 
+# %% ../nbs/07_cli.ipynb #fab69167
+def _say_kept(
+    output: str, rows: int, kept: int, unscored: int | None, long: int | None, report: str | None
+) -> None:
+    "What a selection kept, and why it could not keep more."
+    told = "" if unscored is None else f"; {unscored:,} had no score"
+    told += "" if long is None else f"; {long:,} do not fit in cutoff_len"
+    add_result(output=output, rows=rows, kept=kept, report=report)
+    print(f"{output}: kept {kept:,} of {rows:,} rows{told}")
+
 # %% ../nbs/07_cli.ipynb #829fc35b
 def select(
     data: str,  # the rows: a file, a catalogued name or a hub id
@@ -272,9 +282,9 @@ def select(
     from alpagasus2.selection import load_scores
     from alpagasus2.selection import select as select_rows
 
+    rules = {"threshold": threshold, "top_k": top_k, "quantile": quantile, "random_k": random_k,
+             "longest_k": longest_k}  # fmt: skip
     if engine:
-        rules = {"threshold": threshold, "top_k": top_k, "quantile": quantile,
-                 "random_k": random_k, "longest_k": longest_k}  # fmt: skip
         held = {"--drop_near_duplicates": drop_near_duplicates, "--quota": quota,
                 "--report": report, "--base_model": base_model, "--compare": compare,
                 "--questions": questions, "--other_scores": other_scores}  # fmt: skip
@@ -284,9 +294,8 @@ def select(
     _check_page_options(report, scores, other_scores, questions, compare)
     others = _others_rows(compare or [], output)
     found = load_scores(scores, rows, dimension, problems) if scores else None
-    rule = {"threshold": threshold, "top_k": top_k, "quantile": quantile, "random_k": random_k,
-            "longest_k": longest_k, "drop_near_duplicates": drop_near_duplicates,
-            "quota": _shares(quota), "seed": seed}  # fmt: skip
+    rule: dict[str, Any] = {**rules, "drop_near_duplicates": drop_near_duplicates,
+                            "quota": _shares(quota), "seed": seed}  # fmt: skip
     lost = _misfits(rows, base_model, cutoff_len, template, keep_cut)
     fitting = [r for r in rows if r["id"] not in lost]
     kept = select_rows(fitting, found, **rule)
@@ -298,10 +307,8 @@ def select(
     fit = {"cutoff_len": cutoff_len, "template": template, "keep_cut": keep_cut}
     read |= fit if base_model else {}
     _record_selection(output, data, len(rows), {**rule, **read}, len(kept))
-    unscored = f"; {sum(r['id'] not in found for r in rows):,} had no score" if found else ""
-    long = f"; {len(lost):,} do not fit in cutoff_len" if base_model else ""
-    add_result(output=output, rows=len(rows), kept=len(kept), report=report)
-    print(f"{output}: kept {len(kept):,} of {len(rows):,} rows{unscored}{long}")
+    unscored = sum(r["id"] not in found for r in rows) if found else None
+    _say_kept(output, len(rows), len(kept), unscored, len(lost) if base_model else None, report)
     if report:
         selected = {Path(output).stem: kept, **others}
         print(_filter_page(fitting, found or {}, selected, questions or [], report, agreed))

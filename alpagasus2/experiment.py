@@ -19,7 +19,6 @@ from itertools import combinations, groupby, product
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import yaml
 from tqdm import tqdm
 
@@ -54,6 +53,8 @@ from alpagasus2.data import (
     template_settings,
 )
 from .endpoint.cache import Ask
+
+# %% ../nbs/06a_experiment.ipynb #dc5d645f
 from alpagasus2.evidence.claim import (
     at_every_rate,
     at_one_rate,

@@ -311,6 +311,14 @@ def _check_matches(arms: Mapping[str, Arm]) -> None:
             )
 
 # %% ../nbs/06_recipe.ipynb #733162fa
+def _check_lists(recipe: "Recipe") -> None:
+    if not recipe.questions:
+        raise UserError("questions: name at least one test set")
+    for name in ("questions", "controls"):
+        if twice := [x for x, n in Counter(getattr(recipe, name)).items() if n > 1]:
+            raise UserError(f"{name}: {twice[0]} is named twice")
+
+
 def _check_controls(controls: Sequence[str], arms: Mapping[str, Arm]) -> None:
     model_a, *others = arms
     if unknown := [c for c in controls if c not in others]:
@@ -420,11 +428,7 @@ class Recipe:
         _check_priced(self)
         _check_holdout(self.holdout)
         self.sizes = _checked_sizes(self.sizes, rows)
-        if not self.questions:
-            raise UserError("questions: name at least one test set")
-        for name in ("questions", "controls"):
-            if twice := [x for x, n in Counter(getattr(self, name)).items() if n > 1]:
-                raise UserError(f"{name}: {twice[0]} is named twice")
+        _check_lists(self)
         _check_served(self)
         _ = self.training(0), self.generation, served_as(self, "base", 0)  # refused before any work
         _ = [self.steps(k) for k in (rows, *self.sizes)]

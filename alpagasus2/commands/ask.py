@@ -171,6 +171,20 @@ def _signals_in_blocks(
     add_result(files={output: counts})
     _say_counts(output, counts, None)
 
+# %% ../../nbs/commands/ask.ipynb #39f08289
+def _rate_by_asking(
+    plan: Any, who: tuple, output: str, retry: bool, dry_run: bool, options: Any
+) -> None:
+    "Ask for the scores of a plan, and say what came of it."
+    from alpagasus2.judge import carry_out
+
+    if ask := _ask(*who, {Path(output): plan}, retry, dry_run, options):
+        lines = carry_out(plan, ask, output, retry)
+        add_result(files={output: status_counts(lines)})
+        _say_status(output, lines)
+        _say_scores(lines)
+        _check_all_answered(output, lines)
+
 # %% ../../nbs/commands/ask.ipynb #fe5dbbce
 def rate(
     data: str,  # the rows: a file, a catalogued name or a hub id
@@ -195,7 +209,7 @@ def rate(
 ) -> None:
     "Score every row of a data set, with a judge or with a local model's likelihoods."
     from alpagasus2.endpoint.client import EndpointConfig
-    from alpagasus2.judge import JudgeConfig, RatingPrompt, carry_out, load_prompt, rating_plan
+    from alpagasus2.judge import JudgeConfig, RatingPrompt, load_prompt, rating_plan
     from alpagasus2.scale.engine import Spread
 
     asking = {"--prompt": prompt, "--base_url": base_url}
@@ -217,24 +231,16 @@ def rate(
     if not model:
         raise UserError("--model: name the model that rates (with --rater llm)")
     own = load_prompt(prompt, low, high) if prompt else RatingPrompt()
+    made = partial(rating_plan, config=settings, rater=model, prompt=own)
+    who = (backend, model, base_url, settings, limits)
+
+    def planned(some: Iterable[Any]) -> Any:
+        return _with_options(made(some), backend, template_options)
+
     if in_blocks:
-        made = partial(rating_plan, config=settings, rater=model, prompt=own)
-        _rate_in_blocks(
-            given, lambda some: _with_options(made(some), backend, template_options),
-            (backend, model, base_url, settings, limits, template_options), output, retry, spread,
-        )  # fmt: skip
-        return
-    plan = _with_options(rating_plan(rows, settings, model, own), backend, template_options)
-    plans = {Path(output): plan}
-    ask = _ask(
-        backend, model, base_url, settings, limits, plans, retry, dry_run, template_options
-    )  # fmt: skip
-    if ask:
-        lines = carry_out(plan, ask, output, retry)
-        add_result(files={output: status_counts(lines)})
-        _say_status(output, lines)
-        _say_scores(lines)
-        _check_all_answered(output, lines)
+        _rate_in_blocks(given, planned, (*who, template_options), output, retry, spread)
+    else:
+        _rate_by_asking(planned(rows), who, output, retry, dry_run, template_options)
 
 # %% ../../nbs/commands/ask.ipynb #0ade7c2c
 def judge(

@@ -335,6 +335,15 @@ class Address:
         return text
 
 # %% ../../nbs/endpoint/client.ipynb #247320e0
+def _check_cap(model: str, price: Price | None, longest: int) -> None:
+    "Whether a call's cost has an upper bound."
+    if not price:
+        raise UserError(f"max_cost: the price of {model} is not known; give --price_in and "
+                        "--price_out, or --prices")  # fmt: skip
+    if not longest:
+        raise UserError("max_cost: a reply without max_tokens can cost any amount; set it")
+
+
 class Endpoint(Address):
     "A model behind an OpenAI-compatible address: bounded concurrency, retries, a durable cache."
 
@@ -357,11 +366,8 @@ class Endpoint(Address):
             raise TypeError(f"{names}: fields of EndpointConfig, not sampling")
         self.price = self.config.price(model, self.base_url)
         self.budget = Budget(self.config.max_cost, spent)
-        if self.config.max_cost and not self.price:
-            raise UserError(f"max_cost: the price of {model} is not known; give --price_in and "
-                            "--price_out, or --prices")  # fmt: skip
-        if self.config.max_cost and not self.longest:
-            raise UserError("max_cost: a reply without max_tokens can cost any amount; set it")
+        if self.config.max_cost:
+            _check_cap(model, self.price, self.longest)
         self.cache = ReplyCache(cache) if isinstance(cache, str | Path) else cache
         self.sending.learned |= self.cache.learned(self.base_url, model)
         self.purpose, self._served = purpose, {self.sending.learned.get("served", "")} - {""}

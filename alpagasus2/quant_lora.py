@@ -176,7 +176,7 @@ def resolve_model(
     "Turn the small model's name into its folder; leave all else alone, but for a misspelt one."
     near = difflib.get_close_matches(str(name).lower(), [SMALL_MODEL], 1, 0.8)
     if near and str(name) != SMALL_MODEL and not Path(name).exists():
-        raise UserError(f"{name}: there is no such folder; did you mean {SMALL_MODEL}?")
+        raise UserError(f"{name}: no local folder; did you mean {SMALL_MODEL}?")
     return str(small_model()) if str(name) == SMALL_MODEL else str(name)
 
 # %% ../nbs/01_quant_lora.ipynb #73340e3c

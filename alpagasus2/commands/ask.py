@@ -178,7 +178,8 @@ def _rate_by_asking(
     "Ask for the scores of a plan, and say what came of it."
     from alpagasus2.judge import carry_out
 
-    if ask := _ask(*who, {Path(output): plan}, retry, dry_run, options):
+    plans = {Path(output): plan}
+    if ask := _ask(*who, plans, retry, dry_run, options):  # type: ignore[call-arg]
         lines = carry_out(plan, ask, output, retry)
         add_result(files={output: status_counts(lines)})
         _say_status(output, lines)
@@ -234,7 +235,7 @@ def rate(
     made = partial(rating_plan, config=settings, rater=model, prompt=own)
     who = (backend, model, base_url, settings, limits)
 
-    def planned(some: Iterable[Any]) -> Any:
+    def planned(some: Sequence[Any]) -> Any:
         return _with_options(made(some), backend, template_options)
 
     if in_blocks:

@@ -16,7 +16,7 @@ from alpagasus2.generate import GenerateConfig, encode_prompts, local_answers
 from alpagasus2.model.forward import Encoded, encode
 from alpagasus2.model.likelihood import row_nll, signals, target_logprobs
 from alpagasus2.quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
-from alpagasus2.recipe import Arm, Rater, Recipe
+from alpagasus2.recipe import Arm, Rater, Recipe, rating_template
 from alpagasus2.train import TrainConfig, encode_rows, train
 
 CHATML = (
@@ -175,7 +175,7 @@ def test_options_reach_the_template_in_training_answering_and_rating():
     recipe = Recipe("smollm2-135m", "sample", {"a": Arm("random_k", 9)}, train=asked,
                     rater=Rater(kind="flaws"))  # fmt: skip
     assert recipe.generation.template_options == options
-    assert recipe.rating_template == ChatTemplate(options)
+    assert rating_template(recipe) == ChatTemplate(options)
 
 
 def test_control_tokens_in_a_thought_stay_text():

@@ -277,6 +277,7 @@ def test_readmes_recipe_is_one_and_its_make_targets_exist(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     found = blocks(ROOT / "README.md")
     (tmp_path / "recipe.yaml").write_text(next(b.text for b in found if b.kind == "yaml"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert main(["run", "recipe.yaml", "--dry_run"]) == 2  # its rows are not here
     told = capsys.readouterr()
     assert "filtered (9,000 rows)" in told.out and "rows.json" in told.err

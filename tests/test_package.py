@@ -76,7 +76,7 @@ def test_the_base_needs_no_training_stack_and_each_bound_is_a_lower_one(dist):
     base = {r.name for r in wanted if not r.marker}
     assert not base & MODELS and "openai" in base
     extras = {x for r in wanted if r.marker for x in re.findall(r'extra == "(\w+)"', str(r.marker))}
-    assert extras == {"train", "cuda", "serve", "leaderboard", "inspect", "dev"}
+    assert extras == {"train", "cuda", "serve", "leaderboard", "inspect", "scale", "dev"}
     train = {r.name for r in wanted if r.marker and r.marker.evaluate({"extra": "train"})}
     assert train - base == MODELS
     runs = [r for r in wanted if not r.marker or 'extra == "dev"' not in str(r.marker)]

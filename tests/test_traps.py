@@ -356,6 +356,7 @@ def test_one_process_pushes(rank, pushes, tmp_path, monkeypatch):
     with (
         patch("alpagasus2.train.train", return_value=result),
         patch("alpagasus2.extras.hub.check_push", return_value="ada/x") as ask,
+        patch("alpagasus2.extras.hub.check_weights"),
         patch("alpagasus2.extras.hub.push", return_value="there") as push,
     ):
         argv = ["train", "--base_model", "b", "--data_path", str(tmp_path / "rows.json"),

@@ -51,6 +51,23 @@ from alpagasus2.recipe import (
 from ..selection import BY_SCORE, load_scores, select
 from ..train import encode_each, misfit_of
 
+# %% ../../nbs/extras/dry_run.ipynb #9130dc4b
+def _once(find: Callable[[Any], Any]) -> Any:
+    "A property that is found once, or fails once: the hub is not asked again for what it lacks."
+    kept = cached_property(find)
+    kept.__set_name__(None, name := f"_{find.__name__}")  # type: ignore[arg-type]
+
+    def found(self: Any) -> Any:
+        if error := vars(self).get(f"{name}_failed"):
+            raise error
+        try:
+            return kept.__get__(self)
+        except UserError as e:
+            vars(self)[f"{name}_failed"] = e
+            raise
+
+    return property(found, doc=find.__doc__)
+
 # %% ../../nbs/extras/dry_run.ipynb #b7f36a2e
 class Known:
     "What can be known of a run before it; what cannot be read raises `UserError` when it is asked."
@@ -68,7 +85,7 @@ class Known:
         "The pool."
         return load_examples(self.recipe.data)[0][: self.recipe.limit]
 
-    @cached_property
+    @_once
     def tokenizer(self) -> Any:
         "The base's."
         return load_tokenizer(self.recipe.base_model)
@@ -124,7 +141,7 @@ class Known:
         short = [name.rsplit(".", 1)[-1] for name in wanted]
         return replace(self.quant_lora, lora_target_modules=list(dict.fromkeys(short)))
 
-    @cached_property
+    @_once
     def shape(self) -> Shape | None:
         "The base's architecture, which has the adapter's layers; None: none for its family."
         load_config(self.recipe.base_model)

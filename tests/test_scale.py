@@ -173,6 +173,7 @@ def by_id(path: Path) -> dict[str, dict]:
     return {line["id"]: line for line in read_jsonl(path)}
 
 
+@pytest.mark.slow  # in CI the cells of scale/rows do this on one node
 def test_a_cluster_writes_the_file_of_one_process(cluster, server, tmp_path):
     rows_of(tmp_path, 600)
     one, many = tmp_path / "one" / "r.jsonl", tmp_path / "many" / "r.jsonl"

@@ -226,21 +226,19 @@ def _select_in_blocks(
 ) -> None:  # fmt: skip
     "Keep rows that are not held."
     from alpagasus2.scale.rows import select_stream, stream_rows
+    from alpagasus2.selection import only_rule
 
     if wrong := [name for name, given in held.items() if given]:
         raise UserError(f"{wrong[0]} compares rows, which are not held with --engine ray; leave "
                         "one of the two out")  # fmt: skip
-    given = {name: value for name, value in rules.items() if value is not None}
-    if len(given) != 1:
-        raise UserError(f"give exactly one of {', '.join(rules)}; got {', '.join(given) or 'none'}")
-    ((rule, value),) = given.items()
-    found = select_stream(stream_rows(data, *how), output, scores, dimension, rule, value, seed)
+    rule, _ = only_rule(rules)
+    found = select_stream(
+        stream_rows(data, *how), output, scores, dimension, rule, rules[rule], seed
+    )
     n, kept, unscored = found
     read = {"columns": how[0], "preferred": how[1] or None, "seed": seed}
-    _record_selection(output, data, n, {**given, **read}, kept)
-    add_result(output=output, rows=n, kept=kept, report=None)
-    missing = f"; {unscored:,} had no score" if scores else ""
-    print(f"{output}: kept {kept:,} of {n:,} rows{missing}")
+    _record_selection(output, data, n, {rule: rules[rule], **read}, kept)
+    _say_kept(output, n, kept, unscored if scores else None, None, None)
 
 # %% ../nbs/07_cli.ipynb #fab69167
 def _say_kept(

@@ -112,6 +112,7 @@ from alpagasus2.recipe import (
     drawn_pool,
     fix_claim,
     hold_out,
+    is_rated,
     other_scores,
     rating_template,
     repeats_of,
@@ -269,7 +270,7 @@ def run_work(
 ) -> dict[str, float]:  # step -> seconds of two cores that compute in bf16, with the small model
     "All steps in their order, with what they take."
     recipe, runs = run.recipe, range(run.recipe.replicates)
-    rated = any(a.select in BY_SCORE for a in recipe.arms.values())
+    rated = is_rated(recipe)
     work = {"rate": _TAKES["row rated"] * len(run.rated)} if rated else {}
     rows, epochs = next(iter(recipe.arms.values())).rows, recipe.training(0)[0].num_epochs
     for late, r, name in product((False, True), runs, run.arms):
@@ -389,7 +390,7 @@ def _free_rows(run: Run, source: str) -> list[Example]:
 def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
     "Score the pool with the recipe's rater into ratings.jsonl, if any arm selects by score."
     rater, output = run.recipe.rater, run.dir / "ratings.jsonl"
-    if not any(a.select in BY_SCORE for a in run.recipe.arms.values()):
+    if not is_rated(run.recipe):
         return {}
     lines = [{"id": r["id"], "dimension": rater.selector, "vote": 0} for r in run.rated]
     if not run_folder.is_settled(output, lines):
@@ -824,7 +825,7 @@ def _costs(run: Run, spent: Mapping[str, Any]) -> Costs:
     rated = [a for a, arm in recipe.arms.items() if arm.select in BY_SCORE]
     rating, price = spent["rating_seconds"], recipe.price_hour
     usd = priced(rating, price)
-    if recipe.rater.kind == "llm" and recipe.rater.backend == "endpoint":
+    if recipe.rater.is_asked:
         usd = run_folder.cost_of(run.dir / "ratings.jsonl")["usd"]
     return Costs(training, rated, rating, usd, price)
 
@@ -958,7 +959,7 @@ def _add_own_rows(run: Run, results: Results) -> None:
     "Add the losses on the pool's held-out rows, by rating, where there are any."
     lines = run_folder.latest(run.dir / OWN_LOSSES) if run.held else []
     if lines:
-        rated = any(a.select in BY_SCORE for a in run.recipe.arms.values())
+        rated = is_rated(run.recipe)
         scores = _saved_scores(run, held=True) if rated else {}
         model_a, control = run.claim["model_a"], run.claim["control"]
         results["heldout_own"] = own_rows_results(
@@ -1160,7 +1161,7 @@ def remake_report(
     reports = {r: folder / "rates" / f"{r:g}" / "report" for r in recipe.rates[1:]}
     with contextlib.chdir(_where_paths_hold(folder, recipe.data)):
         run = Run(recipe, folder, progress=False, rates=claim.get("rates") or ())
-        rated = any(a.select in BY_SCORE for a in recipe.arms.values())
+        rated = is_rated(recipe)
         parts = [recipe.part(a, r) for r, a in product(range(recipe.replicates), run.arms)]
         rows = home_of(folder, claim) / "selected"
         selected = {p: chosen_rows(rows / f"{p}.json") for p in parts}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MATCHED', 'Share', 'Name', 'FEWEST_HELD', 'Rater', 'Arm', 'Judge', 'Server', 'Recipe', 'served_as', 'rating_template',
-           'at_rate', 'other_scores', 'check_rating_price', 'comparisons', 'load_recipe', 'plan_of', 'drawn_pool',
-           'check_sizes', 'check_pool', 'repeats_of', 'hold_out', 'changes', 'same_fit', 'fix_claim']
+           'at_rate', 'other_scores', 'is_rated', 'check_rating_price', 'comparisons', 'load_recipe', 'plan_of',
+           'drawn_pool', 'check_sizes', 'check_pool', 'repeats_of', 'hold_out', 'changes', 'same_fit', 'fix_claim']
 
 # %% ../nbs/06_recipe.ipynb #6f5aed1f
 import difflib
@@ -96,7 +96,7 @@ class Rater(EndpointConfig, Parameters):
     def __post_init__(self) -> None:
         EndpointConfig.__post_init__(self)
         Parameters.__post_init__(self)
-        if self.kind == "llm" and self.backend == "endpoint" and not self.model:
+        if self.is_asked and not self.model:
             raise UserError("rater: kind llm needs a `model`")
         if (self.kind == "file") != bool(self.scores):
             raise UserError("rater: kind file and a file of `scores` go together")
@@ -109,6 +109,11 @@ class Rater(EndpointConfig, Parameters):
             )
         _check_unused("rater", self, _UNUSED[self.kind])
         _check_unused("rater", self, ("base_url",) if self.backend == "local" else ())
+
+    @property
+    def is_asked(self) -> bool:
+        "Whether an endpoint gives the scores."
+        return self.kind == "llm" and self.backend == "endpoint"
 
     @property
     def selector(self) -> str:
@@ -367,8 +372,7 @@ def _check_served(recipe: "Recipe") -> None:
 
 def _check_priced(recipe: "Recipe") -> None:
     rater, matched = recipe.rater, {arm.select for arm in recipe.arms.values()}
-    paid = rater.kind == "llm" and rater.backend == "endpoint"
-    if "cost_matched" in matched and paid and recipe.price_hour is None:
+    if "cost_matched" in matched and rater.is_asked and recipe.price_hour is None:
         raise UserError("cost_matched: the rater is an endpoint, so give `price_hour`, too: what "
                         "an hour of this machine costs, in US dollars")  # fmt: skip
 
@@ -545,6 +549,13 @@ def other_scores(
     return load_scores(recipe.rater.scores, rows, recipe.rater.dimension, problems)
 
 # %% ../nbs/06_recipe.ipynb #70e8d45b
+def is_rated(
+    recipe: Recipe,  # whose arms
+) -> bool:
+    "Whether an arm is chosen by scores, so that the pool is rated."
+    return any(arm.select in BY_SCORE for arm in recipe.arms.values())
+
+
 def check_rating_price(
     recipe: Recipe,  # about to be rated
 ) -> None:
@@ -555,8 +566,7 @@ def check_rating_price(
     if rater.kind == "file":
         raise UserError(f"cost_matched: {rater.scores} does not say what its scores cost; leave "
                         "the arm out")  # fmt: skip
-    paid = rater.kind == "llm" and rater.backend == "endpoint"
-    if paid and rater.price(rater.model, address_of(rater.base_url)) is None:
+    if rater.is_asked and rater.price(rater.model, address_of(rater.base_url)) is None:
         raise UserError(f"cost_matched: the price of {rater.model} is not known; give the rater "
                         "its `price_in` and `price_out`, or a file of `prices`")  # fmt: skip
 

@@ -45,26 +45,27 @@ from alpagasus2.recipe import (
     comparisons,
     drawn_pool,
     hold_out,
+    is_rated,
     other_scores,
     served_as,
 )
-from ..selection import BY_SCORE, load_scores, select
+from ..selection import load_scores, select
 from ..train import encode_each, misfit_of
 
 # %% ../../nbs/extras/dry_run.ipynb #9130dc4b
 def _once(find: Callable[[Any], Any]) -> Any:
     "A property that is found once, or fails once: the hub is not asked again for what it lacks."
-    kept = cached_property(find)
-    kept.__set_name__(None, name := f"_{find.__name__}")  # type: ignore[arg-type]
 
     def found(self: Any) -> Any:
-        if error := vars(self).get(f"{name}_failed"):
-            raise error
-        try:
-            return kept.__get__(self)
-        except UserError as e:
-            vars(self)[f"{name}_failed"] = e
-            raise
+        kept = vars(self).setdefault("_found", {})
+        if find not in kept:
+            try:
+                kept[find] = find(self)
+            except UserError as e:
+                kept[find] = e
+        if isinstance(kept[find], UserError):
+            raise kept[find]
+        return kept[find]
 
     return property(found, doc=find.__doc__)
 
@@ -130,7 +131,7 @@ class Known:
     @property
     def by_score(self) -> bool:
         "Whether anything is rated."
-        return any(a.select in BY_SCORE for a in self.recipe.arms.values())
+        return is_rated(self.recipe)
 
     @cached_property
     def layers(self) -> QuantLoraConfig:
@@ -195,10 +196,8 @@ def _check_kept(known: Known) -> None:
 def _asked(recipe: Recipe) -> list[Rater | Judge | Server]:
     "The endpoints of a recipe."
     who: list[Any] = [who for _, who in recipe.judges if who.backend == "endpoint"]
-    rated = any(a.select in BY_SCORE for a in recipe.arms.values())
-    rater = recipe.rater
-    if rated and rater.kind == "llm" and rater.backend == "endpoint":
-        who.append(rater)
+    if is_rated(recipe) and recipe.rater.is_asked:
+        who.append(recipe.rater)
     return [*who, *filter(None, [recipe.server])]
 
 

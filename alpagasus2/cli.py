@@ -746,7 +746,7 @@ def _run(  # what was found, if it ran
     recipe: Any, output_dir: str, dry_run: bool, workers: int = 1
 ) -> Any:
     from alpagasus2.experiment import run_recipe, summary_lines
-    from alpagasus2.extras.dry_run import Known, plan_table, refusals
+    from alpagasus2.extras.dry_run import Known, doubts, plan_table, refusals
     from alpagasus2.recipe import plan_of
 
     if dry_run:
@@ -755,7 +755,7 @@ def _run(  # what was found, if it ran
         if found := refusals(known):
             things = "1 thing" if len(found) == 1 else f"{len(found)} things"
             raise UserError(f"{things} would stop this run: {'; '.join(found)}")
-        print("\n".join(plan_table(known)))
+        print("\n".join([*plan_table(known), *doubts(known)]))
         return None
     if workers < 1:
         raise UserError(f"--workers {workers}: a number above 0 is wanted")

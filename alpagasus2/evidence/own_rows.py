@@ -58,11 +58,14 @@ def disagreement(
         return None
     better = [model_a if gap > 0 else control for gap in gaps]
     sure = [low > 0 or high < 0 for low, high in (x["difference_ci95"] for x in found)]
-    chance = {0: "; either may be chance", 1: "; one of them may be chance", 2: ""}[sum(sure)]
+    where = f"on the pool's own rows the loss of {better[0]} is lower, on references from "
+    where += f"elsewhere that of {better[1]}"
+    if not any(sure):
+        return f"The two measures point different ways, and both may be chance: {where}."
+    chance = "" if all(sure) else "; one of them may be chance"
     return (
-        f"The two measures disagree: on the pool's own rows the loss of {better[0]} is lower, on "
-        f"references from elsewhere that of {better[1]}{chance}. Own rows share the style and "
-        "flaws of what the arms were trained on, so text from elsewhere weighs more."
+        f"The two measures disagree: {where}{chance}. Own rows share the style and flaws of what "
+        "the arms were trained on, so text from elsewhere weighs more."
     )
 
 # %% ../../nbs/evidence/own_rows.ipynb #b275c6f4

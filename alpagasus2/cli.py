@@ -35,7 +35,7 @@ from alpagasus2.commands.options import (
     take_auth_token,
 )
 from .commands.training import doctor, estimate, merge, preview, train
-from .core.files import UserError, file_sha256, read_json, write_json
+from .core.files import UserError, file_sha256, printable, read_json, say, write_json
 from .core.run_folder import annotate, latest, manifest_entry
 from alpagasus2.data import (
     Examined,
@@ -98,10 +98,14 @@ def check(
     problems = [{"row": p.row, "kind": p.kind, "detail": p.detail} for p in found.problems]
     add_result(rows=found.total, good=len(good), problems=problems, output=output)
     print(f"{path}: {len(good):,} of {found.total:,} rows are good")
+    if base_model is None:
+        say("whether they fit a training is checked with --base_model M --cutoff_len N")
     kinds = {p.kind for p in found.problems}
     if rows := len({p.row for p in found.problems}):
         hint = "; --preferred true takes the good side" if "preference" in kinds else ""
-        hint += "; `run` and `select` leave the long ones out" if "long" in kinds else ""
+        hint += (
+            "; `run` and `select --base_model` leave the long ones out" if "long" in kinds else ""
+        )
         raise UserError(f"{path}: {rows} rows have a problem, listed above{hint}")
 
 # %% ../nbs/07_cli.ipynb #d91e2abb
@@ -753,8 +757,11 @@ def _run(  # what was found, if it ran
         print("\n".join(plan_of(recipe)))
         known = Known(recipe, output_dir)
         if found := refusals(known):
-            things = "1 thing" if len(found) == 1 else f"{len(found)} things"
-            raise UserError(f"{things} would stop this run: {'; '.join(found)}")
+            add_result(refusals=found)
+            if len(found) == 1:
+                raise UserError(f"1 thing would stop this run: {found[0]}")
+            print("\n".join(f"- {printable(x)}" for x in found), file=sys.stderr)
+            raise UserError(f"{len(found)} things would stop this run")
         print("\n".join([*plan_table(known), *doubts(known)]))
         return None
     if workers < 1:
@@ -865,7 +872,7 @@ EXAMPLES = {
 _PAGE = ("page", "claim")
 FIELDS: dict[str, tuple[str, ...]] = {  # of the object `result` under --json
     "quickstart": (*_PAGE, "heldout", "heldout_own"),
-    "run": (*_PAGE, "heldout", "heldout_own"),
+    "run": (*_PAGE, "heldout", "heldout_own", "refusals"),
     "plan": ("plan", "output"),
     "fetch": ("catalog", "path", "rows", "licence"),
     "check": ("rows", "good", "problems", "output"),

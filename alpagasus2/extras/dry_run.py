@@ -34,7 +34,7 @@ from alpagasus2.extras.estimate import (
 from .hub import check_disk
 from ..generate import encode_prompts, endpoint_requests
 from ..model.forward import Encoded
-from ..quant_lora import QuantLoraConfig, load_config, load_tokenizer
+from ..quant_lora import SMALL_MODEL, QuantLoraConfig, load_config, load_tokenizer
 from alpagasus2.recipe import (
     Judge,
     Rater,
@@ -232,12 +232,14 @@ def listed_models(
         return []
 
 
-def _asked(recipe: Recipe) -> list[Rater | Judge | Server]:
-    "The endpoints of a recipe."
-    who: list[Any] = [who for _, who in recipe.judges if who.backend == "endpoint"]
+def _asked(recipe: Recipe) -> dict[str, Any]:  # Rater, Judge or Server
+    "The endpoints of a recipe, by what they are for."
+    asked: dict[str, Any] = {
+        f"judge {name}": who for name, who in recipe.judges if who.backend == "endpoint"
+    }
     if is_rated(recipe) and recipe.rater.is_asked:
-        who.append(recipe.rater)
-    return [*who, *filter(None, [recipe.server])]
+        asked["rater"] = recipe.rater
+    return asked | ({"generate": recipe.server} if recipe.server else {})
 
 
 def _endpoint(known: Known, who: Rater | Judge | Server, folder: str) -> Endpoint:
@@ -253,9 +255,15 @@ def _endpoint(known: Known, who: Rater | Judge | Server, folder: str) -> Endpoin
     return Endpoint(model, who.base_url, cache, who, **sampling)
 
 
-def _check_endpoint(known: Known, who: Rater | Judge | Server) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        listed_models(_endpoint(known, who, folder))
+def _check_endpoint(known: Known, part: str, who: Rater | Judge | Server) -> None:
+    model = getattr(who, "model", "")
+    here = model == SMALL_MODEL or Path(model or "-").is_dir()
+    hint = f"; `backend: local` has {model} on this machine" if here else ""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            listed_models(_endpoint(known, who, folder))
+    except UserError as e:
+        raise UserError(f"{part}: {e}{hint}") from None
 
 
 def _is_listed(model: str, listed: Sequence[str]) -> bool:
@@ -268,7 +276,7 @@ def doubts(
 ) -> list[str]:  # a sentence each
     "What may stop a run, or may not."
     found: dict[str, None] = {}
-    for who in _asked(known.recipe):
+    for who in _asked(known.recipe).values():
         with tempfile.TemporaryDirectory() as folder:
             endpoint = _endpoint(known, who, folder)
             listed = listed_models(endpoint)
@@ -324,7 +332,7 @@ def _checks(known: Known) -> list[Callable[[], Any]]:
         *(partial(load_examples, a.data) for a in recipe.arms.values() if a.data),
         *(partial(load_questions, name) for name in recipe.questions),
         partial(_check_prompts, known),
-        *(partial(_check_endpoint, known, w) for w in _asked(recipe)),
+        *(partial(_check_endpoint, known, *asked) for asked in _asked(recipe).items()),
         *(partial(judge.load_prompt, p, rater.low, rater.high) for p in [rater.prompt] if p),
         lambda: known.shape,
         *(partial(_check_judge, w.model or base) for w in judges),

@@ -264,7 +264,8 @@ def _compared_arms(results: Results) -> tuple[str, str]:
     "The arm whose losses the others are held against, and its control;  where there is none."
     held = next(iter(_losses(results).values()), {})
     arm = next((a for a, h in held.items() if h.get("difference") is None), "")
-    return arm, next((c for c in (_deciding(results).get("model_b"), "random") if c in held), "")
+    others = (str(_deciding(results).get("model_b")), "random")
+    return arm, next((c for c in others if c in held), "")
 
 
 def _against(results: Results, other: str) -> dict[str, Mapping]:

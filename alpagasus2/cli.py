@@ -35,7 +35,7 @@ from alpagasus2.commands.options import (
     take_auth_token,
 )
 from .commands.training import doctor, estimate, merge, preview, train
-from .core.files import UserError, file_sha256, printable, read_json, say, write_json
+from .core.files import UserError, file_sha256, printable, read_json, write_json
 from .core.run_folder import annotate, latest, manifest_entry
 from alpagasus2.data import (
     Examined,
@@ -99,7 +99,8 @@ def check(
     add_result(rows=found.total, good=len(good), problems=problems, output=output)
     print(f"{path}: {len(good):,} of {found.total:,} rows are good")
     if base_model is None:
-        say("whether they fit a training is checked with --base_model M --cutoff_len N")
+        hint = "whether they fit a training is checked with --base_model M --cutoff_len N"
+        print(hint, file=sys.stderr)
     kinds = {p.kind for p in found.problems}
     if rows := len({p.row for p in found.problems}):
         hint = "; --preferred true takes the good side" if "preference" in kinds else ""

@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,9 +33,10 @@ from alpagasus2.commands.options import (
     rows_of,
     take_auth_token,
 )
+from .commands.pages import make_page, remaker
 from .commands.training import doctor, estimate, merge, preview, train
 from .core.files import UserError, file_sha256, printable, read_json, write_json
-from .core.run_folder import annotate, latest, manifest_entry
+from .core.run_folder import annotate, manifest_entry
 from alpagasus2.data import (
     Examined,
     Example,
@@ -316,310 +316,6 @@ def select(
         selected = {Path(output).stem: kept, **others}
         print(_filter_page(fitting, found or {}, selected, questions or [], report, agreed))
 
-# %% ../nbs/07_cli.ipynb #5440b9bf
-def _judges(judgments: str) -> dict[str, Path]:
-    "The judges of a run's folder with their files; {} where its claim names none."
-    from alpagasus2.evidence.claim import read_claim
-    from alpagasus2.judge import judge_files
-
-    path = Path(judgments)
-    folder = path if path.is_dir() else path.parent
-    claim = folder / "claim.json"
-    names = (read_claim(claim).get("judges") or []) if judgments and claim.exists() else []
-    files = judge_files(folder, names) if names else {}
-    if path in [*files.values()][1:]:
-        raise UserError(
-            f"{path}: claim.json says that {names[0]} decides; give the folder {folder}"
-        )
-    return files if path.is_dir() else {}
-
-# %% ../nbs/07_cli.ipynb #feb556a1
-def _verdicts(judgments: str, judge: str | None) -> tuple[list[Any], bool]:
-    "Judgment lines in both orders, and whether a missing order had to be copied."
-    from alpagasus2.analysis import load_judgments
-    from alpagasus2.report.formats import in_both_orders, load_other_forms, of_one_judge
-
-    if others := load_other_forms(judgments):
-        return in_both_orders(of_one_judge(others, judge, judgments))
-    if judge:
-        raise UserError("--judge: it is for alpaca_eval's annotations and three-class reviews")
-    if len(_judges(judgments)) > 1:  # a run's folder, whose claim says which judge decides
-        judgments = str(Path(judgments) / "judgments.jsonl")
-    lines, left_alone = load_judgments(judgments)
-    known = {"claim.json", "manifest.json", "results.json"}
-    if unknown := {
-        n for n in left_alone if n not in known and not n.startswith(("canaries", "claim-"))
-    }:
-        print(f"left alone: {', '.join(sorted(unknown))}", file=sys.stderr)
-    return lines, False
-
-# %% ../nbs/07_cli.ipynb #1b2c039b
-def _terms(judgments: str | None) -> dict[str, Any] | None:
-    "What the claim of a run's folder fixed, as `analyse` takes it; None without one."
-    from alpagasus2.evidence.claim import claim_beside, fixed_terms
-
-    claim = claim_beside(judgments) if judgments else None
-    return fixed_terms(claim) if claim else None
-
-
-def _control(models: set[str], model_a: str | None) -> str | None:
-    "The arm that decides the claim; None where nothing says which."
-    others = models - {model_a, "base"}
-    if model_a is None or len(others) != 1:
-        return "random" if model_a and "random" in models else None
-    return others.pop()
-
-
-def _own_model_a(lines: Sequence[Any]) -> str | None:
-    "The arm whose wins the lines themselves count; None where they count several arms'."
-    own = {x["model_a"] for x in lines}
-    return own.pop() if len(own) == 1 else None
-
-# %% ../nbs/07_cli.ipynb #ee013822
-def _over_rates(
-    judgments: str, terms: Mapping[str, Any], claim: Mapping[str, Any],
-    known: set[tuple[str, str]],
-) -> Any:  # fmt: skip
-    "What a run's folder claims over all learning rates that its recipe names."
-    from alpagasus2.analysis import analyse, hold_without, load_judgments
-    from alpagasus2.evidence.claim import NO_CONTROL, at_every_rate, at_one_rate, read_claim
-
-    folder = _folder(judgments)
-    fixed = read_claim(folder / "claim.json")
-    first, *others = fixed["recipe"].get("rates") or [None]
-    found = {first: at_one_rate(claim, fixed.get("rates") or [])}
-    for further in others:
-        own = folder / "rates" / f"{further:g}" / "judgments.jsonl"
-        unjudged = {"claim": {"verdict": NO_CONTROL, "reason": f"{own} is not there yet."}}
-        lines = load_judgments(own)[0] if own.exists() else []
-        canaries = _canaries(str(own))
-        results: Any = analyse(lines, canaries=canaries, **terms) or unjudged
-        hold_without(results, lines, known, canaries=canaries, **terms)
-        found[further] = _as_fixed(own.parent, results["claim"])
-    return at_every_rate(found) if others else found[first]
-
-# %% ../nbs/07_cli.ipynb #20cedac1
-def _folder(judgments: str) -> Path:
-    "The folder of a run's verdicts."
-    path = Path(judgments).resolve()
-    return path if path.is_dir() else path.parent
-
-
-def _as_fixed(folder: Path, claim: Mapping[str, Any]) -> dict[str, Any]:
-    "No claim where a run's arms were not trained as its claim.json says."
-    from alpagasus2.evidence.claim import read_claim, unlike_fixed
-    from alpagasus2.evidence.doubts import unlike_claim
-
-    path = folder / "claim.json"
-    fixed = read_claim(path) if path.exists() else {}
-    where = unlike_claim(folder, fixed) if {"rows", "seeds", "steps"} <= {*fixed} else []
-    return unlike_fixed(claim, where)
-
-# %% ../nbs/07_cli.ipynb #3ab7b45c
-def _trained(judgments: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    "What a run's folder fixed, and the rows of its arms; none of a claim of an earlier version."
-    from alpagasus2.evidence.claim import read_claim
-    from alpagasus2.evidence.doubts import rows_of_arms
-
-    claim = read_claim(_folder(judgments) / "claim.json")
-    return claim, rows_of_arms(_folder(judgments), claim) if "seeds" in claim else {}
-
-# %% ../nbs/07_cli.ipynb #b672a87e
-def _of_run(
-    judgments: str, terms: Mapping[str, Any], lines: Sequence[Any], results: Any, canaries: Any
-) -> dict[str, Any]:
-    "The claim of a run's folder, which holds without the questions seen and at every rate."
-    from alpagasus2.analysis import hold_without
-    from alpagasus2.evidence.doubts import given_away
-
-    asked = {(x["test_set"], x["id"]): x for x in lines}
-    known = given_away(_trained(judgments)[1], [*asked.values()])
-    hold_without(results, lines, known, canaries=canaries, **terms)
-    of_first = _as_fixed(_folder(judgments), results["claim"])
-    return _over_rates(judgments, terms, of_first, known)
-
-
-def _doubted(judgments: str, claim: Mapping[str, Any]) -> dict[str, Any]:
-    "The claim, with what weakens it."
-    from alpagasus2.evidence.doubts import doubts
-
-    fixed, trained = _trained(judgments)
-    weak = doubts(fixed, trained) if "seeds" in fixed else []
-    return {**claim, "reason": " ".join([claim["reason"], *weak])}
-
-# %% ../nbs/07_cli.ipynb #0ffab8de
-def _analysed(
-    lines: Sequence[Any], judgments: str, model_a: str | None, margin: float | None, **more: Any
-) -> tuple[Any, dict[str, Any]]:
-    "The results by the fixed terms, or else by the given ones; the terms."
-    from alpagasus2.analysis import analyse
-    from alpagasus2.evidence.claim import with_post_hoc, without_claim
-
-    models, arm = {x[m] for x in lines for m in ("model_a", "model_b")}, model_a
-    arm = arm or _own_model_a(lines)
-    given = {"model_a": arm, "control": _control(models, arm), "margin": margin}
-    fixed = _terms(judgments)
-    results = analyse(lines, **(fixed or given), **more)
-    if fixed:
-        results["claim"] = _of_run(judgments, fixed, lines, results, more.get("canaries"))
-        results["claim"] = _doubted(judgments, results["claim"])
-    elif results:
-        results["claim"] = without_claim(results["claim"])
-    asked = {k: v for k, v in (("model_a", model_a), ("margin", margin)) if v is not None}
-    if fixed and any(fixed[k] != v for k, v in asked.items()):
-        terms = fixed | asked
-        terms |= (
-            {"control": given["control"], "selectors": None}
-            if model_a not in (None, fixed["model_a"])
-            else {}
-        )
-        said = " and ".join(f"{k} {v}" for k, v in asked.items())
-        found = analyse(lines, **terms, **more)
-        later = _of_run(judgments, terms, lines, found, more.get("canaries"))
-        results["claim"] = with_post_hoc(results["claim"], later, said)
-    return results, fixed or given
-
-# %% ../nbs/07_cli.ipynb #fbb2f1dc
-def _canaries_path(judgments: str) -> Path:
-    "Of a folder, of the run that a file belongs to, or else beside the file."
-    from alpagasus2.judge import canaries_path
-
-    path, folder = Path(judgments).resolve(), _folder(judgments)
-    whole = path.is_dir() or (folder / "claim.json").exists()
-    return folder / "canaries.jsonl" if whole else canaries_path(path)
-
-
-def _canaries(judgments: str) -> dict[str, list[float]]:
-    "Outcomes of the sanity checks of the judge; `UserError` where they were taken away."
-    from alpagasus2.analysis import canary_outcomes
-
-    path = _canaries_path(judgments)
-    if manifest_entry(path) and not path.exists():
-        raise UserError(f"{path}: it is gone, and manifest.json names it; put it back")
-    return canary_outcomes(latest(path))
-
-# %% ../nbs/07_cli.ipynb #e56ded13
-def _read_files(judgments: str | None, others: Sequence[str]) -> list[Path]:
-    "The files that a page of verdicts is made from: those named, and what lies beside them."
-    from alpagasus2.report.formats import other_files
-
-    found = [Path(p) for p in others]
-    if not judgments:
-        return [p for p in found if p.is_file()]
-    path, folder = Path(judgments), _folder(judgments)
-    if path.is_dir():
-        made = ("results.json", "manifest.json")  # of a page that lies among the verdicts
-        found += [p for p in sorted(path.glob("[!.]*.json*")) if p.name not in made]
-    else:
-        reviewed, _ = other_files(path)
-        found += {path, *reviewed, folder / "claim.json", _canaries_path(judgments)}
-    if (folder / "claim.json").exists():  # the claim looks at the arms' rows, and at every rate
-        found += [*folder.glob("selected/*.json"), *folder.glob("rates/*/*.jsonl")]
-    return [p for p in found if p.is_file()]
-
-# %% ../nbs/07_cli.ipynb #0103af40
-def _named_runs(arms: Sequence[str]) -> dict[str, list[str]]:
-    "The models that are runs of one arm, from the words of the command line."
-    found = {}
-    for word in arms:
-        name, _, models = word.partition("=")
-        if not name or not models or name in found:
-            raise UserError(f"--arms {word}: give ARM=MODEL,MODEL,... once for each arm")
-        found[name] = models.split(",")
-    return found
-
-# %% ../nbs/07_cli.ipynb #26f0ce2b
-def _score_page(
-    output: str, scores: Sequence[str], model_a: str | None = None, control: str | None = None,
-    margin: float | None = None, metric: Sequence[str] = (), arms: Sequence[str] = (),
-    lower_is_better: Sequence[str] = (),
-) -> list[Path]:  # fmt: skip
-    "Write the page of scores; the files that it was made from."
-    from alpagasus2.evidence.paired import score_results
-    from alpagasus2.report.outside import read_scores
-    from alpagasus2.report.page import write_report
-
-    found, files = read_scores(scores, metric, _named_runs(arms), lower_is_better)
-    results = score_results(found, model_a, control, margin)
-    page = write_report(results, output)  # type: ignore[arg-type]
-    add_result(page=str(page), claim=results["claim"])
-    print(f"{results['claim']['verdict']}. {results['claim']['reason']}")
-    print(page)
-    return files
-
-# %% ../nbs/07_cli.ipynb #f1abd670
-def _verdict_page(
-    output: str, judgments: str | None = None, responses: Sequence[str] = (),
-    labels: Sequence[str] = (), model_a: str | None = None, margin: float | None = None,
-    judge: str | None = None,
-) -> list[Path]:  # fmt: skip
-    "Write the page of verdicts or answers; the files that it was made from."
-    from alpagasus2.analysis import orient
-    from alpagasus2.evidence.labels import load_labels
-    from alpagasus2.generate import read_responses
-    from alpagasus2.report.formats import load_other_forms, without_orders
-    from alpagasus2.report.judges import add_judges, named_verdicts
-    from alpagasus2.report.outside import weighted_win_rates
-    from alpagasus2.report.page import write_report
-    from alpagasus2.report.plots import plot_outcomes, plot_slots
-
-    lines, copied = _verdicts(judgments, judge) if judgments else ([], False)
-    if judgments and not lines:
-        raise UserError(f"{judgments}: it holds no verdict")
-    models = {x[m] for x in lines for m in ("model_a", "model_b")}
-    if model_a and lines and model_a not in models:
-        raise UserError(f"--model_a {model_a}: not judged; there are {', '.join(sorted(models))}")
-    canaries = _canaries(judgments) if judgments else {}
-    said = [x for path in labels for x in load_labels(path)] if labels else None
-    results, terms = _analysed(
-        lines, judgments or "", model_a, margin, canaries=canaries, labels=said
-    )
-    results = without_orders(results) if copied else results
-    if copied and (weighted := weighted_win_rates(load_other_forms(judgments or ""))):
-        results["weighted"] = weighted
-    shown, files = [orient(lines, terms["model_a"])], _judges(judgments or "")
-    if len(files) > 1:
-        first, *others = files
-        judged = {first: lines} | {name: latest(files[name]) for name in others}
-        add_judges(results, judged, files, **terms)
-        shown = named_verdicts(judged, terms["model_a"])
-    answers: list[Any] = [x for path in responses for x in read_responses(path)]
-    figures = {"Verdicts in both orders": plot_outcomes(results["pairs"])} if lines else {}
-    if lines and not copied:
-        figures["Slot preference of the judge"] = plot_slots(results["judge_health"])
-    decides, *beside = shown
-    page = write_report(results, output, decides, answers, figures, others=[*chain(*beside)])
-    add_result(page=str(page), claim=results["claim"] if lines else None)
-    if lines:
-        print(f"{results['claim']['verdict']}. {results['claim']['reason']}")
-    print(page)
-    return _read_files(judgments, [*responses, *labels])
-
-# %% ../nbs/07_cli.ipynb #a3ec3bcb
-_PATHS = ("judgments", "responses", "labels", "scores")
-_OF_SCORES = ("control", "metric", "arms", "lower_is_better")
-
-
-def _check_report(given: Mapping[str, Any]) -> None:
-    "Refuse options that do not go together, and a report of nothing."
-    if "scores" in given:
-        wrong = [k for k in ("judgments", "responses", "labels", "judge") if k in given]
-    else:
-        wrong = [k for k in _OF_SCORES if k in given]
-    if wrong:
-        raise UserError(f"--{wrong[0]}: not with{'' if 'scores' in given else 'out'} --scores")
-    if not set(_PATHS) & set(given):
-        raise UserError("give --judgments, --responses or both, or --scores")
-    if "labels" in given and "judgments" not in given:
-        raise UserError("--labels: a person's labels are compared with --judgments; give both")
-
-
-def _moved(given: Mapping[str, Any], move: Callable[[str], str]) -> dict[str, Any]:
-    "The options of a report with other paths."
-    moved = {k: [*map(move, v)] if isinstance(v, list) else move(v)
-             for k, v in given.items() if k in _PATHS}  # fmt: skip
-    return {**given, **moved}
-
 # %% ../nbs/07_cli.ipynb #7e0b9c0b
 def report(
     output: str,  # the folder for index.html, results.json and results.csv
@@ -636,37 +332,7 @@ def report(
     lower_is_better: list[str] | None = None,  # metrics of which less is better
 ) -> None:
     "Make the page and results.json from verdicts, answers, or scores of other tools."
-    given = {k: v for k, v in locals().items() if v is not None and k != "output"}
-    from alpagasus2.extras.verify import seal
-
-    _check_report(given)
-    made: Callable[..., list[Path]] = _score_page if scores else _verdict_page
-    inputs = made(output, **given)
-    options = _moved(given, lambda p: Path(os.path.relpath(p, output)).as_posix())
-    seal(output, inputs, {"command": "report", "options": options})
-
-# %% ../nbs/07_cli.ipynb #f11859fd
-def _remaker(folder: Path) -> tuple[Path, Callable[[Path], None]]:
-    "The page of a folder, and what makes it again."
-    from alpagasus2.extras.verify import PAGE
-
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    runs = [r for r in (folder, folder.parent) if folder in (r, r / "report")]
-    run = next((r for r in runs if (r / "claim.json").exists() and (r / "report").is_dir()), None)
-    page = folder if run is None else run / "report"
-    options = (manifest_entry(page / PAGE).get("config") or {}).get("options")
-    if options is not None:
-        given = _moved(options, lambda p: os.path.normpath(page / p))
-        return page, lambda output: report(str(output), **given)
-    if run is None:
-        raise UserError(
-            f"{folder}: no record of what this page was made from; an earlier version made it, so "
-            "make it again with `alpagasus2 report`"
-        )
-    from alpagasus2.experiment import remake_report
-
-    return page, partial(remake_report, run)
+    make_page(output, {k: v for k, v in locals().items() if v is not None and k != "output"})
 
 # %% ../nbs/07_cli.ipynb #3bf1501f
 def verify(
@@ -675,7 +341,7 @@ def verify(
     "Compute every figure of a page again from its raw files, and say what differs."
     from alpagasus2.extras.verify import PAGE, verify_page
 
-    page, remake = _remaker(Path(folder))
+    page, remake = remaker(Path(folder))
     with contextlib.redirect_stdout(io.StringIO()):
         found = verify_page(page, remake)
     if not (entry := manifest_entry(page / PAGE)):

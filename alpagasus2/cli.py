@@ -35,8 +35,9 @@ from alpagasus2.commands.options import (
 )
 from .commands.pages import make_page, remaker
 from .commands.training import doctor, estimate, merge, preview, train
-from .core.files import UserError, file_sha256, printable, read_json, write_json
+from .core.files import UserError, file_sha256, printable, read_json
 from .core.run_folder import annotate, manifest_entry
+from .core.tables import write_rows
 from alpagasus2.data import (
     Examined,
     Example,
@@ -94,7 +95,7 @@ def check(
         print(f"{path}: {line}")
     good = [r for r in found.rows if r["id"] not in lost]
     if output:
-        write_json(output, good)
+        write_rows(output, good)
     problems = [{"row": p.row, "kind": p.kind, "detail": p.detail} for p in found.problems]
     add_result(rows=found.total, good=len(good), problems=problems, output=output)
     print(f"{path}: {len(good):,} of {found.total:,} rows are good")
@@ -258,8 +259,8 @@ def _say_kept(
 # %% ../nbs/07_cli.ipynb #829fc35b
 def select(
     data: str,  # the rows: a file, a catalogued name or a hub id
-    output: str,  # where the kept rows go (.json)
-    scores: str | None = None,  # ratings.jsonl, or a .csv or .jsonl with id or row, and score
+    output: str,  # where the kept rows go (.json or .parquet)
+    scores: str | None = None,  # ratings, or a .csv, .jsonl or .parquet with id or row, and score
     dimension: str | None = None,  # which score, when the file holds several
     threshold: float | None = None,  # keep scores at or above this
     top_k: int | None = None,  # keep this many best
@@ -304,7 +305,7 @@ def select(
     kept = select_rows(fitting, found, **rule)
     theirs = {p: load_scores(p, rows, dimension, problems) for p in other_scores or []}
     agreed = _agreement(scores, found, theirs, len(kept)) if theirs else {}
-    write_json(output, kept)
+    write_rows(output, kept)
     read: dict[str, Any] = {"columns": columns, "preferred": preferred or None}
     read["base_model"] = base_model
     fit = {"cutoff_len": cutoff_len, "template": template, "keep_cut": keep_cut}

@@ -60,7 +60,8 @@ def iter_rows(
 ) -> Iterator[Any]:
     "The rows of `read_rows` one at a time, so that they need not all be held."
     path, empty = locate(source), True
-    is_hub = path.is_dir() and str(source).count("/") == 1 and not ({*path.glob("*.json")})
+    is_data = ending_of(path) or any(p.suffix in (".json", ".parquet") for p in path.glob("*"))
+    is_hub = path.is_dir() and str(source).count("/") == 1 and not is_data
     if path.exists() and not is_hub:
         for row in records(path, split):
             empty = False
@@ -77,7 +78,7 @@ def iter_rows(
 
 # %% ../nbs/00_data.ipynb #1a42c815
 def read_rows(
-    source: str | Path,  # a file, a folder of `save_to_disk`, a catalogued name, or a hub id
+    source: str | Path,  # a file, a folder of Parquet or of `save_to_disk`, a known name, a hub id
     split: str = "train",  # the split to take, where there are several
 ) -> list[Any]:  # rows as they stand, unchecked
     "Read rows from a file, the catalogue or the hub; `UserError` names file and place."

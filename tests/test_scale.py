@@ -13,8 +13,8 @@ import pytest
 import torch
 from stand_ins import tiny_llama, without
 
-from alpagasus2.core.files import read_jsonl
-from alpagasus2.data import load_examples
+from alpagasus2.cli import main
+from alpagasus2.data import iter_rows, load_examples
 from alpagasus2.quant_lora import load_tokenizer
 
 ROWS = 16
@@ -159,7 +159,8 @@ def wait_for(happened: Callable[[], object], seconds: float = 120) -> None:
 
 
 def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    growing = sorted(path.glob("_part-*.jsonl")) if path.is_dir() else [path]
+    return sum(p.read_bytes().count(b"\n") for p in growing if p.exists())
 
 
 def rows_of(folder: Path, n: int) -> None:
@@ -170,7 +171,24 @@ def rows_of(folder: Path, n: int) -> None:
 
 def by_id(path: Path) -> dict[str, dict]:
     """The lines of a file; which of two calls served a row, and in which order, is chance."""
-    return {line["id"]: line for line in read_jsonl(path)}
+    return {line["id"]: line for line in iter_rows(path)}
+
+
+def test_commands_keep_the_same_rows_from_parquet_and_from_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows_of(tmp_path, 40)
+    for end in ("json", "parquet"):
+        assert main(["check", "many.jsonl", "--output", f"in/rows.{end}"]) == 0
+        for engine in ([], ["--engine", "ray"]):
+            out = f"out/best{len(engine)}.{end}"
+            words = ["--data", f"in/rows.{end}", "--random_k", "9", "--output", out, *engine]
+            assert main(["select", *words]) == 0
+    kept = [load_examples(path)[0] for path in sorted(Path("out").glob("best*"))]
+    assert len(kept) == 4 and all(rows == kept[0] for rows in kept)
+    Path("set").mkdir()
+    Path("out/best0.parquet").rename("set/a.parquet")
+    Path("set").rename("out/set")  # a folder whose name could be a hub id
+    assert load_examples("out/set")[0] == kept[0]
 
 
 @pytest.mark.slow  # in CI the cells of scale/rows do this on one node
@@ -187,9 +205,12 @@ def test_a_cluster_writes_the_file_of_one_process(cluster, server, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_and_the_driver_are_killed_and_nothing_is_asked_again(cluster, server, tmp_path):
+@pytest.mark.parametrize("name", ["r.jsonl", "r.parquet"])
+def test_a_worker_and_the_driver_are_killed_and_nothing_is_asked_again(
+    name, cluster, server, tmp_path
+):
     rows_of(tmp_path, 4000)
-    output = tmp_path / "r.jsonl"
+    output = tmp_path / name
     words = rate_words(tmp_path, output, server, "--engine", "ray", "--address", cluster)
     with subprocess.Popen([sys.executable, *words], stderr=subprocess.DEVNULL) as driver:
         wait_for(lambda: lines(output) > 500)
@@ -199,14 +220,15 @@ def test_a_worker_and_the_driver_are_killed_and_nothing_is_asked_again(cluster, 
         driver.kill()
     ended = done(words)
     assert ended.returncode == 0, ended.stderr
-    assert lines(output) == len(by_id(output)) == 4000
+    assert len([*iter_rows(output)]) == len(by_id(output)) == 4000
+    assert name == "r.jsonl" or [p.name for p in output.iterdir()] == ["part-00000.parquet"]
     assert 4000 <= calls(server) <= 4000 + 8 + 16  # what was under way at the two kills
 
 
 @pytest.mark.slow
 def test_signals_of_two_actors_are_those_of_one_process(cluster, bench, tmp_path):
     rows_of(tmp_path, 1200)
-    one, many = tmp_path / "one.jsonl", tmp_path / "many.jsonl.out.jsonl"
+    one, many = tmp_path / "one.jsonl", tmp_path / "many.parquet"
     words = ["-m", "alpagasus2", "rate", "--data", tmp_path / "many.jsonl", "--rater", "flaws"]
     words += ["--model", bench / "tiny", "--template", "alpaca", "--output"]
     assert done([*words, one]).returncode == 0

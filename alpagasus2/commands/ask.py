@@ -189,7 +189,7 @@ def _rate_by_asking(
 # %% ../../nbs/commands/ask.ipynb #fe5dbbce
 def rate(
     data: str,  # the rows: a file, a catalogued name or a hub id
-    output: str,  # ratings.jsonl; resumed when it is there
+    output: str,  # ratings.jsonl; resumed when it is there; .parquet with --engine ray: a folder
     rater: Literal["llm", "flaws", "superfiltering"] = "llm",  # a judge, or a local model's signals
     model: str = "",  # the endpoint's model; for local raters a base model (smollm2-135m)
     base_url: str | None = None,  # the endpoint; default: OPENAI_BASE_URL, else OpenAI's

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEYS', 'LIBRARIES', 'UNANSWERED', 'row_key', 'latest', 'hold', 'Journal', 'environment', 'now', 'read_manifest',
            'manifest_entry', 'changed_setting', 'annotate', 'recorded', 'is_complete', 'duration', 'dollars', 'cost_of',
-           'has_failed', 'open_lines', 'finder', 'is_settled', 'Step', 'status_counts', 'resumed']
+           'has_failed', 'open_lines', 'finder', 'is_settled', 'Step', 'status_counts', 'timed', 'resumed']
 
 # %% ../../nbs/core/run_folder.ipynb #77de68da
 import json
@@ -73,6 +73,8 @@ class Journal(AbstractContextManager["Journal"]):
         path: str | Path,  # the file; made if it is not there
     ):
         self.path = Path(path)
+        if self.path.suffix.lower() == ".parquet":
+            raise UserError(f"{path}: lines are written one by one, as JSON Lines; name it .jsonl")
         self._lock = hold(self.path).lock
         self._rows = {row_key(r): r for r in latest(path)}
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
@@ -336,6 +338,23 @@ def status_counts(
     "How many lines ended in which way."
     return dict(Counter(x.get("status") or x.get("finish_reason") or "lines" for x in lines))
 
+# %% ../../nbs/core/run_folder.ipynb #c3672dee
+@contextmanager
+def timed(
+    output: str | Path,  # as in `recorded`, and the next
+    settings: Mapping,
+    **notes: Any,
+) -> Iterator[dict]:
+    "As `recorded`, with the seconds of all runs together; a kill leaves them unknown."
+    start = time.perf_counter()
+    before = manifest_entry(output).get("seconds") if Path(output).exists() else 0.0
+    with recorded(output, settings, seconds=None, **notes) as entry:
+        try:
+            yield entry
+        finally:
+            if before is not None:
+                entry.setdefault("seconds", round(before + time.perf_counter() - start, 2))
+
 # %% ../../nbs/core/run_folder.ipynb #75d92c8a
 @contextmanager
 def resumed(
@@ -348,9 +367,7 @@ def resumed(
     "Go on with a file where it stops."
     from tqdm import tqdm  # a module that everything imports stays light
 
-    start = time.perf_counter()
-    before = manifest_entry(output).get("seconds") if Path(output).exists() else 0.0
-    with recorded(output, settings, seconds=None, **notes) as entry, Journal(output) as journal:
+    with timed(output, settings, **notes) as entry, Journal(output) as journal:
         step = Step(journal, entry, partial(tqdm, unit=unit, disable=not progress))
         try:
             yield step
@@ -358,6 +375,4 @@ def resumed(
             step.bar.close()
             counted: dict[str, Any] = {"counts": status_counts(journal.rows())}
             counted["cost"] = cost_of(output)
-            if before is not None:
-                counted["seconds"] = round(before + time.perf_counter() - start, 2)
             entry |= {k: v for k, v in counted.items() if k not in entry}

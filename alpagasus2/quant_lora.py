@@ -42,13 +42,20 @@ from .model.dropout import Dropout
 from .model.lora import lora_linear
 
 # %% ../nbs/01_quant_lora.ipynb #31382d00
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("The modules are dequantized in")
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     "Without what the libraries say of each load."
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    unpacking = logging.getLogger("transformers.integrations.bitsandbytes")
     with warnings.catch_warnings(), ExitStack() as afterwards:
         afterwards.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)
+        unpacking.addFilter(_is_news)
+        afterwards.callback(unpacking.removeFilter, _is_news)
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         warnings.filterwarnings("ignore", "IProgress not found")
         yield
@@ -288,7 +295,8 @@ def load_base(
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     unpacked = device == "cpu" if config.unpacked is None else config.unpacked
     if unpacked and getattr(model, "is_quantized", False):
-        return model.dequantize().requires_grad_(False)
+        with quiet_libraries():
+            return model.dequantize().requires_grad_(False)
     return keep_trainable(model)
 
 # %% ../nbs/01_quant_lora.ipynb #8eaa54c1

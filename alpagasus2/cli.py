@@ -35,7 +35,7 @@ from alpagasus2.commands.options import (
 )
 from .commands.pages import make_page, remaker
 from .commands.training import doctor, estimate, merge, preview, train
-from .core.files import UserError, file_sha256, read_json, write_json
+from .core.files import UserError, file_sha256, printable, read_json, write_json
 from .core.run_folder import annotate, manifest_entry
 from alpagasus2.data import (
     Examined,
@@ -98,10 +98,15 @@ def check(
     problems = [{"row": p.row, "kind": p.kind, "detail": p.detail} for p in found.problems]
     add_result(rows=found.total, good=len(good), problems=problems, output=output)
     print(f"{path}: {len(good):,} of {found.total:,} rows are good")
+    if base_model is None:
+        hint = "whether they fit a training is checked with --base_model M --cutoff_len N"
+        print(hint, file=sys.stderr)
     kinds = {p.kind for p in found.problems}
     if rows := len({p.row for p in found.problems}):
         hint = "; --preferred true takes the good side" if "preference" in kinds else ""
-        hint += "; `run` and `select` leave the long ones out" if "long" in kinds else ""
+        hint += (
+            "; `run` and `select --base_model` leave the long ones out" if "long" in kinds else ""
+        )
         raise UserError(f"{path}: {rows} rows have a problem, listed above{hint}")
 
 # %% ../nbs/07_cli.ipynb #d91e2abb
@@ -412,16 +417,19 @@ def _run(  # what was found, if it ran
     recipe: Any, output_dir: str, dry_run: bool, workers: int = 1
 ) -> Any:
     from alpagasus2.experiment import run_recipe, summary_lines
-    from alpagasus2.extras.dry_run import Known, plan_table, refusals
+    from alpagasus2.extras.dry_run import Known, doubts, plan_table, refusals
     from alpagasus2.recipe import plan_of
 
     if dry_run:
         print("\n".join(plan_of(recipe)))
         known = Known(recipe, output_dir)
         if found := refusals(known):
-            things = "1 thing" if len(found) == 1 else f"{len(found)} things"
-            raise UserError(f"{things} would stop this run: {'; '.join(found)}")
-        print("\n".join(plan_table(known)))
+            add_result(refusals=found)
+            if len(found) == 1:
+                raise UserError(f"1 thing would stop this run: {found[0]}")
+            print("\n".join(f"- {printable(x)}" for x in found), file=sys.stderr)
+            raise UserError(f"{len(found)} things would stop this run")
+        print("\n".join([*plan_table(known), *doubts(known)]))
         return None
     if workers < 1:
         raise UserError(f"--workers {workers}: a number above 0 is wanted")
@@ -531,7 +539,7 @@ EXAMPLES = {
 _PAGE = ("page", "claim")
 FIELDS: dict[str, tuple[str, ...]] = {  # of the object `result` under --json
     "quickstart": (*_PAGE, "heldout", "heldout_own"),
-    "run": (*_PAGE, "heldout", "heldout_own"),
+    "run": (*_PAGE, "heldout", "heldout_own", "refusals"),
     "plan": ("plan", "output"),
     "fetch": ("catalog", "path", "rows", "licence"),
     "check": ("rows", "good", "problems", "output"),

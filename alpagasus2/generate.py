@@ -40,9 +40,9 @@ from .model.chat import answer_text, end_of_turn, prompt_ids
 class GenerateConfig:
     "How questions are answered."
 
-    max_new_tokens: int = Field(
+    max_new_tokens: int = Field(  # an answer that reaches it has finish_reason "length"
         256, gt=0, le=2**20
-    )  # an answer that reaches it has finish_reason "length"
+    )
     temperature: float = Field(0.0, ge=0, le=2)  # 0: greedy
     top_p: float = Field(1.0, gt=0, le=1)  # nucleus sampling
     template: Template = "alpaca"  # the prompt template of the training

@@ -86,9 +86,9 @@ class Rater(EndpointConfig, Parameters):
     base_url: str | None = None  # the endpoint; default: OPENAI_BASE_URL, else OpenAI's
     backend: Literal["endpoint", "local"] = "endpoint"  # where an llm runs
     template: Template = "chat"  # the prompt template with which local signals read a row
-    prompt: str | None = Field(
+    prompt: str | None = Field(  # a file with your own rating prompt; None: AlpaGasus's
         None, min_length=1
-    )  # a file with your own rating prompt; None: AlpaGasus's
+    )
     low: float = Field(0.0, ge=-1e6, le=1e6)  # lowest score that the prompt asks for
     high: float = Field(5.0, ge=-1e6, le=1e6)  # highest score that the prompt asks for
     scores: str = ""  # of kind file: a table of id or row, and score, from any other tool
@@ -135,21 +135,21 @@ class Arm:
         Literal["top_k", "random_k", "longest_k", "threshold", "quantile",
                 "token_matched", "cost_matched"] | None
     ) = None  # fmt: skip
-    rows: int = Field(
+    rows: int = Field(  # how many: the same for all arms, but matched ones have as many as it takes
         0, ge=0, le=10**9
-    )  # how many; all arms have the same number, but matched ones as many as it takes
+    )
     value: float | None = None  # of threshold or quantile: `rows` are drawn from what it keeps
-    data: str | None = Field(
+    data: str | None = Field(  # instead of `select`: a file of its own, `rows` drawn at random
         None, min_length=1
-    )  # instead of `select`: a file of its own, `rows` drawn at random
-    seed: int = Field(
+    )
+    seed: int = Field(  # of the draw: a second arm of one rule with another seed is its A/A arm
         0, ge=0, lt=2**31
-    )  # of the draw: a second arm of one rule with another seed is its A/A arm
+    )
     drop_near_duplicates: float | None = Field(None, gt=0, le=1)  # similarity; the better row stays
     quota: dict[str, Share] | Literal["pool"] | None = None  # by category; pool: as the pool has
-    to: str | None = Field(
+    to: str | None = Field(  # the arm that a matched one is equal to; default: the first
         None, min_length=1
-    )  # the arm that a matched one is equal to; default: the first
+    )
 
     @property
     def matched(self) -> bool:
@@ -396,9 +396,9 @@ class Recipe:
     data: Name  # the pool of rows: a file, a catalogued name or a hub id
     arms: dict[str, Arm]  # the first is model_a, compared with base and with each other arm
     rater: Rater = field(default_factory=lambda: Rater(kind="flaws"))
-    judge: Judge | list[Judge] = field(
+    judge: Judge | list[Judge] = field(  # the first of several decides
         default_factory=lambda: Judge(backend="local")
-    )  # 1st decides
+    )
     questions: list[str] = field(default_factory=lambda: ["sample_questions"])  # test sets
     preset: str = "strong"  # of training: seed-7b, seed-13b, strong, quickstart
     train: dict[str, Any] = field(default_factory=dict)  # settings that replace the preset's

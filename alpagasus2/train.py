@@ -80,16 +80,16 @@ from tqdm import tqdm
 class TrainConfig:
     "How rows become an adapter."
 
-    batch_size: int = Field(
+    batch_size: int = Field(  # rows an optimiser step; an epoch's last takes what is left
         128, gt=0, le=2**20
-    )  # rows an optimiser step; an epoch's last takes what is left
+    )
     micro_batch_size: int | None = Field(None, gt=0)  # at most so many rows a pass; None: no limit
     token_budget: int | None = Field(None, gt=0)  # tokens a pass; None: 2,048, on CUDA measured
     num_epochs: int = Field(3, gt=0, le=1000)  # passes over the rows
     learning_rate: float = Field(2e-5, gt=0, le=1)  # at the end of the warm-up
-    rate_width: int | None = Field(
+    rate_width: int | None = Field(  # hidden size the rate is for; None: the base's
         None, gt=0, le=2**20
-    )  # hidden size the rate is for; None: the base's
+    )
     warmup_ratio: float = Field(0.03, ge=0, lt=1)  # share of the steps in which the rate rises
     weight_decay: float = Field(0.0, ge=0, le=1)  # AdamW's
     max_grad_norm: float = Field(1.0, ge=0)  # the gradient is scaled down to this norm; 0: never

@@ -1,5 +1,8 @@
 """A claim with a mistake is fixed again before anything is measured, and no training is lost."""
 
+import os
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,3 +79,45 @@ def test_once_measured_a_claim_stays(recipe, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="started with another `recipe`"):
         Run(replace(recipe, margin=0.05), folder, progress=False)
     assert not (folder / "claim-1.json").exists() and (folder / "selected").exists()
+
+
+DYING: list[int] = []  # renames that this process may still do
+
+
+def _die(event: str, args: tuple) -> None:
+    if DYING and event in ("os.rename", "os.remove"):
+        DYING[0] -= 1
+        if DYING[0] < 0:
+            os._exit(9)
+
+
+sys.addaudithook(_die)
+
+
+def died(recipe: Recipe, folder: Path, renames: int) -> bool:
+    """Whether a process that may rename so often is dead before its run has begun."""
+    if (child := os.fork()) == 0:
+        DYING.append(renames)
+        try:
+            Run(recipe, folder, progress=False)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_a_process_that_dies_while_a_claim_is_fixed_again_loses_nothing(
+    recipe, tmp_path, monkeypatch
+):
+    train(recipe, tmp_path / "run", monkeypatch)
+    kept = weights(tmp_path / "run", "longer")
+    other = replace(recipe, margin=0.05, arms=ARMS | {"random": replace(ARMS["random"], seed=5)})
+    for renames in range(100):
+        shutil.copytree(tmp_path / "run", folder := tmp_path / f"died-{renames}")
+        if not died(other, folder, renames):
+            break
+        shutil.copytree(folder, tmp_path / f"back-{renames}")
+        assert train(other, folder, monkeypatch) == ["random"]
+        assert read_claim(folder / "claim.json")["recipe"]["margin"] == 0.05
+        assert weights(folder, "longer") == kept
+        assert train(recipe, tmp_path / f"back-{renames}", monkeypatch) == []
+    assert renames > 3

@@ -1,6 +1,8 @@
 """The command as a user meets it: a mistake is one sentence on stderr and exit status 2."""
 
+import ast
 import hashlib
+import io
 import json
 import os
 import pty
@@ -8,6 +10,8 @@ import re
 import shlex
 import subprocess
 import sys
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -294,6 +298,29 @@ def test_every_command_takes_quiet_and_json_and_its_example_parses(command):
     assert found.quiet and found.json
     text = parser.format_help()
     assert f"alpagasus2 {command} {EXAMPLES[command]}"[:60] in " ".join(text.split())
+
+
+def _misplaced(path: Path) -> Iterator[str]:
+    "Parameters and fields whose comment is on the last of several lines, where it is not found."
+    text = path.read_text()
+    words = tokenize.generate_tokens(io.StringIO(text).readline)
+    said = {t.start[0] for t in words if t.type == tokenize.COMMENT and "fmt:" not in t.string}
+    nodes = [*ast.walk(ast.parse(text))]
+    fields = [x for n in nodes if isinstance(n, ast.ClassDef) for x in n.body]
+    found = [n for n in nodes if isinstance(n, ast.arg)]
+    found += [x for x in fields if isinstance(x, ast.AnnAssign)]
+    for x in found:
+        if x.end_lineno != x.lineno and x.end_lineno in said:
+            yield f"{path.name}:{x.lineno}"
+
+
+def test_every_option_has_a_help_of_its_own():
+    "The help is the comment beside a parameter, which is read from the first of its lines."
+    for command in COMMANDS:
+        for action in build_parser(command)._actions:
+            assert action.help and "(type:" not in action.help, (command, action.dest)
+    folder = Path(__file__).parents[1] / "alpagasus2"
+    assert [x for p in folder.rglob("*.py") for x in _misplaced(p)] == []
 
 
 CHEAP = {

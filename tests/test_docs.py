@@ -280,7 +280,7 @@ def test_readmes_recipe_is_one_and_its_make_targets_exist(tmp_path, monkeypatch,
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert main(["run", "recipe.yaml", "--dry_run"]) == 2  # its rows are not here
     told = capsys.readouterr()
-    assert "filtered (9,000 rows)" in told.out and "rows.json" in told.err
+    assert "filtered (9,000 rows)" in told.out and "alpaca_52k" in told.err
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     text = "".join(b.text for p in ("README.md", "CONTRIBUTING.md") for b in blocks(ROOT / p))
     asked = re.findall(r"^make ([a-z-]+)", text, re.M)

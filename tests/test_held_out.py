@@ -80,6 +80,18 @@ def test_a_second_run_changes_nothing_and_the_page_can_be_verified(finished, cap
     assert main(["verify", str(run / "report")]) == 0
 
 
+@pytest.mark.parametrize("name", ["index.html", "results.json"])
+def test_a_torn_page_is_made_again(finished, tmp_path, capsys, name):
+    recipe, run = finished
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run/report" / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert main(["run", str(recipe), "--output_dir", str(tmp_path / "run")]) == 0
+    assert "the page is made again" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "run/report")]) == 0
+
+
 def test_other_rows_than_the_claim_fixed_are_refused(finished, tmp_path):
     recipe, run = finished
     shutil.copytree(run, tmp_path / "run")

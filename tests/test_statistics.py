@@ -305,7 +305,9 @@ def test_what_length_alone_wins_is_no_claim():
 @pytest.mark.parametrize(
     ("experiments", "most"), [(40, 0.1), pytest.param(6000, 0.03, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize(("n", "runs", "spread"), [(80, 3, 0.1), (250, 3, 0.1), (250, 5, 0.3)])
+@pytest.mark.parametrize(
+    ("n", "runs", "spread"), [(80, 3, 0.1), (250, 3, 0.1), (250, 3, 0.3), (250, 5, 0.3)]
+)
 def test_arms_that_differ_in_length_alone_support_nothing(n, runs, spread, experiments, most):
     "The whole decision, by a judge that leans to length; spread in log-odds of a win."
     rng, said, fooled = np.random.default_rng(n + runs), [], 0

@@ -198,8 +198,7 @@ def rate(
     low: float = 0.0,  # lowest score that your prompt asks for
     high: float = 5.0,  # highest score that your prompt asks for
     template: Literal["alpaca", "chat"] | None = None,  # of local signals; default: chat
-    template_options: dict[str, Any]
-    | None = None,  # for a chat template: {"enable_thinking": false}
+    template_options: dict[str, Any] | None = None,  # of it: {"enable_thinking": false}
     merge_system: bool = False,  # put a system turn into the first turn of the user
     columns: str | None = None,  # OURS=THEIRS,... where the fields have other names
     preferred: bool = False,  # of preferences, take the good side

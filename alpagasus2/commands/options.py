@@ -100,14 +100,14 @@ def option_help(
 
 # %% ../../nbs/commands/options.ipynb #7f951bee
 _SIGNED = ("threshold", "low", "high", "seed", "effect")  # numbers that may be below 0
-_COUNTS = ("limit", "rows", "mean_tokens", "top_k", "random_k", "longest_k")  # of at least one
+_COUNTS = ("limit", "rows", "mean_tokens", "_k")  # ends of their names: of at least one
 
 
 def _wanted_of(name: str, value: float) -> str | None:
     "What an option's number should have been; None where it may be what it is."
     if not isfinite(value):
         return "a finite number"
-    if name in _COUNTS and value <= 0:
+    if name.endswith(_COUNTS) and value <= 0:
         return "a number above 0"
     return "a number not below 0" if value < 0 and name not in _SIGNED else None
 

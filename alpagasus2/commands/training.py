@@ -137,8 +137,7 @@ def estimate(
     preferred: bool = False,  # of preferences, take the good side
     rows: int = 9229,  # training rows
     mean_tokens: float = 132.0,  # tokens of a row, prompt and response
-    device: str
-    | None = None,  # T4, L4, A10, RTX 3090, L40S, A100-40GB, H100, cpu, ...; or this one
+    device: str | None = None,  # T4, L4, A10, L40S, A100-40GB, H100, cpu, ...; default: this one
     preset: str = "seed-7b",  # seed-7b, seed-13b, strong or quickstart; options given replace its
     **config: Any,
 ) -> None:

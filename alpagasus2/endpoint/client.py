@@ -97,21 +97,21 @@ class EndpointConfig:
     workers: int = Field(16, gt=0, le=1024)  # calls in flight at once
     timeout: float = Field(120.0, gt=0, le=86400)  # seconds a call may take
     max_retries: int = Field(8, ge=0, le=1000)  # of a call that the server or the network failed
-    max_wait: float = Field(
+    max_wait: float = Field(  # seconds that one request may wait for the server in all
         3600.0, gt=0, le=1e7
-    )  # seconds that one request may wait for the server in all
-    requests_per_minute: float | None = Field(
+    )
+    requests_per_minute: float | None = Field(  # beside the limit the server names
         None, gt=0, le=1e9
-    )  # beside the limit the server names
-    tokens_per_minute: float | None = Field(
+    )
+    tokens_per_minute: float | None = Field(  # the same, of prompt and reserved tokens
         None, gt=0, le=1e12
-    )  # the same, of prompt and reserved tokens
-    max_cost: float | None = Field(
+    )
+    max_cost: float | None = Field(  # US dollars an output may cost; no call goes beyond
         None, gt=0, le=1e6
-    )  # US dollars an output may cost; no call goes beyond
-    prices: str | None = Field(
+    )
+    prices: str | None = Field(  # a JSON file: {"MODEL": {"price_in": 2.5, "price_out": 10}}
         None, min_length=1
-    )  # a JSON file: {"MODEL": {"price_in": 2.5, "price_out": 10}}
+    )
     price_in: float | None = Field(None, ge=0, le=1e5)  # US dollars per million prompt tokens
     price_out: float | None = Field(None, ge=0, le=1e5)  # US dollars per million completion tokens
     headers: dict[str, str] | None = None  # more of them: {"api-key": "VARIABLE with its value"}

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEWEST_IN_SET', 'FEW_PROMPTS', 'units', 'VarianceParts', 'variance_parts', 'RunNoise', 'pooled_noise',
-           'holds_run_noise', 'run_part', 'half_width', 'mean_interval', 'share_interval', 'p_value', 'one_sided_p',
-           'few_prompts_warning', 'holm', 'heldout_summary', 'kappa_with_interval', 'prediction_powered_mean']
+           'holds_run_noise', 'rest_taken', 'run_part', 'half_width', 'mean_interval', 'share_interval', 'p_value',
+           'one_sided_p', 'few_prompts_warning', 'holm', 'heldout_summary', 'kappa_with_interval',
+           'prediction_powered_mean']
 
 # %% ../../nbs/evidence/intervals.ipynb #a1d95061
 from collections.abc import Iterable, Mapping, Sequence
@@ -136,6 +137,13 @@ def holds_run_noise(
     return parts.runs >= 3 or (parts.runs == 2 and pooled is not None)
 
 
+def rest_taken(
+    runs: int,
+) -> float:  # a fraction of 1
+    "How much of the rest's mean square is taken from the one between runs."
+    return 1 - 1 / runs
+
+
 def run_part(
     parts: VarianceParts,
     pooled: RunNoise | None = None,  # used for two runs
@@ -144,7 +152,8 @@ def run_part(
     "Half the width of an interval over runs alone; 0 for one run."
     if parts.runs == 1:
         return 0.0
-    variance, df = parts.run_variance, parts.runs - 1
+    variance = max(parts.run - rest_taken(parts.runs) * parts.rest, 0.0) / parts.n
+    df = parts.runs - 1
     if pooled and parts.runs == 2:
         variance, df = max(variance, pooled.variance), pooled.df
     return float(t.isf(error / 2, df) * sqrt(variance / parts.runs))

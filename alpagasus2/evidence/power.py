@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.files import UserError
-from .intervals import RunNoise, VarianceParts
+from .intervals import RunNoise, VarianceParts, rest_taken
 from .sampling import labels_needed
 
 # %% ../../nbs/evidence/power.ipynb #499ac332
@@ -99,7 +99,7 @@ def _experiments(
     if runs > 1:
         seen, left = _between_runs(design, rng)
         seen, left = (n * run + rest) * seen, rest * left
-        squared += t.isf(tail, runs - 1) ** 2 * np.maximum(seen - left, 0)
+        squared += t.isf(tail, runs - 1) ** 2 * np.maximum(seen - rest_taken(runs) * left, 0)
     prompts, moved = whole / n + rest / (n * runs), run / runs
     error = np.sqrt(prompts + moved) * _normals(design, rng, 1, _common(moved, prompts))[..., 0]
     return np.sqrt(squared / ((n + 2) * runs)) * (n + 2) / n, error

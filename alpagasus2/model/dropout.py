@@ -15,9 +15,7 @@ import torch
 # %% ../../nbs/model/dropout.ipynb #24b0e419
 def token_keys(
     ids: Sequence[int],  # the tokens of some rows, one behind the other
-    places: Sequence[
-        int
-    ],  # of each in its row; a row may go on behind what the first one begins with
+    places: Sequence[int],  # of each in its row, which may go on behind the first one's beginning
 ) -> list[int]:
     "A number for each token that follows from it and from the tokens before it in its row."
     keys: list[int] = []

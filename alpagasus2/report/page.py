@@ -39,6 +39,7 @@ from alpagasus2.evidence.claim import (
     UNTESTED,
     check_value,
 )
+from ..evidence.own_rows import decided
 from ..evidence.power import prompt_sd
 from ..evidence.sampling import FEW_LABELS, SEED, in_turn, labels_needed, lot
 from ..evidence.verdicts import SIGNS, outcome
@@ -217,13 +218,19 @@ def as_reach(
     return f"± {as_percent(least)}" if least <= most else f"none up to ± {as_percent(most)}"
 
 # %% ../../nbs/report/page.ipynb #cb655a3b
-def _saved(name: str, gap: float, ends: Sequence[float], *notes: str) -> dict[str, Any]:
-    "A card for a loss that is lower or higher by so much."
-    size = f"{'lower' if gap >= 0 else 'higher'} by {abs(gap):.3f}"
-    unclear = ends[0] <= 0 <= ends[1]
-    measured = f"95% interval of the saving {as_interval(ends)} nats a token"
-    value = "No clear difference" if unclear else f"Loss {size}"
-    return _card(name, value, f"loss {size}" if unclear else "", measured, *notes)
+def _by_how_much(gap: float) -> str:
+    return f"{'lower' if gap >= 0 else 'higher'} by {abs(gap):.3f}"
+
+
+def _saved(name: str, found: Mapping[str, Mapping], *notes: str) -> dict[str, Any]:
+    "A card for a loss that is lower or higher by so much, by one measure or by two."
+    measured = [f"{where}: {_by_how_much(x['difference'])} {as_interval(x['difference_ci95'])}"
+                for where, x in found.items()]  # fmt: skip
+    measured[0] += " nats a token (95% interval of the saving)"
+    first = next(iter(found.values()))
+    value = "The measures differ" if decided([first]) else "No clear difference"
+    value = f"Loss {_by_how_much(first['difference'])}" if decided(found.values()) else value
+    return _card(name, value, *measured, *notes)
 
 
 def _noise_note(aa: Mapping) -> str:
@@ -233,20 +240,52 @@ def _noise_note(aa: Mapping) -> str:
     gap, ends = aa["heldout_difference"], as_interval(aa.get("heldout_ci95"))
     return f"noise: {aa['model_a']} and {aa['model_b']} differ by {abs(gap):.3f} {ends}"
 
+
+def _length_note(results: Results, arm: str, control: str) -> str:
+    "That the rows of one arm hold a tenth more text than those of the other."
+    held = {a["arm"]: a.get("target_tokens") or 0 for a in results.get("arms") or []}
+    some, others = held.get(arm, 0), held.get(control, 0)
+    if not min(some, others) or max(some, others) < 1.1 * min(some, others):
+        return ""
+    longer = arm if some > others else control
+    more = max(some, others) / min(some, others) - 1
+    return f"rows of {longer} hold {more:.0%} more target tokens"
+
 # %% ../../nbs/report/page.ipynb #36636f83
-def _loss_cards(results: Results) -> list[dict[str, Any]]:
-    "What tuning and what selecting brought, by the loss on reference answers."
-    held, shown = results.get("heldout") or {}, []
+def _losses(results: Results) -> dict[str, Mapping[str, Mapping]]:
+    "The losses of all arms: on references from elsewhere, and on the pool's own rows."
+    own = results.get("heldout_own") or {}
+    both = {"on references": results.get("heldout") or {},
+            f"on {own.get('rows')} held-out rows of the pool": own.get("arms") or {}}  # fmt: skip
+    return {where: losses for where, losses in both.items() if losses}
+
+
+def _compared_arms(results: Results) -> tuple[str, str]:
+    "The arm whose losses the others are held against, and its control;  where there is none."
+    held = next(iter(_losses(results).values()), {})
     arm = next((a for a, h in held.items() if h.get("difference") is None), "")
-    control = next((c for c in (_deciding(results).get("model_b"), "random") if c in held), "")
-    for other, name in (("base", "What tuning brought"),
-                        (control, f"What selecting brought: {arm} against {control}")):  # fmt: skip
-        found = held.get(other) or {}
-        if found.get("difference") is not None and (other != "base" or len(held) > 1):
-            noise = "" if found.get("holds_run_noise") else ONCE
-            more = _noise_note(results.get("aa") or {}) if other != "base" else ""
-            ends = found["difference_ci95"]
-            shown.append(_saved(name, found["difference"], ends, noise, more))
+    others = (str(_deciding(results).get("model_b")), "random")
+    return arm, next((c for c in others if c in held), "")
+
+
+def _against(results: Results, other: str) -> dict[str, Mapping]:
+    "The differences of another arm's losses, by where they were measured."
+    found = {where: losses.get(other) or {} for where, losses in _losses(results).items()}
+    return {where: x for where, x in found.items() if x.get("difference") is not None}
+
+
+def _loss_cards(results: Results) -> list[dict[str, Any]]:
+    "What tuning and what selecting brought, by the losses."
+    (arm, control), shown = _compared_arms(results), []
+    more = [_noise_note(results.get("aa") or {}), _length_note(results, arm, control)]
+    for other, name, notes in (
+        ("base", "What tuning brought", []),
+        (control, f"What selecting brought: {arm} against {control}", more),
+    ):
+        if found := _against(results, other):
+            first = next(iter(found.values()))
+            noise = "" if first.get("holds_run_noise") else ONCE
+            shown.append(_saved(name, found, noise, *notes))
     return shown
 
 # %% ../../nbs/report/page.ipynb #ef24df16
@@ -314,18 +353,16 @@ def cards(
 
 # %% ../../nbs/report/page.ipynb #39500a0e
 def _by_loss(results: Results) -> list[str]:
-    "What tuning and selecting did to the loss on reference answers."
-    held = results.get("heldout") or {}
-    arm = next((a for a, h in held.items() if h.get("difference") is None), "")
-    control = next((c for c in (_deciding(results).get("model_b"), "random") if c in held), "")
+    "What tuning and selecting did to the loss on references and on the pool's own rows."
+    arm, control = _compared_arms(results)
     words = {
-        "base": ("tuning helped", "tuning made the model worse", "tuning made no clear difference"),
-        control: (f"{arm} rows did better than {control} rows",
-                  f"{arm} rows did worse than {control} rows",
-                  f"{arm} rows cannot be told from {control} rows"),
+        "base": ("tuning made no clear difference", "tuning helped", "tuning made the model worse"),
+        control: (f"{arm} rows cannot be told from {control} rows",
+                  f"{arm} rows did better than {control} rows",
+                  f"{arm} rows did worse than {control} rows"),
     }  # fmt: skip
-    ends = {other: (held.get(other) or {}).get("difference_ci95") for other in words}
-    return [words[o][0 if x[0] > 0 else 1 if x[1] < 0 else 2] for o, x in ends.items() if x]
+    found = {other: _against(results, other) for other in words}
+    return [words[other][decided(x.values())] for other, x in found.items() if x]
 
 # %% ../../nbs/report/page.ipynb #9801df65
 _CLAIMED = {

@@ -41,7 +41,6 @@ from alpagasus2.data import (
     dropped,
     iter_rows,
     refusal,
-    response_of,
     template_settings,
 )
 from ..endpoint.cache import Ask, Reply, Request
@@ -50,7 +49,7 @@ from ..endpoint.prices import Estimate, prompt_tokens
 from ..generate import endpoint_answers
 from ..judge import asked_since, to_ask_again
 from .engine import Account, Blocks, DeskEndpoint, Spread, spread_over
-from ..selection import score_lines
+from ..selection import OF_ROW, score_lines
 
 # %% ../../nbs/scale/rows.ipynb #87ada67f
 def key_of(
@@ -570,20 +569,24 @@ class _ById(Sequence[str | None]):
 
 
 class Pool:
-    "Of each row its id, the length of its response, and its score."
+    "Of each row its id, the number that a rule ranks it by, and its score."
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        rule: str,  # a rule that needs scores has its numbers from `scores`
+    ):
+        self.of_row = OF_ROW.get(rule, lambda row: np.nan)
         self.places = Index()
         self._ids: list[np.ndarray] = []
         self._new: list[bytes] = []
-        self.lengths = array("d")
+        self.numbers = array("d")
 
     def through(self, rows: Iterable[Example]) -> Iterator[Example]:
         "Note rows as they pass."
         for row in rows:
-            self.places[key_of(row["id"])] = len(self.lengths)
+            self.places[key_of(row["id"])] = len(self.numbers)
             self._new.append(row["id"].encode())
-            self.lengths.append(float(len(response_of(row))))
+            self.numbers.append(self.of_row(row))
             if len(self._new) >= BLOCK * 64:
                 self._pack()
             yield row
@@ -603,9 +606,9 @@ class Pool:
         votes: dict[tuple, np.ndarray] = {}
         for part, key, score in score_lines(path, _ById(), dimension):
             if (place := self.places.get(key_of(key))) is not None:
-                empty = np.full(len(self.lengths), np.nan)
+                empty = np.full(len(self.numbers), np.nan)
                 votes.setdefault(part, empty)[place] = score
-        given = [np.isfinite(v) for v in votes.values()] or [np.zeros(len(self.lengths), bool)]
+        given = [np.isfinite(v) for v in votes.values()] or [np.zeros(len(self.numbers), bool)]
         total = sum((np.where(g, v, 0.0) for g, v in zip(given, votes.values(), strict=False)), 0.0)
         with np.errstate(invalid="ignore"):
             return total / sum(g.astype(int) for g in given)
@@ -627,9 +630,8 @@ def kept_places(
     seed: int = 0,
 ) -> np.ndarray:  # True where a row is kept
     "The rows that `select` keeps."
-    n = len(pool.lengths)
-    given = {"random_k": np.zeros(n), "longest_k": np.asarray(pool.lengths)}
-    found = given.get(rule, np.full(n, np.nan) if scores is None else scores)
+    n = len(pool.numbers)
+    found = np.asarray(pool.numbers) if scores is None or rule in OF_ROW else scores
     order = _ranking(pool.ids(), found, seed)
     if not len(order):
         raise UserError(f"{rule}: none of the {n} rows has a score")
@@ -656,7 +658,7 @@ def select_stream(
     seed: int = 0,
 ) -> tuple[int, int, int]:  # rows, kept ones, rows without a score
     "As `select`, for rows that are not held."
-    pool, blocks = Pool(), Blocks(_beside(output))
+    pool, blocks = Pool(rule), Blocks(_beside(output))
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with blocks, atomic(output) as part:
         n = blocks.write(pool.through(rows), BLOCK)

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from stand_ins import tiny_llama
 
-from alpagasus2 import experiment
 from alpagasus2.core.files import UserError, read_json
 from alpagasus2.core.run_folder import is_complete, manifest_entry
 from alpagasus2.evidence.claim import read_claim
-from alpagasus2.experiment import Run, choose_and_train, quickstart_recipe
+from alpagasus2.experiment import quickstart_recipe
 from alpagasus2.recipe import Arm, Recipe
+from alpagasus2.steps import training
+from alpagasus2.steps.run import Run
+from alpagasus2.steps.training import choose_and_train
 
 ARMS = {"longer": Arm("longest_k", 3), "random": Arm("random_k", 3)}
 
@@ -31,14 +33,14 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def train(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Train what is left; the names of the adapters that were trained."""
-    made, real = [], experiment.train
+    made, real = [], training.train
 
     def noted(base: str, rows: list, output: Path, *more: object) -> dict:
         made.append(output.name)
         return real(base, rows, output, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "train", noted)
+        patch.setattr(training, "train", noted)
         choose_and_train(Run(recipe, folder, progress=False), {})
     return made
 

@@ -16,8 +16,11 @@ from alpagasus2.core.files import UserError, json_sha256, write_json
 from alpagasus2.core.run_folder import annotate
 from alpagasus2.evidence.claim import read_claim, write_claim
 from alpagasus2.evidence.sampling import SEED, in_turn
-from alpagasus2.experiment import Run, judge_arms, report_run, select_arms
+from alpagasus2.experiment import judge_arms
 from alpagasus2.recipe import Judge
+from alpagasus2.steps.results import report_run
+from alpagasus2.steps.rows import select_arms
+from alpagasus2.steps.run import Run
 
 
 def answer(model: str, key: str, asked: str = "", text: str = "An answer.", **more) -> dict:

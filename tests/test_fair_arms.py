@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 from stand_ins import tiny_llama
 
-from alpagasus2 import cli, experiment
+from alpagasus2 import cli
 from alpagasus2.core.files import UserError, json_sha256, read_json, write_json
 from alpagasus2.core.run_folder import annotate, latest
 from alpagasus2.data import Example
-from alpagasus2.experiment import Run, choose_and_train, quickstart_recipe, run_recipe
+from alpagasus2.evidence.scaling import Costs
+from alpagasus2.experiment import quickstart_recipe, run_recipe
 from alpagasus2.quant_lora import load_tokenizer
 from alpagasus2.recipe import Arm, Recipe
+from alpagasus2.steps import rows as steps_rows
+from alpagasus2.steps import training
+from alpagasus2.steps.run import Run
+from alpagasus2.steps.training import choose_and_train
 from alpagasus2.train import encode_rows
 
 ROWS, POOL = 2, 12
@@ -67,7 +72,7 @@ def trained(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, d
     annotate(run.dir / "ratings.jsonl", seconds=SECONDS["rating"])
     scores = {r["id"]: float(n) for n, r in enumerate(run.rows[1:])}  # one row has no rating
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "train", stand_in_training)
+        patch.setattr(training, "train", stand_in_training)
         return run, scores, choose_and_train(run, scores)
 
 
@@ -80,7 +85,7 @@ def counted(run: Run, rows: list[Example]) -> tuple[int, int]:
 
 def test_all_arms_draw_from_the_rated_rows_of_one_part_of_the_pool(trained):
     run, scores, selected = trained
-    pools = [{r["id"] for r in experiment._pool(run, k, scores)} for k in (0, 1)]
+    pools = [{r["id"] for r in steps_rows._pool(run, k, scores)} for k in (0, 1)]
     assert [len(p) for p in pools] == [round(0.8 * (POOL - 1))] * 2
     assert pools[0] != pools[1] and pools[0] | pools[1] <= set(scores)
     for part, rows in selected.items():
@@ -90,7 +95,7 @@ def test_all_arms_draw_from_the_rated_rows_of_one_part_of_the_pool(trained):
 def test_a_token_matched_arm_has_the_target_tokens_of_the_other(trained):
     run, scores, selected = trained
     for replicate in (0, 1):
-        pool = experiment._pool(run, replicate, scores)
+        pool = steps_rows._pool(run, replicate, scores)
         got, wanted = (counted(run, selected[f"{x}-{replicate}"])[1] for x in ("text", "longest"))
         largest = max(counted(run, [r])[1] for r in pool)
         assert abs(got - wanted) <= largest / 2, (replicate, got, wanted)
@@ -102,7 +107,7 @@ def test_a_cost_matched_arm_spends_the_price_of_the_rating_on_rows(trained):
     run, scores, selected = trained
     bought = 0.8 * SECONDS["rating"] / (SECONDS["row"] * ROWS)
     for replicate in (0, 1):
-        pool = experiment._pool(run, replicate, scores)
+        pool = steps_rows._pool(run, replicate, scores)
         wanted = (1 + bought) * counted(run, selected[f"filtered-{replicate}"])[0]
         wanted = min(wanted, counted(run, pool)[0])
         largest = max(counted(run, [r])[0] for r in pool)
@@ -112,17 +117,17 @@ def test_a_cost_matched_arm_spends_the_price_of_the_rating_on_rows(trained):
 
 def test_the_rows_of_matched_arms_are_read_back(trained, monkeypatch):
     run, scores, selected = trained
-    monkeypatch.setattr(experiment, "_matched_rows", None)
-    monkeypatch.setattr(experiment, "train", None)
+    monkeypatch.setattr(steps_rows, "_matched_rows", None)
+    monkeypatch.setattr(training, "train", None)
     again = Run(run.recipe, run.dir, progress=False)
     assert choose_and_train(again, scores) == selected
 
 
 def test_an_unknown_price_stops_before_anything_is_trained_for_it(trained, monkeypatch, tmp_path):
     run, scores, _ = trained
-    monkeypatch.setattr(experiment.Costs, "rating_in_trainings", lambda *_: None)
+    monkeypatch.setattr(Costs, "rating_in_trainings", lambda *_: None)
     with pytest.raises(UserError, match="price of the rating or the time of training filtered"):
-        experiment._matched_rows(run, run.arms["cost"], 0, scores)
+        steps_rows._matched_rows(run, run.arms["cost"], 0, scores)
 
 
 @pytest.fixture(scope="module")

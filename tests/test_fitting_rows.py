@@ -10,8 +10,10 @@ from stand_ins import tiny_llama
 from alpagasus2.cli import main
 from alpagasus2.core.files import UserError, json_sha256, read_json, write_json
 from alpagasus2.evidence.claim import UNLIKE
-from alpagasus2.experiment import Run, select_arms, train_arms
 from alpagasus2.recipe import load_recipe
+from alpagasus2.steps.rows import select_arms
+from alpagasus2.steps.run import Run
+from alpagasus2.steps.training import train_arms
 
 RECIPE = """
 base_model: {base}

@@ -10,8 +10,10 @@ from stand_ins import tiny_llama
 from alpagasus2.cli import main
 from alpagasus2.core.files import UserError, json_sha256, read_json, read_jsonl, write_json
 from alpagasus2.core.run_folder import read_manifest
-from alpagasus2.experiment import Run, run_recipe, select_arms
+from alpagasus2.experiment import run_recipe
 from alpagasus2.recipe import load_recipe
+from alpagasus2.steps.rows import select_arms
+from alpagasus2.steps.run import Run
 
 RECIPE = """
 base_model: {base}

@@ -27,6 +27,8 @@ WINGS = {
     "extras": "core data quant_lora model train selection endpoint judge local recipe "  # dry_run
     "evidence generate catalog",
     "scale": "core data endpoint model quant_lora generate judge selection",  # what it spreads
+    "steps": "core endpoint model evidence report extras data quant_lora train generate judge "
+    "local analysis recipe selection",  # of a run, down to the recipe
 }
 # What the main street takes from the wings.
 STEPS = "core endpoint model"  # catalog to local
@@ -36,6 +38,7 @@ EVERYTHING = " ".join(WINGS)  # experiment and cli
 LOADED = {
     "commands": f"{EVERYTHING} {' '.join(STREET)}",
     "scale": "local train",  # in an actor, or a process of its own
+    "steps": "scale",  # where arms are trained several at a time
     "train": "scale",  # where `accelerate launch` splits the base
 }
 # Without torch: all of these folders and modules.

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from stand_ins import tiny_llama
 
-from alpagasus2 import experiment
 from alpagasus2.cli import main
 from alpagasus2.core.files import UserError
 from alpagasus2.experiment import run_recipe
 from alpagasus2.recipe import Arm, Judge, Recipe
 from alpagasus2.report.page import write_report
+from alpagasus2.steps import training
 
 NAMES = ("filtered@2", "random@2", "filtered@3", "random@3")
 
@@ -132,7 +132,7 @@ def test_what_is_done_is_not_done_again(run, ablation, monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("alpagasus2.local.load_base", refused)
-    monkeypatch.setattr(experiment, "train", refused)
+    monkeypatch.setattr(training, "train", refused)
     assert run_recipe(ablation, folder, progress=False) == results
     assert stamps(folder) == before
 
@@ -140,13 +140,13 @@ def test_what_is_done_is_not_done_again(run, ablation, monkeypatch):
 def counted(monkeypatch: pytest.MonkeyPatch, name: str, what: Callable) -> list:
     """Note, of every call of a function of the recipe's, `what` of its arguments."""
     calls: list = []
-    real = getattr(experiment, name)
+    real = getattr(training, name)
 
     def call(*args: object) -> object:
         calls.append(what(*args))
         return real(*args)
 
-    monkeypatch.setattr(experiment, name, call)
+    monkeypatch.setattr(training, name, call)
     return calls
 
 

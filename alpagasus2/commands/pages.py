@@ -393,6 +393,6 @@ def remaker(
             f"{folder}: no record of what this page was made from; an earlier version made it, so "
             "make it again with `alpagasus2 report`"
         )
-    from alpagasus2.experiment import remake_report
+    from alpagasus2.steps.results import remake_report
 
     return page, partial(remake_report, run)

@@ -75,10 +75,13 @@ def _wrong_field(line: Judgment) -> str:
     return ""
 
 
+_NEEDED = {"id", "model_a", "model_b", "first", "verdict", "response_a", "response_b"}
+
+
 def _judgment_lines(path: Path) -> list[Judgment]:
     lines = latest(path)
     for line in lines:
-        if lacking := {"id", "model_a", "model_b", "first", "verdict"} - set(line):
+        if lacking := _NEEDED - set(line):
             raise UserError(f"{path}: a line has no `{min(lacking)}`; are these judgments?")
         if wrong := _wrong_field(line):
             raise UserError(f"{path}: the line of {line['id']} has {wrong}")

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from shutil import which
 from typing import Any, Literal
 
 from . import __version__
@@ -458,6 +459,14 @@ def run(
     _run(loaded, output_dir or f"runs/{Path(recipe).stem}", dry_run, workers)
 
 # %% ../nbs/07_cli.ipynb #27afff97
+def _as_typed() -> str:
+    "The command as this shell finds it: by its path where it is not on PATH."
+    script = Path(sys.argv[0])
+    if which("alpagasus2") or script.name != "alpagasus2":
+        return "alpagasus2"
+    return os.path.relpath(script)
+
+
 def quickstart(
     data: str = "sample",  # rows of your own: a file, a catalogued name or a hub id
     output_dir: str | None = None,  # default: runs/quickstart, or runs/ and the file's name
@@ -473,11 +482,11 @@ def quickstart(
     results = _run(recipe, folder, False, workers)
     print(*lessons(results), sep="\n")
     if not mine:
-        print("Next, on a file of your own:\nalpagasus2 quickstart --data rows.json")
+        print(f"Next, on a file of your own:\n{_as_typed()} quickstart --data rows.json")
         return
     write_recipe(recipe, path := Path(folder) / "recipe.yaml")
     print(f"Next: put your model, judge and numbers of rows into {path}, and see what it would do:")
-    print(f"alpagasus2 run {path} --output_dir {folder}-mine --dry_run")
+    print(f"{_as_typed()} run {path} --output_dir {folder}-mine --dry_run")
 
 # %% ../nbs/07_cli.ipynb #0716d970
 COMMANDS: dict[str, tuple[Callable, tuple[str, ...]]] = {

@@ -20,6 +20,7 @@ from .core import run_folder
 from .core.files import UserError, atomic
 from .data import Example, Question, load_examples
 from .evidence.claim import loss_gap
+from .evidence.own_rows import decided
 from alpagasus2.generate import (
     Answers,
     Backend,
@@ -191,7 +192,7 @@ def _arm_line(results: Results, arm: str) -> str:
     score = f"{right[0]}/{right[1]}" if right else "-"
     pair = {p["model_b"]: p for p in results["pooled"]}.get(arm)
     versus = "/".join(f"{pair[k]:.3g}" for k in ("win", "tie", "lose")) if pair else "-"
-    return f"{arm:12}{share:>12}{shown:>22}{score:>9}{versus:>15}"
+    return f"{arm:12}{share:>12}{shown:>22}{score:>9}{versus:>18}"
 
 # %% ../nbs/06a_experiment.ipynb #2c95e7e2
 def summary_lines(
@@ -206,7 +207,9 @@ def summary_lines(
         overall = f"{found['auc']:.2f} [{low:.2f}, {high:.2f}]"
         few = "" if found.get("auc_decided", True) else " (too few rows of a kind to decide)"
         lines.append(f"AUC of {found['selector']}: {overall}{few}; {kinds}")
-    lines += [f"{'arm':12}{'flawed rows':>12}{'held-out loss':>22}{'right':>9}{'win/tie/lose':>15}"]
+    lines += [
+        f"{'arm':12}{'flawed rows':>12}{'reference loss':>22}{'right':>9}{'win/tie/lose':>18}"
+    ]
     judged = [pooled[0]["model_a"], *(p["model_b"] for p in pooled)]
     arms = dict.fromkeys([*results["heldout"], *results["checkable"], *judged])
     lines += [_arm_line(results, arm) for arm in arms]
@@ -251,12 +254,6 @@ def _few_rows(data: str) -> int:
     return min(48, 3 * n // 10)
 
 # %% ../nbs/06a_experiment.ipynb #b45b9e7b
-def _is_decided(gap: Mapping[str, Any] | None) -> bool:
-    "Whether a difference of losses is more than chance, over questions and over training runs."
-    low, high = (gap or {}).get("difference_ci95") or (0.0, 0.0)
-    return bool((gap or {}).get("holds_run_noise")) and (low > 0 or high < 0)
-
-
 def _of_losses(results: Results, a: str, control: str | None) -> Iterator[tuple[bool, str]]:
     "What the losses say of tuning, and of the selection."
     own = results.get("heldout_own") or {}
@@ -264,10 +261,11 @@ def _of_losses(results: Results, a: str, control: str | None) -> Iterator[tuple[
             "held-out rows of the pool": own.get("arms") or {}}  # fmt: skip
     for arm in ("base", control):
         name = "tuning brought" if arm == "base" else f"selecting brought ({a} against {arm})"
-        for where, losses in both.items():
-            if arm and (gap := losses.get(arm)):
-                said = f"What {name}, on {where}: {loss_gap(gap, arm, a)}."
-                yield _is_decided(gap), said
+        gaps = {where: losses[arm] for where, losses in both.items() if losses.get(arm or "")}
+        sure = decided(gap for gap in gaps.values() if gap.get("holds_run_noise"))
+        for where, gap in gaps.items():
+            said = f"What {name}, on {where}: {loss_gap(gap, str(arm), a)}."
+            yield bool(sure and gap.get("holds_run_noise")), said
 
 # %% ../nbs/06a_experiment.ipynb #5fc7777f
 def _of_filter(results: Results) -> Iterator[tuple[bool, str]]:

@@ -9,11 +9,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from stand_ins import tiny_llama, without
 
 from alpagasus2.cli import main
+from alpagasus2.core.files import adapter_sha256
 from alpagasus2.data import iter_rows, load_examples
 from alpagasus2.quant_lora import load_tokenizer
 
@@ -82,6 +84,61 @@ def test_two_processes_train_a_base_in_parts_and_one_or_two_go_on(unpacked, benc
     assert ended.returncode == 0, ended.stderr
     assert losses(parts) == pytest.approx(losses(whole), abs=5e-4)
     assert {p.name for p in parts.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+# --- trainings side by side --------------------------------------------------------------------
+ARMS = """
+import json, sys
+from pathlib import Path
+from alpagasus2.quant_lora import QuantLoraConfig
+from alpagasus2.scale.arms import Training, train_apart
+from alpagasus2.train import TrainConfig
+if __name__ == "__main__":  # a worker imports this file, too
+    bench, folder = map(Path, sys.argv[1:])
+    rows = json.loads((bench / "rows.json").read_text())
+    few = {"batch_size": 4, "num_epochs": 60, "learning_rate": 1e-2, "token_budget": 256}
+    settings = TrainConfig(**few, save_steps=4), QuantLoraConfig(lora_dropout=0.0)
+    given = [(f"arm-{i}", str(bench / "tiny"), rows[i::2], folder / f"arm-{i}") for i in range(2)]
+    train_apart([Training(*arm, settings) for arm in given], 2, progress=False)
+"""
+
+
+def arms_words(bench: Path, folder: Path) -> list:
+    """The arguments of two trainings at once, of 120 steps each."""
+    (bench / "arms.py").write_text(ARMS)
+    return [bench / "arms.py", bench, folder]
+
+
+@pytest.fixture(scope="module")
+def adapters(bench, tmp_path_factory) -> list[str]:
+    """What they make when nothing happens."""
+    folder = tmp_path_factory.mktemp("arms")
+    assert done(arms_words(bench, folder)).returncode == 0
+    return [adapter_sha256(folder / f"arm-{i}") for i in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["driver", "worker"])
+def test_arms_go_on_after_a_kill_and_nobody_writes_on_without_their_driver(
+    killed, bench, adapters, tmp_path
+):
+    words = [sys.executable, *arms_words(bench, tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, env=env, stderr=subprocess.PIPE, start_new_session=True) as driver:
+        wait_for(lambda: len([*tmp_path.glob(".arm-?.checkpoint")]) == 2)
+        children = psutil.Process(driver.pid).children()
+        workers = [p for p in children if "spawn_main" in " ".join(p.cmdline())]
+        assert len(workers) == 2
+        if killed == "driver":
+            os.killpg(driver.pid, 9)  # all that the terminal knows of
+        else:
+            workers[0].kill()
+        assert not psutil.wait_procs(workers, timeout=60)[1]
+        said = driver.stderr.read().decode()
+    assert killed == "driver" or "ended with status -9; what it saved is kept" in said, said
+    assert not [*tmp_path.glob("arm-?")] and len([*tmp_path.glob(".arm-?.checkpoint")]) == 2
+    assert done(arms_words(bench, tmp_path)).returncode == 0
+    assert [adapter_sha256(tmp_path / f"arm-{i}") for i in range(2)] == adapters
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(tmp_path):

@@ -284,6 +284,8 @@ def exit_status(
         said, status = f"{e.name} is not installed: pip install 'alpagasus2[train]'", 2
     except (OSError, FloatingPointError) as e:  # a full disk; a loss that is not finite
         said, status = str(e), 2
+    except UnicodeEncodeError as e:
+        said, status = f"{e.object[e.start : e.end]!r}: no file can hold this character", 2
     except KeyboardInterrupt as e:
         said, status = str(e) or "stopped; run the same command again to go on", 130
     said = (

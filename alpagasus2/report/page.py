@@ -160,7 +160,10 @@ def _trained(results: Results) -> str:
     sizes = sorted({round(a["rows"]) for a in arms if a.get("rows")})
     rows = " to ".join(f"{n:,}" for n in (sizes[:1] + sizes[-1:] if len(sizes) > 1 else sizes))
     runs, each = s["replicates"], " each" if len(arms) > 1 else ""
-    chosen = f"{rows or 'some'} of the {s['pool']:,} rows of {s['data']}"
+    others = (("held_out", "held out"), ("left_out", "too long"))
+    aside = ", ".join(f"{s[key]:,} more are {what}" for key, what in others if s.get(key))
+    beside = f" ({aside})" if aside else ""
+    chosen = f"{rows or 'some'} of the {s['pool']:,} rows of {s['data']}{beside}"
     often = "one training" if runs == 1 else f"{runs} trainings"
     tuned = f"in {often} of {s['base_model']}{each}"
     return f"Compared: {_listed(a['arm'] for a in arms)},{each} {chosen}, {tuned}"

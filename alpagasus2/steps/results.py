@@ -171,7 +171,8 @@ def _setting(run: Run) -> dict[str, Any]:
 
     return {
         "base_model": short(recipe.base_model), "data": short(str(recipe.data)),
-        "pool": len(run.rows), "replicates": recipe.replicates,
+        "pool": len(run.rows), "held_out": len(run.held_out), "left_out": len(run.left_out or {}),
+        "replicates": recipe.replicates,
         "questions": [short(str(q)) for q in recipe.questions],
     }  # fmt: skip
 

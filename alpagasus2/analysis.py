@@ -75,13 +75,11 @@ def _wrong_field(line: Judgment) -> str:
     return ""
 
 
-_NEEDED = {"id", "model_a", "model_b", "first", "verdict", "response_a", "response_b"}
-
-
 def _judgment_lines(path: Path) -> list[Judgment]:
-    lines = latest(path)
+    unshown: Any = {"response_a": None, "response_b": None}
+    lines = [cast(Judgment, unshown | line) for line in latest(path)]
     for line in lines:
-        if lacking := _NEEDED - set(line):
+        if lacking := {"id", "model_a", "model_b", "first", "verdict"} - set(line):
             raise UserError(f"{path}: a line has no `{min(lacking)}`; are these judgments?")
         if wrong := _wrong_field(line):
             raise UserError(f"{path}: the line of {line['id']} has {wrong}")

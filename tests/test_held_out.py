@@ -88,7 +88,7 @@ def test_a_torn_page_is_made_again(finished, tmp_path, capsys, name):
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     assert main(["run", str(recipe), "--output_dir", str(tmp_path / "run")]) == 0
-    assert "the page is made again" in capsys.readouterr().err
+    assert "the page is made again" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "run/report")]) == 0
 
 

@@ -231,7 +231,7 @@ def listed_models(
     except (ValueError, LookupError, TypeError):
         return []
 
-
+# %% ../../nbs/extras/dry_run.ipynb #7b653e50
 def _asked(recipe: Recipe) -> dict[str, Any]:  # Rater, Judge or Server
     "The endpoints of a recipe, by what they are for."
     asked: dict[str, Any] = {
@@ -265,7 +265,7 @@ def _check_endpoint(known: Known, part: str, who: Rater | Judge | Server) -> Non
     except UserError as e:
         raise UserError(f"{part}: {e}{hint}") from None
 
-
+# %% ../../nbs/extras/dry_run.ipynb #03e883d2
 def _is_listed(model: str, listed: Sequence[str]) -> bool:
     "Some list models/NAME or NAME:latest, and answer to NAME."
     return any(model in (x, x.removeprefix("models/"), x.removesuffix(":latest")) for x in listed)

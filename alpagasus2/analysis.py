@@ -48,31 +48,42 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+_TEXTS = ("test_set", "category", "cluster", "instruction", "input", "status", "review",
+          "response_a", "response_b")  # fmt: skip
+
+
+def _wrong_text(line: Judgment) -> str:
+    "Which field should hold text and does not, or should hold named values; empty where none."
+    for name in ("model_a", "model_b", *_TEXTS):
+        wanted = str if name.startswith("model_") else str | None
+        if not isinstance(value := line.get(name), wanted):
+            return f"{name}={value!r}; text is wanted"
+    for name in ("judge", "usage"):
+        if not isinstance(value := line.get(name), dict | None):
+            return f"{name}={value!r}; named values are wanted"
+    judge: Mapping[str, Any] = line.get("judge") or {}
+    if not isinstance(judge.get("model"), str | None):
+        return f"judge model={judge['model']!r}; text is wanted"
+    return ""
+
+
 def _wrong_field(line: Judgment) -> str:
     "What a line says that cannot be counted, and what was wanted; empty where it can."
-    run, answers = line.get("replicate", 0), (line.get("response_a"), line.get("response_b"))
     if line["first"] not in ("a", "b"):
         return f"first={line['first']!r}; a or b is wanted"
     if line["verdict"] not in ("a", "b", "tie", None):
         return f"verdict={line['verdict']!r}; a, b, tie or null is wanted"
-    if type(run) is not int or run < 0:
-        return f"replicate={run!r}; a whole number is wanted"
-    for name in ("model_a", "model_b", "test_set", "category", "cluster", "instruction", "status"):
-        if not isinstance(value := line.get(name), str | None):
-            return f"{name}={value!r}; text is wanted"
+    for name in ("replicate", "vote"):
+        if type(value := line.get(name, 0)) is not int or value < 0:
+            return f"{name}={value!r}; a whole number is wanted"
     for name in ("score_a", "score_b"):
         if (value := line.get(name)) is not None and not _is_number(value):
             return f"{name}={value!r}; a number or null is wanted"
     if (line.get("score_a") is None) != (line.get("score_b") is None):
         return "one score of two; both are wanted, or neither"
-    for name in ("judge", "usage"):
-        if not isinstance(value := line.get(name), dict | None):
-            return f"{name}={value!r}; named values are wanted"
     if line["model_a"] == line["model_b"]:
         return f"{line['model_a']} as both models; two are wanted"
-    if not all(isinstance(x, str | None) for x in answers):
-        return "an answer that is no text; text or null is wanted"
-    return ""
+    return _wrong_text(line)
 
 
 def _judgment_lines(path: Path) -> list[Judgment]:

@@ -365,7 +365,10 @@ def test_a_page_among_its_verdicts_is_checked(tmp_path, capsys):
         ({"first": "c"}, "first='c'; a or b"),
         ({"verdict": "A"}, "verdict='A'; a, b, tie or null"),
         ({"replicate": "0"}, "replicate='0'; a whole number"),
-        ({"response_a": 5}, "an answer that is no text"),
+        ({"response_a": 5}, "response_a=5; text is wanted"),
+        ({"model_b": None}, "model_b=None; text is wanted"),
+        ({"judge": {"model": []}}, "judge model=[]; text is wanted"),
+        ({"review": float("nan")}, "review=nan; text is wanted"),
         ({"model_b": "filtered"}, "filtered as both models"),
     ],
 )

@@ -33,6 +33,8 @@ def load_labels(
         raise UserError(
             f"{path}: no `labels`; save the file with the page's labelling mode"
         ) from None
+    if not isinstance(seed, int | None):
+        raise UserError(f"{path}: sample has seed={seed!r}; a whole number is wanted")
     labels = {}
     for n, row in enumerate(rows):
         label = {"replicate": 0, **row, "seed": seed}

@@ -263,11 +263,11 @@ class DeskCache(_Calls):
     def __init__(self, desk: Any):
         super().__init__(desk)
         self.known, self.ours = dict[str, Reply | None](), set[str]()
-        self.renewed, self.has_limits = 0.0, False
+        self.number, self.renewed, self.has_limits = 0, 0.0, False
 
     def begin(self, number: int, wanted: Sequence[tuple[str, str, str]], limit: int) -> None:
         "Ask what is known of a block's questions."
-        self.known, self.ours = {}, set()
+        self.number, self.known, self.ours = number, {}, set()
         for (key, formerly, _), (reply, ours) in zip(
             wanted, self.now("begin", number, wanted, limit), strict=True
         ):
@@ -281,7 +281,9 @@ class DeskCache(_Calls):
         return self.now("of_cache", "get", key, since, limit)
 
     def claim(self, key: str) -> bool:
-        "Whether this block asks it."
+        "Whether this block asks it; a claim of a driver that was killed runs out meanwhile."
+        if key not in self.ours and self.now("claim", key, self.number):
+            self.ours.add(key)
         return key in self.ours
 
     def release(self, key: str) -> None:

@@ -82,6 +82,7 @@ class Known:
     ):
         self.recipe, self.dir = recipe, Path(output_dir)
         self.config, self.quant_lora = recipe.training(0)
+        self.listed: dict[str, list[str]] = {}  # models by what an endpoint is for
 
     @cached_property
     def rows(self) -> list[Example]:
@@ -242,17 +243,25 @@ def _asked(recipe: Recipe) -> dict[str, Any]:  # Rater, Judge or Server
     return asked | ({"generate": recipe.server} if recipe.server else {})
 
 
-def _endpoint(known: Known, who: Rater | Judge | Server, folder: str) -> Endpoint:
+def _endpoint(known: Known, who: Rater | Judge | Server) -> Endpoint:
     "The endpoint as the run would ask it, with what an earlier try has learned of it."
     kept = known.dir / "cache.sqlite"
-    cache = kept if kept.exists() else Path(folder) / "cache.sqlite"
     sampling: dict[str, Any]
     if isinstance(who, Server):
         model, said = str(served_as(known.recipe, "base", 0)), known.recipe.generation
         sampling = {"temperature": said.temperature, "max_tokens": said.max_new_tokens}
     else:
         model, sampling = who.model, who.asked
-    return Endpoint(model, who.base_url, cache, who, **sampling)
+    with tempfile.TemporaryDirectory() as folder:  # nothing is asked that would be kept
+        cache = kept if kept.exists() else Path(folder) / "cache.sqlite"
+        return Endpoint(model, who.base_url, cache, who, **sampling)
+
+
+def _listed(known: Known, part: str, who: Rater | Judge | Server) -> list[str]:
+    "What an endpoint lists, asked once."
+    if part not in known.listed:
+        known.listed[part] = listed_models(_endpoint(known, who))
+    return known.listed[part]
 
 
 def _check_endpoint(known: Known, part: str, who: Rater | Judge | Server) -> None:
@@ -260,8 +269,7 @@ def _check_endpoint(known: Known, part: str, who: Rater | Judge | Server) -> Non
     here = model == SMALL_MODEL or Path(model or "-").is_dir()
     hint = f"; `backend: local` has {model} on this machine" if here else ""
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            listed_models(_endpoint(known, who, folder))
+        _listed(known, part, who)
     except UserError as e:
         raise UserError(f"{part}: {e}{hint}") from None
 
@@ -276,10 +284,8 @@ def doubts(
 ) -> list[str]:  # a sentence each
     "What may stop a run, or may not."
     found: dict[str, None] = {}
-    for who in _asked(known.recipe).values():
-        with tempfile.TemporaryDirectory() as folder:
-            endpoint = _endpoint(known, who, folder)
-            listed = listed_models(endpoint)
+    for part, who in _asked(known.recipe).items():
+        endpoint, listed = _endpoint(known, who), _listed(known, part, who)
         if listed and not _is_listed(endpoint.model, listed):
             near = did_you_mean(endpoint.model, listed)
             found[f"{endpoint.base_url} does not list {endpoint.model}{near}"] = None
@@ -383,8 +389,7 @@ def _read(known: Known, tokens: float, model: str = "") -> str:
 # %% ../../nbs/extras/dry_run.ipynb #8ff89b3c
 def _most(known: Known, who: Rater | Judge | Server, calls: int, prompts: float) -> str:
     "The most US dollars that so many calls can cost, with so many prompt tokens in all."
-    with tempfile.TemporaryDirectory() as folder:
-        endpoint = _endpoint(known, who, folder)
+    endpoint = _endpoint(known, who)
     if endpoint.price is None or not endpoint.longest:
         return "-"
     usd = endpoint.price.usd(prompts, calls * endpoint.longest)

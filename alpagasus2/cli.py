@@ -419,8 +419,8 @@ def _run(  # what was found, if it ran
     recipe: Any, output_dir: str, dry_run: bool, workers: int = 1
 ) -> Any:
     from alpagasus2.experiment import run_recipe, summary_lines
-    from alpagasus2.extras.dry_run import Known, doubts, plan_table, refusals
     from alpagasus2.recipe import plan_of
+    from alpagasus2.steps.dry_run import Known, doubts, plan_table, refusals
 
     if dry_run:
         print("\n".join(plan_of(recipe)))

@@ -7,7 +7,6 @@ __all__ = ['MATCHED', 'Share', 'Name', 'FEWEST_HELD', 'Rater', 'Arm', 'Judge', '
            'at_rate', 'other_scores', 'is_rated', 'check_rating_price', 'comparisons', 'load_recipe', 'plan_of']
 
 # %% ../nbs/06_recipe.ipynb #6f5aed1f
-import difflib
 import math
 import re
 from collections import Counter
@@ -20,7 +19,15 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
-from .core.files import UserError, build, check_names, settings, unwritable, wrong_text
+from alpagasus2.core.files import (
+    UserError,
+    build,
+    check_names,
+    nearest,
+    settings,
+    unwritable,
+    wrong_text,
+)
 from alpagasus2.data import (
     AnyTemplate,
     Template,
@@ -244,9 +251,9 @@ def _check_names(judges: Sequence[tuple[str, Judge]]) -> None:
 def _check_control_name(arms: Mapping[str, Arm]) -> None:
     "Refuse a misspelt `random`: without this control nothing can be claimed."
     drawn = [a for a, arm in arms.items() if arm.select == "random_k"]
-    near = difflib.get_close_matches("random", [a.lower() for a in drawn], 1, 0.8)
+    near = nearest("random", drawn, 0.8)
     if near and "random" not in arms:
-        raise UserError(f"arms: did you mean `random`, the control of a claim, by {near[0]}?")
+        raise UserError(f"arms: did you mean `random`, the control of a claim, by {near}?")
 
 
 def _checked_arms(arms: Mapping[str, Arm]) -> int:

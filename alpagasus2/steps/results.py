@@ -12,6 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
+import matplotlib.pyplot as plt
+
 from .. import judge
 from alpagasus2.analysis import (
     Results,
@@ -49,6 +51,7 @@ from alpagasus2.evidence.filtering import (
     plot_scores,
 )
 from ..evidence.intervals import heldout_summary
+from ..evidence.length import MORE_TEXT
 from ..evidence.own_rows import own_rows_results
 from ..evidence.scaling import arm_table, fewest_rows, size_points
 from ..extras.verify import PAGE, seal
@@ -76,7 +79,7 @@ def _unequal_text(run: Run) -> Iterator[str]:
         return
     targets = {line["arm"]: line["target_tokens"] for line in _arm_results(run)}
     one, other = targets.get(model_a), targets.get(controls[0])
-    if one and other and not 0.9 < one / other < 1.1:
+    if one and other and max(one, other) >= MORE_TEXT * min(one, other):
         yield (f"{model_a} was trained on {one:,.0f} target tokens a pass, {controls[0]} on "
                f"{other:,.0f}; no token_matched arm says what that alone does.")  # fmt: skip
 
@@ -276,6 +279,8 @@ def _write_page(
     beside = [line for lines in others for line in lines]
     responses = run_folder.latest(run.dir / "responses.jsonl")
     write_report(results, output, decides, responses, figures, others=beside)
+    for figure in figures.values():
+        plt.close(figure)  # pyplot keeps what it drew
     made_from = [*_raw_files(run), *further.values()]
     seal(output, made_from, {"command": "run", "price_hour": run.recipe.price_hour})
     return results

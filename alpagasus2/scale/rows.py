@@ -691,8 +691,9 @@ class Pool:
         votes: dict[tuple, np.ndarray] = {}
         for part, key, score in score_lines(path, _ById(), dimension):
             if (place := self.places.get(key_of(key))) is not None:
-                empty = np.full(len(self.numbers), np.nan)
-                votes.setdefault(part, empty)[place] = score
+                if part not in votes:  # not for each line: it is as long as the pool
+                    votes[part] = np.full(len(self.numbers), np.nan)
+                votes[part][place] = score
         given = [np.isfinite(v) for v in votes.values()] or [np.zeros(len(self.numbers), bool)]
         total = sum((np.where(g, v, 0.0) for g, v in zip(given, votes.values(), strict=False)), 0.0)
         with np.errstate(invalid="ignore"):

@@ -23,10 +23,11 @@ from typing import Any
 import pytest
 
 from alpagasus2 import cli
+from alpagasus2.analysis import is_right
 from alpagasus2.cli import main
 from alpagasus2.core import run_folder
 from alpagasus2.core.files import read_jsonl
-from alpagasus2.data import load_examples
+from alpagasus2.data import load_examples, load_questions
 from alpagasus2.scale import rows
 from alpagasus2.scale.engine import Blocks
 
@@ -208,6 +209,14 @@ def rated_rows(path: Path, status: int) -> None:
         assert {row["id"] for row in ROWS} <= {line.get("id") for line in lines}
 
 
+def checkable(path: Path, status: int) -> None:
+    """A dry run leaves nothing, and any response can be held to the answers of its questions."""
+    nothing(path, status)
+    for q in load_questions(next(path.parent.glob("file.*"))) if status == 0 else ():
+        for text in ("", "The answer is 2, not é.", "A") if "answer" in q else ():
+            assert is_right(q["answer"], text) in (True, False)
+
+
 def page(folder: Path, status: int) -> None:
     """A page and its figures, or neither."""
     results = folder / "results.json"
@@ -297,6 +306,8 @@ SCORES = (
 QUESTIONS = (
     [{"id": n, "test_set": "my", "category": "maths", "instruction": f"{n}+2?", "reference": "é",
       "answer": {"type": "number", "value": n + 2}} for n in range(3)],
+    [{"instruction": "Which?", "answer": {"type": "choice", "value": "b", "options": ["a", "b"]}},
+     {"instruction": "Say é.", "answer": {"type": "contains", "value": "é"}}],
     [{"question_id": 81, "category": "writing", "turns": ["Write.", "Again."], "reference": ["a"]}],
     [{"question_id": "a", "turns": [{"content": "Usé ABC"}], "cluster": "A"}],
     [{"uid": "9", "prompt": "Do.", "category": "hard"}, {"question_id": 1, "text": "Hi"}],
@@ -348,7 +359,7 @@ KINDS = {
     "rows": Kind(DATA, check, good_rows),
     "pool": Kind(DATA, select, good_rows),
     "scores": Kind(SCORES, select_by_scores, one_known_row),
-    "questions": Kind(QUESTIONS, ask, nothing),
+    "questions": Kind(QUESTIONS, ask, checkable),
     "responses": Kind(RESPONSES, judge, nothing, (".jsonl",)),
     "ratings resumed with ray": Kind(RATINGS, rate_on, rated_rows, (".jsonl",)),
     "judgments": Kind(JUDGMENTS, report, page, (".jsonl",), in_ci=8),

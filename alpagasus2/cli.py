@@ -417,8 +417,9 @@ def plan(
 def _run(  # what was found, if it ran
     recipe: Any, output_dir: str, dry_run: bool, workers: int = 1
 ) -> Any:
-    from alpagasus2.experiment import run_recipe, summary_lines
+    from alpagasus2.experiment import run_recipe
     from alpagasus2.recipe import plan_of
+    from alpagasus2.report.summary import summary_lines
     from alpagasus2.steps.dry_run import Known, doubts, plan_table, refusals
 
     if dry_run:
@@ -473,7 +474,8 @@ def quickstart(
     workers: int = 1,  # trainings at once, each with a GPU or its share of the cores
 ) -> None:
     "The whole loop offline on a CPU, with a real 135M model."
-    from alpagasus2.experiment import lessons, quickstart_recipe, write_recipe
+    from alpagasus2.experiment import quickstart_recipe, write_recipe
+    from alpagasus2.report.summary import lessons
 
     mine = data != "sample"
     folder = output_dir or f"runs/{Path(data).stem if mine else 'quickstart'}"

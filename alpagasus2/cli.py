@@ -176,13 +176,9 @@ def _filter_page(
     questions: Sequence[str], folder: str, agreed: Mapping[str, Any],
 ) -> Path:  # fmt: skip
     "Write the filter's report for these selections."
-    from alpagasus2.evidence.filtering import (
-        filter_report,
-        plot_categories,
-        plot_lengths,
-        plot_scores,
-    )
+    from alpagasus2.evidence.filtering import filter_report
     from alpagasus2.report.page import write_report
+    from alpagasus2.report.plots import plot_categories, plot_lengths, plot_scores
 
     asked = load_test_sets(questions)
     figures = {"Scores": plot_scores(rows, scores)} if scores else {}
@@ -410,7 +406,9 @@ def plan(
           f"a further arm, such as a token-matched one, adds 1/{arms} to them")  # fmt: skip
     print("\n".join(power.plan_lines(rows)))
     if output:
-        power.plot_plan(rows).savefig(output, dpi=144)
+        from alpagasus2.report.plots import plot_plan
+
+        plot_plan(rows).savefig(output, dpi=144)
         print(output)
 
 # %% ../nbs/07_cli.ipynb #a026340b

@@ -43,13 +43,7 @@ from alpagasus2.evidence.doubts import (
 )
 
 # %% ../../nbs/steps/results.ipynb #73955b0a
-from alpagasus2.evidence.filtering import (
-    contamination,
-    filter_report,
-    plot_categories,
-    plot_lengths,
-    plot_scores,
-)
+from ..evidence.filtering import contamination, filter_report
 from ..evidence.intervals import heldout_summary
 from ..evidence.length import MORE_TEXT
 from ..evidence.own_rows import own_rows_results
@@ -58,7 +52,14 @@ from ..extras.verify import PAGE, seal
 from ..recipe import Recipe, is_rated
 from ..report.judges import add_judges, named_verdicts
 from ..report.page import write_report
-from ..report.plots import plot_heldout, plot_outcomes, plot_slots
+from alpagasus2.report.plots import (
+    plot_categories,
+    plot_heldout,
+    plot_lengths,
+    plot_outcomes,
+    plot_scores,
+    plot_slots,
+)
 from .rows import saved_scores, whole_pool
 from .run import Run, costs_by_arm, run_cost
 from .training import OWN_LOSSES

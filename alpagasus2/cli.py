@@ -176,13 +176,9 @@ def _filter_page(
     questions: Sequence[str], folder: str, agreed: Mapping[str, Any],
 ) -> Path:  # fmt: skip
     "Write the filter's report for these selections."
-    from alpagasus2.evidence.filtering import (
-        filter_report,
-        plot_categories,
-        plot_lengths,
-        plot_scores,
-    )
+    from alpagasus2.evidence.filtering import filter_report
     from alpagasus2.report.page import write_report
+    from alpagasus2.report.plots import plot_categories, plot_lengths, plot_scores
 
     asked = load_test_sets(questions)
     figures = {"Scores": plot_scores(rows, scores)} if scores else {}
@@ -410,15 +406,18 @@ def plan(
           f"a further arm, such as a token-matched one, adds 1/{arms} to them")  # fmt: skip
     print("\n".join(power.plan_lines(rows)))
     if output:
-        power.plot_plan(rows).savefig(output, dpi=144)
+        from alpagasus2.report.plots import plot_plan
+
+        plot_plan(rows).savefig(output, dpi=144)
         print(output)
 
 # %% ../nbs/07_cli.ipynb #a026340b
 def _run(  # what was found, if it ran
     recipe: Any, output_dir: str, dry_run: bool, workers: int = 1
 ) -> Any:
-    from alpagasus2.experiment import run_recipe, summary_lines
+    from alpagasus2.experiment import run_recipe
     from alpagasus2.recipe import plan_of
+    from alpagasus2.report.summary import summary_lines
     from alpagasus2.steps.dry_run import Known, doubts, plan_table, refusals
 
     if dry_run:
@@ -473,7 +472,8 @@ def quickstart(
     workers: int = 1,  # trainings at once, each with a GPU or its share of the cores
 ) -> None:
     "The whole loop offline on a CPU, with a real 135M model."
-    from alpagasus2.experiment import lessons, quickstart_recipe, write_recipe
+    from alpagasus2.experiment import quickstart_recipe, write_recipe
+    from alpagasus2.report.summary import lessons
 
     mine = data != "sample"
     folder = output_dir or f"runs/{Path(data).stem if mine else 'quickstart'}"

@@ -23,13 +23,7 @@ from ..evidence.claim import fixed_terms, heldout_finding, read_claim
 from ..evidence.doubts import chosen_rows, home_of, known_questions
 
 # %% ../../nbs/steps/results.ipynb #73955b0a
-from alpagasus2.evidence.filtering import (
-    contamination,
-    filter_report,
-    plot_categories,
-    plot_lengths,
-    plot_scores,
-)
+from ..evidence.filtering import contamination, filter_report
 from ..evidence.intervals import heldout_summary
 from ..evidence.own_rows import own_rows_results
 from ..evidence.scaling import arm_table, fewest_rows, size_points
@@ -37,7 +31,14 @@ from ..extras.verify import PAGE, seal
 from ..recipe import Recipe, is_rated
 from ..report.judges import named_verdicts
 from ..report.page import write_report
-from ..report.plots import plot_heldout, plot_outcomes, plot_slots
+from alpagasus2.report.plots import (
+    plot_categories,
+    plot_heldout,
+    plot_lengths,
+    plot_outcomes,
+    plot_scores,
+    plot_slots,
+)
 from ..report.run_claim import FixedRun, decide_run, run_canaries
 from .rows import saved_scores, whole_pool
 from .run import Run, costs_by_arm, run_cost

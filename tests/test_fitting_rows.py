@@ -134,6 +134,9 @@ def test_arms_that_the_fitting_rows_cannot_fill_are_refused_before_anything(fini
     path.write_text(recipe.read_text().replace("rows: 30", "rows: 90"))
     with pytest.raises(UserError, match="filtered: 90 rows, but 80 rows of the pool fit"):
         Run(load_recipe(path), tmp_path / "run", progress=False)
+    path.write_text(recipe.read_text() + "train: {cutoff_len: 4096}\n")
+    with pytest.raises(UserError, match=r"train: cutoff_len=4096, but .* reads 2048 tokens"):
+        Run(load_recipe(path), tmp_path / "run", progress=False)
     assert not (tmp_path / "run/claim.json").exists()
 
 

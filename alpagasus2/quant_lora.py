@@ -251,9 +251,14 @@ def load_config(
 
 def _auto_class(base_model: str | Path) -> Any:
     "What loads a model: most are causal LMs, some that also read pictures are listed apart."
-    config = type(load_config(base_model))
-    pictures = config in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if pictures and config not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    config = load_config(base_model)
+    if config.is_encoder_decoder:  # some load as their decoder alone, which reads no question
+        raise UserError(
+            f"{base_model}: {config.model_type} is an encoder with a decoder, and only decoders "
+            "are trained here; choose another base"
+        )
+    pictures = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if pictures and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
 

@@ -211,3 +211,13 @@ def test_a_checkpoint_without_its_output_layer_is_no_base(tmp_path: Path) -> Non
     tiny("llama").model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"lacks lm_head\.weight, so it is no whole"):
         load_base(tmp_path)
+
+
+def test_half_of_an_encoder_with_a_decoder_is_no_base(tmp_path: Path) -> None:
+    config = transformers.BartConfig(
+        vocab_size=99, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+    )  # fmt: skip
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="bart is an encoder with a decoder"):
+        load_base(tmp_path)

@@ -264,12 +264,12 @@ def _auto_class(base_model: str | Path) -> Any:
 
 # %% ../nbs/01_quant_lora.ipynb #0904f89a
 def _refuse_parts(base_model: str | Path, missing: Iterable[str]) -> None:
-    "`UserError` where a checkpoint lacks weights."
+    "`UserError` where a checkpoint lacks weights of the model."
     if names := sorted(missing):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise UserError(
-            f"{base_model}: its checkpoint lacks {names[0]}{more}, so it is no whole causal "
-            "language model; choose another base"
+            f"{base_model}: its checkpoint lacks {names[0]}{more}, or has it in another shape, so "
+            "it is no whole causal language model; choose another base"
         )
 
 # %% ../nbs/01_quant_lora.ipynb #3ad50f5d
@@ -318,9 +318,9 @@ def load_base(
     model, found = _pretrained(
         _auto_class(base_model), base_model, dtype=dtype, use_safetensors=True,
         quantization_config=_quantization(config, dtype, in_parts), device_map={"": place},
-        output_loading_info=True,
+        output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    _refuse_parts(base_model, found["missing_keys"])
+    _refuse_parts(base_model, [*found["missing_keys"], *(n for n, *_ in found["mismatched_keys"])])
     _settle(model.requires_grad_(False))
     _say_share(base_model, model)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)

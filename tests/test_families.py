@@ -1,5 +1,6 @@
 """Whatever the architecture: the loss of a row is the model's own, alone and among others."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,12 @@ def test_what_a_model_cannot_read_is_refused_before_it_trains(tmp_path: Path) ->
 
 def test_a_checkpoint_without_its_output_layer_is_no_base(tmp_path: Path) -> None:
     tiny("llama").model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"lacks lm_head\.weight, so it is no whole"):
+    with pytest.raises(UserError, match=r"lacks lm_head\.weight, or has it in another shape"):
+        load_base(tmp_path)
+    tiny("llama").save_pretrained(tmp_path)
+    wider = json.loads((tmp_path / "config.json").read_text()) | {"vocab_size": 50000}
+    (tmp_path / "config.json").write_text(json.dumps(wider))
+    with pytest.raises(UserError, match=r"lacks lm_head\.weight and 1 more, or has it in another"):
         load_base(tmp_path)
 
 

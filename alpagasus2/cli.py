@@ -8,7 +8,6 @@ __all__ = ['COMMANDS', 'ALONE', 'POSITIONAL', 'GROUPS', 'EXAMPLES', 'FIELDS', 'U
 
 # %% ../nbs/07_cli.ipynb #77de68da
 import contextlib
-import difflib
 import io
 import os
 import sys
@@ -36,7 +35,7 @@ from alpagasus2.commands.options import (
 )
 from .commands.pages import make_page, remaker
 from .commands.training import doctor, estimate, merge, preview, train
-from .core.files import UserError, file_sha256, printable, read_json
+from .core.files import UserError, file_sha256, nearest, printable, read_json
 from .core.run_folder import annotate, manifest_entry
 from .core.tables import write_rows
 from alpagasus2.data import (
@@ -419,8 +418,8 @@ def _run(  # what was found, if it ran
     recipe: Any, output_dir: str, dry_run: bool, workers: int = 1
 ) -> Any:
     from alpagasus2.experiment import run_recipe, summary_lines
-    from alpagasus2.extras.dry_run import Known, doubts, plan_table, refusals
     from alpagasus2.recipe import plan_of
+    from alpagasus2.steps.dry_run import Known, doubts, plan_table, refusals
 
     if dry_run:
         print("\n".join(plan_of(recipe)))
@@ -599,8 +598,8 @@ def _values(command: str, argv: list[str]) -> dict[str, Any]:
 # %% ../nbs/07_cli.ipynb #15f9e24e
 def _carry_out(command: str, argv: Sequence[str]) -> None:
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        near = nearest(command, COMMANDS)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {command!r}; {hint}")
     COMMANDS[command][0](**_values(command, take_auth_token(argv)))
 

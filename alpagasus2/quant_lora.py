@@ -10,7 +10,6 @@ __all__ = ['SMALL_MODEL', 'quiet_libraries', 'QuantLoraConfig', 'pick_device', '
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
 import copy
-import difflib
 import hashlib
 import importlib.util
 import logging
@@ -178,29 +177,33 @@ def small_model() -> Path:  # a folder for `from_pretrained`
     return target
 
 
+def _nearest(name: str | Path) -> str:
+    "Which model or folder was meant by one that is not there."
+    known = [SMALL_MODEL, *files_beside(name)]
+    return "" if Path(name).exists() else did_you_mean(name, known)
+
+
 def resolve_model(
     name: str | Path,  # a local folder, a hub id, or smollm2-135m
 ) -> str:  # what `from_pretrained` takes
     "Turn the small model's name into its folder; leave all else alone, but for a misspelt one."
-    near = difflib.get_close_matches(str(name).lower(), [SMALL_MODEL], 1, 0.8)
-    if near and str(name) != SMALL_MODEL and not Path(name).exists():
-        raise UserError(f"{name}: no local folder; did you mean {SMALL_MODEL}?")
-    return str(small_model()) if str(name) == SMALL_MODEL else str(name)
+    if str(name) == SMALL_MODEL:
+        return str(small_model())
+    if (near := _nearest(name)) and "/" not in str(name):  # a hub id, too, but such are few
+        raise UserError(f"{name}: no local folder{near}")
+    return str(name)
 
 # %% ../nbs/01_quant_lora.ipynb #73340e3c
 @_loading()
 def _pretrained(auto: Any, name: str | Path, **options: Any) -> Any:
     "`from_pretrained`, with a sentence in place of the libraries' tracebacks."
     path = resolve_model(name)
-    near = "" if Path(path).exists() else did_you_mean(name, [SMALL_MODEL, *files_beside(name)])
-    if near and "/" not in str(name):  # a hub id, too, but such short ones are few
-        raise UserError(f"{name}: no local folder{near}")
     try:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError) as e:
         where = "the folder" if Path(path).is_dir() else "no local folder, and the hub"
         why = str(e).splitlines()[0]
-        raise UserError(f"{name}: {where} did not give a model: {why}{near}") from e
+        raise UserError(f"{name}: {where} did not give a model: {why}{_nearest(name)}") from e
 
 
 def load_tokenizer(

@@ -24,8 +24,7 @@ WINGS = {
     "evidence": "core data selection",
     "report": "core evidence analysis judge",
     "commands": "core catalog data",  # each command loads the step it runs: see LOADED
-    "extras": "core data quant_lora model train selection endpoint judge local recipe "  # dry_run
-    "evidence generate catalog",
+    "extras": "core endpoint model evidence data quant_lora train generate catalog",
     "scale": "core data endpoint model quant_lora generate judge selection",  # what it spreads
     "steps": "core endpoint model evidence report extras data quant_lora train generate judge "
     "local analysis recipe selection",  # of a run, down to the recipe

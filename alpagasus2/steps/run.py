@@ -24,19 +24,10 @@ from ..endpoint.cache import Ask
 from ..evidence.claim import claim_beside, is_measured
 from ..evidence.scaling import Costs, priced
 from ..quant_lora import SMALL_MODEL, load_config
-from alpagasus2.recipe import (
-    Judge,
-    Rater,
-    Recipe,
-    changes,
-    comparisons,
-    fix_claim,
-    hold_out,
-    is_rated,
-    repeats_of,
-    same_fit,
-)
+from ..recipe import Judge, Rater, Recipe, comparisons, is_rated
 from ..selection import BY_SCORE
+from .fix_claim import changes, fix_claim, same_fit
+from .pool import hold_out, repeats_of
 from ..train import Misfit, misfit_line, misfits
 
 # %% ../../nbs/steps/run.ipynb #68026cfc

@@ -476,7 +476,13 @@ class Recipe:
         values |= {"learning_rate": self.rates[0]} if self.rates else {}
         known = [*TrainConfig.__dataclass_fields__, *QuantLoraConfig.__dataclass_fields__]
         check_names(values, known, "train")
-        return preset_configs(self.preset, **values)
+        config, quant_lora = preset_configs(self.preset, **values)
+        if quant_lora.lora_bias != "none":
+            raise UserError(
+                f"train: lora_bias={quant_lora.lora_bias!r} changes the base, on which all arms "
+                "stand; leave it out"
+            )
+        return config, quant_lora
 
     @property
     def generation(self) -> GenerateConfig:

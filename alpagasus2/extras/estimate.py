@@ -22,9 +22,10 @@ from typing import Any
 from ..core import families
 from ..core.files import UserError, nearest
 from ..core.run_folder import duration
+from ..model.budget import BUDGETS, TOKEN_BUDGET
 from ..model.forward import Encoded, computed_tokens, packs
 from ..quant_lora import QuantLoraConfig, compute_dtype, expert_weights, pick_device
-from ..train import BUDGETS, TOKEN_BUDGET, TrainConfig, batch_schedule
+from ..train import TrainConfig, batch_schedule
 
 # %% ../../nbs/extras/estimate.ipynb #5f9119a4
 import torch

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'USED', 'LIBRARIES', 'UNANSWERED', 'row_key', 'check_line', 'latest', 'hold', 'Journal', 'environment', 'now',
-           'read_manifest', 'manifest_entry', 'changed_setting', 'annotate', 'recorded', 'is_complete', 'duration',
-           'dollars', 'cost_of', 'has_failed', 'open_lines', 'finder', 'is_settled', 'Step', 'status_counts', 'timed',
-           'resumed']
+           'free_main_memory', 'read_manifest', 'manifest_entry', 'changed_setting', 'annotate', 'recorded',
+           'is_complete', 'duration', 'dollars', 'cost_of', 'has_failed', 'open_lines', 'finder', 'is_settled', 'Step',
+           'status_counts', 'timed', 'resumed']
 
 # %% ../../nbs/core/run_folder.ipynb #77de68da
 import json
 import os
 import platform
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -157,6 +158,44 @@ def environment() -> dict:  # {"python", "libraries", "hardware"}
 def now() -> str:
     "The time as manifests have it: UTC, to the second."
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+# %% ../../nbs/core/run_folder.ipynb #66c7f2db
+_GROUPS = {  # of version 2, and of version 1: limit, use, files among it that give way
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _left_by_groups(
+    root: Path,
+) -> Iterator[int]:  # bytes
+    "What each control group of this process still allows it to take."
+    own = root / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, kinds, name = line.split(":", 2)
+        kind = "memory" if "memory" in kinds.split(",") else ""
+        limit, used, files_read = _GROUPS[kind]
+        top = root / "sys/fs/cgroup" / kind
+        inside = top / name.lstrip("/")
+        for group in (g for g in (inside, *inside.parents) if g.is_relative_to(top)):
+            most = (group / limit).read_text().strip() if (group / limit).exists() else "max"
+            if most.isdecimal():
+                cached = re.search(
+                    rf"^{files_read} (\d+)$", (group / "memory.stat").read_text(), re.M
+                )
+                taken = int((group / used).read_text())
+                yield int(most) - taken + int(cached[1] if cached else 0)
+
+# %% ../../nbs/core/run_folder.ipynb #e59881ff
+def free_main_memory(
+    root: str | Path = "/",  # of the file system
+) -> int | None:  # bytes; None where it cannot be read: not on Linux
+    "Main memory that this process may still take, the limit of its container included."
+    meminfo = Path(root) / "proc/meminfo"
+    if not meminfo.exists():
+        return None
+    (free,) = re.findall(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.M)
+    return max(0, min([1024 * int(free), *_left_by_groups(Path(root))]))
 
 # %% ../../nbs/core/run_folder.ipynb #19a37636
 _WITHOUT = "move it away, and the files beside it count as they are, not as finished"

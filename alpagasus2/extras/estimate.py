@@ -150,7 +150,7 @@ class StepMemory:
 
 # %% ../../nbs/extras/estimate.ipynb #df04b846
 STEPS = {
-    # measured below: glibc's heap, a mapped checkpoint, libraries
+    # measured: glibc's heap, a mapped checkpoint, libraries
     "cpu": StepMemory(
         unpacked=True, row_attention=True, checkpoint_mapped=True, fragmentation=2.0,
         runtime=0.54e9,

@@ -397,6 +397,12 @@ def pair_statistics(
     return cast(PairStatistics, found)
 
 # %% ../nbs/05_analysis.ipynb #923fd113
+def _noise_of(points: Mapping[tuple, Points]) -> intervals.RunNoise | None:
+    "The run variance over all pairs of trained arms: the base is not trained."
+    trained = [p.parts for names, p in points.items() if "base" not in names]
+    return intervals.pooled_noise([p for p in trained if p])
+
+
 def each_pair(
     prompts: pd.DataFrame,  # from `prompt_table`
     planned: Mapping[str, Any] | None = None,  # as in `analyse`
@@ -404,8 +410,7 @@ def each_pair(
     "The statistics of each pair of models over these prompts."
     pairs = dict(list(prompts.groupby(["model_a", "model_b"], sort=False)))
     points = {names: points_of(rows) for names, rows in pairs.items()}
-    trained = [p.parts for names, p in points.items() if "base" not in names]  # it is not trained
-    noise = intervals.pooled_noise([p for p in trained if p])
+    noise = _noise_of(points)
     return [
         pair_statistics(rows, points[names], noise, planned) for names, rows in pairs.items()
     ]  # fmt: skip
@@ -724,18 +729,13 @@ def _evidence(
     upper = intervals.one_sided_p(high, 0.5 + (margin or 0), noise)
     return max(p, 1 - upper) if equivalence else p
 
-
-def _noise_of(prompts: pd.DataFrame) -> intervals.RunNoise | None:
-    "The run variance over all pairs of trained arms."
-    pairs = prompts.groupby(["model_a", "model_b"], sort=False)
-    trained = [points_of(rows).parts for names, rows in pairs if "base" not in names]
-    return intervals.pooled_noise([p for p in trained if p])
-
 # %% ../nbs/05_analysis.ipynb #8f4cd980
 def _p_of(lines: Sequence[Judgment], selector: str, controls: Sequence[str], **terms: Any) -> Any:
     "Of the weakest of a selector's comparisons; None where one was not made."
     prompts = prompt_table(orient(lines, selector))
-    mine, noise = prompts[prompts["model_a"] == selector], _noise_of(prompts)
+    by_pair = prompts.groupby(["model_a", "model_b"], sort=False)
+    noise = _noise_of({names: points_of(rows) for names, rows in by_pair})
+    mine = prompts[prompts["model_a"] == selector]
     pairs = [mine[mine["model_b"] == c] for c in controls]
     if any(p["outcome"].isna().all() for p in pairs):
         return None

@@ -12,8 +12,9 @@ __all__ = ['SMALL_MODEL', 'QuantLoraConfig', 'pick_device', 'compute_dtype', 'fr
 import copy
 import hashlib
 import importlib.util
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -228,11 +229,39 @@ def load_config(
 
 def _auto_class(base_model: str | Path) -> Any:
     "What loads a model: most are causal LMs, some that also read pictures are listed apart."
-    config = type(load_config(base_model))
-    pictures = config in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if pictures and config not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    config = load_config(base_model)
+    if config.is_encoder_decoder:  # some load as their decoder alone, which reads no question
+        raise UserError(
+            f"{base_model}: {config.model_type} is an encoder with a decoder, and only decoders "
+            "are trained here; choose another base"
+        )
+    pictures = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if pictures and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
+
+# %% ../nbs/01_quant_lora.ipynb #0904f89a
+def _refuse_parts(base_model: str | Path, missing: Iterable[str]) -> None:
+    "`UserError` where a checkpoint lacks weights of the model."
+    if names := sorted(missing):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(
+            f"{base_model}: its checkpoint lacks {names[0]}{more}, or has it in another shape, so "
+            "it is no whole causal language model; choose another base"
+        )
+
+# %% ../nbs/01_quant_lora.ipynb #3ad50f5d
+def _settle(
+    model: Any,  # a causal LM
+) -> Any:  # the same
+    "Set every rate of dropout, and of a router's noise, to zero."
+    for owner in (model.config.get_text_config(), *model.modules()):
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, float) and re.search("drop|jitter", name):
+                setattr(owner, name, 0.0)
+        if isinstance(owner, torch.nn.Dropout):
+            owner.p = 0.0
+    return model
 
 # %% ../nbs/01_quant_lora.ipynb #7e15774a
 def expert_weights(
@@ -264,11 +293,13 @@ def load_base(
     config, device = config or QuantLoraConfig(), pick_device()
     place = "cpu" if in_parts else device
     dtype = compute_dtype(device)
-    model = _pretrained(
+    model, found = _pretrained(
         _auto_class(base_model), base_model, dtype=dtype, use_safetensors=True,
         quantization_config=_quantization(config, dtype, in_parts), device_map={"": place},
+        output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    model.requires_grad_(False)
+    _refuse_parts(base_model, [*found["missing_keys"], *(n for n, *_ in found["mismatched_keys"])])
+    _settle(model.requires_grad_(False))
     _say_share(base_model, model)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     unpacked = device == "cpu" if config.unpacked is None else config.unpacked
@@ -455,6 +486,8 @@ def check_adapters(
 # %% ../nbs/01_quant_lora.ipynb #d60d5f8f
 def _check_layers(model: Any, name: str, path: str | Path) -> None:
     "Raise `ValueError` unless an adapter and the layers made for it are the same."
+    if model.peft_config[name].layer_replication:
+        raise ValueError("it repeats layers of the base, which would be another for all adapters")
     weights = peft.utils.load_peft_weights(str(path), device="cpu")
     found = peft.set_peft_model_state_dict(model, weights, adapter_name=name)
     missing = [key for key in found.missing_keys if "lora_" in key and f".{name}." in key]
@@ -495,5 +528,10 @@ def as_arm(
     adapters = getattr(model, "peft_config", {})
     if arm in adapters:
         model.set_adapter(arm)
+    elif biased := [name for name, adapter in adapters.items() if adapter.bias != "none"]:
+        raise UserError(
+            f"adapter {biased[0]} trained biases of the base, which are not switched off with it; "
+            f"ask {arm} without adapters"
+        )
     with model.disable_adapter() if adapters and arm not in adapters else nullcontext():
         yield model

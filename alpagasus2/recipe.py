@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import field, replace
 from itertools import combinations, product
 from pathlib import Path
@@ -28,6 +29,7 @@ from alpagasus2.core.files import (
     unwritable,
     wrong_text,
 )
+from .core.tables import encoding_of
 from alpagasus2.data import (
     AnyTemplate,
     Template,
@@ -476,7 +478,13 @@ class Recipe:
         values |= {"learning_rate": self.rates[0]} if self.rates else {}
         known = [*TrainConfig.__dataclass_fields__, *QuantLoraConfig.__dataclass_fields__]
         check_names(values, known, "train")
-        return preset_configs(self.preset, **values)
+        config, quant_lora = preset_configs(self.preset, **values)
+        if quant_lora.lora_bias != "none":
+            raise UserError(
+                f"train: lora_bias={quant_lora.lora_bias!r} changes the base, on which all arms "
+                "stand; leave it out"
+            )
+        return config, quant_lora
 
     @property
     def generation(self) -> GenerateConfig:
@@ -571,23 +579,43 @@ def comparisons(
 
 # %% ../nbs/06_recipe.ipynb #03488040
 class _Loader(yaml.SafeLoader):
-    "Numbers as in YAML 1.2, where 2e-5 is one; PyYAML reads it as text."
+    "As YAML 1.2: 2e-5 and 020 are numbers, a name is text (`no: ...`) and stands once."
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node, known = super().compose_mapping_node(anchor), set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                key.tag = "tag:yaml.org,2002:str"
+                if key.value in known:
+                    says = f"{key.value!r} stands here for the second time"
+                    raise yaml.MarkedYAMLError(problem=says, problem_mark=key.start_mark)
+                known.add(key.value)
+        return node
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        text = node.value.replace("_", "")
+        for base in (10, 0):
+            with suppress(ValueError):
+                return int(text, base)
+        return node.value  # 1:30, which PyYAML reads as 90
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
 )
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
-
+# %% ../nbs/06_recipe.ipynb #c316e2fb
 def load_recipe(
     path: str | Path,  # a YAML file
 ) -> Recipe:
     "Read a recipe; relative paths in it are relative to where the command runs."
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        with open(path, encoding=encoding_of(path)) as f:
+            values = yaml.load(f.read(), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except yaml.YAMLError as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if found := unwritable(values):  # the claim could not hold it
         raise UserError(f"{path}: it holds {found}; take it out")

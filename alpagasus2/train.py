@@ -55,6 +55,7 @@ from .model.checkpoint import Checkpoint, StopRequest
 from alpagasus2.model.forward import (
     Encoded,
     attend_by,
+    check_readable,
     computed_tokens,
     encode,
     evaluating,
@@ -73,6 +74,7 @@ from alpagasus2.quant_lora import (
     compute_dtype,
     free_memory,
     load_base,
+    load_config,
     load_tokenizer,
     pick_device,
 )
@@ -853,6 +855,7 @@ def _train(
     train_rows, held_rows = split_rows(rows, config)
     encoded, counts = encode_rows(train_rows, tokenizer, config)
     held = encode_rows(held_rows, tokenizer, config)[0] if held_rows else []
+    check_readable(load_config(base_model), [*encoded, *held])
     settings = {"base_model": str(base_model), **asdict(config), **asdict(quant_lora)}
     checkpoint = _checkpoint(output_dir, settings, encoded)
     trained_on = checkpoint.settings["rows"]

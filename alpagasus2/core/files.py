@@ -228,6 +228,8 @@ def atomic(
 ) -> Iterator[Path]:  # a temporary path in the same folder; write this one
     "Write beside `path` and rename on success; on an error `path` keeps what it had."
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: this is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid4().hex}")
     try:

@@ -105,7 +105,10 @@ def _plain(layer: Any, x: torch.Tensor) -> str | None:
     "The one adapter that trains, if that is all there is to do."
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     off = layer.disable_adapters or layer.merged or layer.lora_variant
-    biased = any(part[n].bias is not None for part in (layer.lora_A, layer.lora_B) for n in names)
+    bias = layer.get_base_layer().bias
+    biased = (bias is not None and bias.requires_grad) or any(
+        part[n].bias is not None for part in (layer.lora_A, layer.lora_B) for n in names
+    )
     other = torch.is_autocast_enabled(x.device.type) or x.dtype != _type(layer.get_base_layer())
     trains = torch.is_grad_enabled() and len(names) == 1
     return names[0] if trains and not (off or biased or other) else None

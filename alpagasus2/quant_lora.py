@@ -28,13 +28,12 @@ from alpagasus2.core.files import (
     UserError,
     adapter_hashes,
     cache_dir,
-    did_you_mean,
     files_beside,
     read_json,
     readable_weights,
     say,
-    settings,
 )
+from .core.settings import did_you_mean, settings
 from .model.lora import quick_layers
 from .model.quiet import quiet_libraries
 

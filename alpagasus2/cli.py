@@ -35,8 +35,9 @@ from alpagasus2.commands.options import (
 )
 from .commands.pages import make_page, remaker
 from .commands.training import doctor, estimate, merge, preview, train
-from .core.files import UserError, file_sha256, nearest, printable, read_json
+from .core.files import UserError, file_sha256, printable, read_json
 from .core.run_folder import annotate, manifest_entry
+from .core.settings import nearest
 from .core.tables import write_rows
 from alpagasus2.data import (
     Examined,

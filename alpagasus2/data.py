@@ -23,7 +23,6 @@ from .catalog import catalog, locate
 from alpagasus2.core.files import (
     UserError,
     check_safe_name,
-    did_you_mean,
     files_beside,
     printable,
     say_once,
@@ -39,6 +38,7 @@ from alpagasus2.core.row_formats import (
     parse_columns,
     renamed,
 )
+from .core.settings import did_you_mean
 from .core.tables import ending_of, records
 
 # %% ../nbs/00_data.ipynb #8a3a34f0

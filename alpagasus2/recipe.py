@@ -20,15 +20,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
-from alpagasus2.core.files import (
-    UserError,
-    build,
-    check_names,
-    nearest,
-    settings,
-    unwritable,
-    wrong_text,
-)
+from .core.files import UserError, unwritable
+from .core.settings import build, check_names, nearest, settings, wrong_text
 from .core.tables import encoding_of
 from alpagasus2.data import (
     AnyTemplate,

@@ -28,8 +28,9 @@ from urllib.request import getproxies
 # %% ../../nbs/endpoint/client.ipynb #339542d1
 from pydantic import Field
 
-from ..core.files import UserError, json_sha256, say, settings
+from ..core.files import UserError, json_sha256, say
 from ..core.run_folder import dollars
+from ..core.settings import settings
 from .cache import Reply, ReplyCache, Request
 from alpagasus2.endpoint.completion import (
     hidden_refusal,

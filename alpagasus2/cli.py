@@ -8,7 +8,6 @@ __all__ = ['COMMANDS', 'ALONE', 'POSITIONAL', 'GROUPS', 'EXAMPLES', 'FIELDS', 'U
 
 # %% ../nbs/07_cli.ipynb #77de68da
 import contextlib
-import difflib
 import io
 import os
 import sys
@@ -36,7 +35,7 @@ from alpagasus2.commands.options import (
 )
 from .commands.pages import make_page, remaker
 from .commands.training import doctor, estimate, merge, preview, train
-from .core.files import UserError, file_sha256, printable, read_json
+from .core.files import UserError, file_sha256, nearest, printable, read_json
 from .core.run_folder import annotate, manifest_entry
 from .core.tables import write_rows
 from alpagasus2.data import (
@@ -177,13 +176,9 @@ def _filter_page(
     questions: Sequence[str], folder: str, agreed: Mapping[str, Any],
 ) -> Path:  # fmt: skip
     "Write the filter's report for these selections."
-    from alpagasus2.evidence.filtering import (
-        filter_report,
-        plot_categories,
-        plot_lengths,
-        plot_scores,
-    )
+    from alpagasus2.evidence.filtering import filter_report
     from alpagasus2.report.page import write_report
+    from alpagasus2.report.plots import plot_categories, plot_lengths, plot_scores
 
     asked = load_test_sets(questions)
     figures = {"Scores": plot_scores(rows, scores)} if scores else {}
@@ -430,16 +425,19 @@ def plan(
           f"a further arm, such as a token-matched one, adds 1/{arms} to them")  # fmt: skip
     print("\n".join(power.plan_lines(rows)))
     if output:
-        power.plot_plan(rows).savefig(output, dpi=144)
+        from alpagasus2.report.plots import plot_plan
+
+        plot_plan(rows).savefig(output, dpi=144)
         print(output)
 
 # %% ../nbs/07_cli.ipynb #a026340b
 def _run(  # what was found, if it ran
     recipe: Any, output_dir: str, dry_run: bool, workers: int = 1
 ) -> Any:
-    from alpagasus2.experiment import run_recipe, summary_lines
-    from alpagasus2.extras.dry_run import Known, doubts, plan_table, refusals
+    from alpagasus2.experiment import run_recipe
     from alpagasus2.recipe import plan_of
+    from alpagasus2.report.summary import summary_lines
+    from alpagasus2.steps.dry_run import Known, doubts, plan_table, refusals
 
     if dry_run:
         print("\n".join(plan_of(recipe)))
@@ -493,7 +491,8 @@ def quickstart(
     workers: int = 1,  # trainings at once, each with a GPU or its share of the cores
 ) -> None:
     "The whole loop offline on a CPU, with a real 135M model."
-    from alpagasus2.experiment import lessons, quickstart_recipe, write_recipe
+    from alpagasus2.experiment import quickstart_recipe, write_recipe
+    from alpagasus2.report.summary import lessons
 
     mine = data != "sample"
     folder = output_dir or f"runs/{Path(data).stem if mine else 'quickstart'}"
@@ -636,8 +635,8 @@ def _check_apart(values: Mapping[str, Any]) -> None:
 # %% ../nbs/07_cli.ipynb #15f9e24e
 def _carry_out(command: str, argv: Sequence[str]) -> None:
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        near = nearest(command, COMMANDS)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {command!r}; {hint}")
     values = _values(command, take_auth_token(argv))
     _check_apart(values)

@@ -11,9 +11,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -554,3 +556,100 @@ def test_headers_and_query_reach_the_server_and_no_file(tmp_path, monkeypatch):
         assert not reply.error
     kept = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     assert KEY.encode() not in kept and b"api-version" in kept
+
+
+# ---- what services of today answer, in their words
+
+
+def completion(text: str | None = "4", reason: str = "stop", **usage: int) -> dict:
+    used = {"prompt_tokens": 100, "completion_tokens": 5, **usage}
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}}
+    return {"model": "m", "choices": [{**choice, "finish_reason": reason}], "usage": used}
+
+
+@contextmanager
+def answering(answer: Callable[[dict, int], tuple[int, Any]]) -> Iterator[tuple[str, list]]:
+    """A server that answers each call by a function of its body and number; the calls it got."""
+    calls: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            calls.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            status, body = answer(calls[-1], len(calls))
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", calls
+    finally:
+        server.shutdown()
+
+
+def asked(url: str, folder: Path, texts: list[str]) -> tuple[Endpoint, list[Reply]]:
+    config = EndpointConfig(workers=1, price_in=1.0, price_out=10.0, max_wait=20)
+    sampling = {"temperature": "auto", "max_tokens": "auto"}
+    endpoint = Endpoint("m", url, folder / "cache.sqlite", config, purpose="p", **sampling)
+    found = dict(endpoint.complete(Request([{"role": "user", "content": t}]) for t in texts))
+    return endpoint, [found[i] for i in range(len(texts))]
+
+
+def wrapped(code: int, message: str) -> dict:
+    return {"error": {"code": code, "message": message}}
+
+
+def test_a_refusal_inside_a_success_is_a_refusal(tmp_path):
+    """As gateways answer: the status is 200, and the error in the body costs nothing."""
+
+    def busy(body, n):
+        long = "long" in body["messages"][0]["content"]
+        refused = wrapped(400, "This endpoint's maximum context length is 8192 tokens.")
+        return 200, refused if long else completion() if n > 2 else wrapped(429, "Slow down.")
+
+    with answering(busy) as (url, calls):
+        endpoint, (first, other) = asked(url, tmp_path, ["short", "long"])
+    assert first.text == "4" and "maximum context length" in other.error and len(calls) == 4
+    assert endpoint.budget.spent == pytest.approx(100e-6 + 50e-6)
+    with answering(lambda body, n: (200, wrapped(402, "Insufficient credits."))) as (url, calls):
+        with pytest.raises(UserError, match="has no money left"):
+            asked(url, tmp_path, ["short"] * 3)
+        assert len(calls) == 1
+
+
+def test_an_empty_purse_ends_the_run_whenever_it_is_said(tmp_path):
+    said = {"error": {"message": "Your credit balance is too low to access the Anthropic API."}}
+    with answering(lambda _, n: (200, completion()) if n < 3 else (400, said)) as (url, calls):
+        with pytest.raises(UserError, match="credit balance"):
+            asked(url, tmp_path, [f"question {i}" for i in range(20)])
+        assert len(calls) == 3
+
+
+def test_thoughts_that_only_the_total_shows_are_paid_for(tmp_path):
+    """As Gemini counts: no completion token, no text, and 4,096 tokens of thoughts."""
+    thought = completion(None, "length", completion_tokens=0, total_tokens=4196)
+    with answering(lambda body, n: (200, thought)) as (url, _):
+        endpoint, _ = asked(url, tmp_path, ["question"])
+    assert endpoint.budget.spent > 0.04
+
+
+def test_a_prompt_that_was_cut_is_not_answered(tmp_path):
+    """As Ollama reads: what is longer than num_ctx is left out, and the answer looks like one."""
+    context = 4096
+
+    def read_in_part(body, n):
+        size = len(body["messages"][0]["content"]) // 4
+        return 200, completion(prompt_tokens=min(size, context))
+
+    texts = ["short", "word " * 8000, "short again"]
+    with answering(read_in_part) as (url, calls):
+        _, replies = asked(url, tmp_path, texts)
+        assert [x.text for x in replies] == ["4", "", "4"]
+        assert "read 4,096 tokens of a longer prompt" in replies[1].error
+        context = 32768
+        _, replies = asked(url, tmp_path, texts)
+        assert [x.text for x in replies] == ["4", "4", "4"] and len(calls) == 4

@@ -610,6 +610,11 @@ def _values(command: str, argv: list[str]) -> dict[str, Any]:
         preset = preset_values(known["preset"], given)
         parser.set_defaults(**{k: v for k, v in preset.items() if k in known})
     values = parser.parse_args(argv).as_dict()
+    for name, value in values.items():
+        if isinstance(value, str) and value.startswith("~/"):  # no shell expands --output=~/here
+            values[name] = os.path.expanduser(value)
+        if value == "" and parser.get_default(name) != "":
+            raise UserError(f"{command}: --{name} is empty; is a variable not set?")
     for name in COMMON:
         if values[name] and f"--{name}" not in argv:
             raise UserError(f"{name}: give --{name} on the command line, not in a file")

@@ -100,7 +100,9 @@ def _said(cls: type, error: Any) -> UserError:
     if first["type"] == "dict_type":  # what stands there may be a key
         return SettingError(f"{name}: it must be {' or '.join(wanted)}")
     near = _meant(first["input"], " or ".join(wanted))
-    return SettingError(f"{name}={first['input']!r}: it must be {' or '.join(wanted)}{near}")
+    given = repr(first["input"])
+    given = given if len(given) <= 200 else f"{given[:200]}..."  # a whole data set, say
+    return SettingError(f"{name}={given}: it must be {' or '.join(wanted)}{near}")
 
 # %% ../../nbs/core/settings.ipynb #b979b35d
 _LONGEST_TEXT = 4096  # characters; no path is longer
@@ -116,6 +118,8 @@ def wrong_text(
         return None
     if len(value) > _LONGEST_TEXT:
         return f"{value[:20]!r}...: it has {len(value):,} characters, no name has as many"
+    if value.startswith("~/"):
+        return f"{value!r}: only a shell knows ~; write the path in full"
     if value != value.strip():
         return f"{value!r}: it begins or ends with a space; take that away"
     found = re.search("[\\x00-\\x1f\\x7f-\\x9f]", value)
@@ -155,7 +159,7 @@ def build(
 ) -> T:
     "Make settings from named values; a mistake says where it stands."
     if not isinstance(values, Mapping):
-        raise UserError(f"{where}: {values!r} is not a set of named settings")
+        raise UserError(f"{where}: {repr(values)[:200]} is not a set of named settings")
     try:
         return cls(**{str(name): value for name, value in values.items()})
     except SettingError as e:

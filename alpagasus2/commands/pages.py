@@ -126,14 +126,24 @@ def _canaries_path(judgments: str) -> Path:
     return folder / "canaries.jsonl" if whole else canaries_path(path)
 
 
-def _canaries(judgments: str) -> dict[str, list[float]]:
-    "Outcomes of the sanity checks of the judge; `UserError` where they were taken away."
+def _judges_of(lines: Sequence[Any]) -> set[tuple[Any, Any]]:
+    "Model and prompt of whatever judged these lines."
+    return {(j.get("model"), j.get("prompt_version")) for x in lines if (j := x.get("judge"))}
+
+
+def _canaries(judgments: str, lines: Sequence[Any]) -> dict[str, list[float]]:
+    "Outcomes of the judge's sanity checks; `UserError` where they are gone, or another judge's."
     from alpagasus2.analysis import canary_outcomes
 
     path = _canaries_path(judgments)
     if manifest_entry(path) and not path.exists():
         raise UserError(f"{path}: it is gone, and manifest.json names it; put it back")
-    return canary_outcomes(latest(path))
+    found = latest(path)
+    judges, asked = _judges_of(lines), _judges_of(found)
+    if judges and asked - judges:
+        raise UserError(f"{path}: these sanity checks are of {min(map(str, asked - judges))}, and "
+                        f"{min(map(str, judges))} judged; `judge` asks them anew")  # fmt: skip
+    return canary_outcomes(found)
 
 # %% ../../nbs/commands/pages.ipynb #ee013822
 def _over_rates(
@@ -152,7 +162,7 @@ def _over_rates(
         own = folder / "rates" / f"{further:g}" / "judgments.jsonl"
         unjudged = {"claim": {"verdict": NO_CONTROL, "reason": f"{own} is not there yet."}}
         lines = load_judgments(own)[0] if own.exists() else []
-        canaries = _canaries(str(own))
+        canaries = _canaries(str(own), lines)
         results: Any = analyse(lines, canaries=canaries, **terms) or unjudged
         hold_without(results, lines, known, canaries=canaries, **terms)
         found[further] = _as_fixed(own.parent, results["claim"])
@@ -223,7 +233,7 @@ def _page_results(
     from alpagasus2.report.formats import load_other_forms, without_orders
     from alpagasus2.report.outside import weighted_win_rates
 
-    canaries = _canaries(judgments) if judgments else {}
+    canaries = _canaries(judgments, lines) if judgments else {}
     said = [x for path in labels for x in load_labels(path)] if labels else None
     results, terms = _analysed(lines, judgments, model_a, margin, canaries=canaries, labels=said)
     results = without_orders(results) if copied else results

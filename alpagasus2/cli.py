@@ -8,7 +8,6 @@ __all__ = ['COMMANDS', 'ALONE', 'POSITIONAL', 'GROUPS', 'EXAMPLES', 'FIELDS', 'U
 
 # %% ../nbs/07_cli.ipynb #77de68da
 import contextlib
-import difflib
 import io
 import os
 import sys
@@ -36,7 +35,7 @@ from alpagasus2.commands.options import (
 )
 from .commands.pages import make_page, remaker
 from .commands.training import doctor, estimate, merge, preview, train
-from .core.files import UserError, file_sha256, printable, read_json
+from .core.files import UserError, file_sha256, nearest, printable, read_json
 from .core.run_folder import annotate, manifest_entry
 from .core.tables import write_rows
 from alpagasus2.data import (
@@ -177,13 +176,9 @@ def _filter_page(
     questions: Sequence[str], folder: str, agreed: Mapping[str, Any],
 ) -> Path:  # fmt: skip
     "Write the filter's report for these selections."
-    from alpagasus2.evidence.filtering import (
-        filter_report,
-        plot_categories,
-        plot_lengths,
-        plot_scores,
-    )
+    from alpagasus2.evidence.filtering import filter_report
     from alpagasus2.report.page import write_report
+    from alpagasus2.report.plots import plot_categories, plot_lengths, plot_scores
 
     asked = load_test_sets(questions)
     figures = {"Scores": plot_scores(rows, scores)} if scores else {}
@@ -249,13 +244,27 @@ def _select_in_blocks(
 
 # %% ../nbs/07_cli.ipynb #fab69167
 def _say_kept(
-    output: str, rows: int, kept: int, unscored: int | None, long: int | None, report: str | None
-) -> None:
+    output: str, rows: int, kept: int, unscored: int | None, long: int | None, report: str | None,
+    more: str = "",
+) -> None:  # fmt: skip
     "What a selection kept, and why it could not keep more."
-    told = "" if unscored is None else f"; {unscored:,} had no score"
+    told = "" if unscored is None else f"; {unscored:,} had no score{more}"
     told += "" if long is None else f"; {long:,} do not fit in cutoff_len"
     add_result(output=output, rows=rows, kept=kept, report=report)
     print(f"{output}: kept {kept:,} of {rows:,} rows{told}")
+
+# %% ../nbs/07_cli.ipynb #0d14e4e9
+def _others_scored(scores: Mapping[str, float], rows: Sequence[Example]) -> str:
+    "Scores of rows that the data do not have."
+    others = len(scores.keys() - {r["id"] for r in rows})
+    return f"; {others:,} scores are of other rows" if others else ""
+
+
+def _drawn(rows: Sequence[Example], kept: Sequence[Example], scores: Mapping[str, float]) -> str:
+    "The rows with the last score that was kept, where not all of them could be."
+    last = min(scores[r["id"]] for r in kept)
+    tied, stay = (sum(scores.get(r["id"]) == last for r in x) for x in (rows, kept))
+    return f"; of {tied:,} rows with a score of {last:g} {stay:,} were drawn" if stay < tied else ""
 
 # %% ../nbs/07_cli.ipynb #829fc35b
 def select(
@@ -313,7 +322,12 @@ def select(
     read |= fit if base_model else {}
     _record_selection(output, data, len(rows), {**rule, **read}, len(kept))
     unscored = sum(r["id"] not in found for r in rows) if found else None
-    _say_kept(output, len(rows), len(kept), unscored, len(lost) if base_model else None, report)
+    more = _others_scored(found or {}, rows)
+    if found and top_k and not (quota or drop_near_duplicates):
+        more += _drawn(fitting, kept, found)
+    _say_kept(
+        output, len(rows), len(kept), unscored, len(lost) if base_model else None, report, more
+    )
     if report:
         selected = {Path(output).stem: kept, **others}
         print(_filter_page(fitting, found or {}, selected, questions or [], report, agreed))
@@ -411,16 +425,19 @@ def plan(
           f"a further arm, such as a token-matched one, adds 1/{arms} to them")  # fmt: skip
     print("\n".join(power.plan_lines(rows)))
     if output:
-        power.plot_plan(rows).savefig(output, dpi=144)
+        from alpagasus2.report.plots import plot_plan
+
+        plot_plan(rows).savefig(output, dpi=144)
         print(output)
 
 # %% ../nbs/07_cli.ipynb #a026340b
 def _run(  # what was found, if it ran
     recipe: Any, output_dir: str, dry_run: bool, workers: int = 1
 ) -> Any:
-    from alpagasus2.experiment import run_recipe, summary_lines
-    from alpagasus2.extras.dry_run import Known, doubts, plan_table, refusals
+    from alpagasus2.experiment import run_recipe
     from alpagasus2.recipe import plan_of
+    from alpagasus2.report.summary import summary_lines
+    from alpagasus2.steps.dry_run import Known, doubts, plan_table, refusals
 
     if dry_run:
         print("\n".join(plan_of(recipe)))
@@ -474,7 +491,8 @@ def quickstart(
     workers: int = 1,  # trainings at once, each with a GPU or its share of the cores
 ) -> None:
     "The whole loop offline on a CPU, with a real 135M model."
-    from alpagasus2.experiment import lessons, quickstart_recipe, write_recipe
+    from alpagasus2.experiment import quickstart_recipe, write_recipe
+    from alpagasus2.report.summary import lessons
 
     mine = data != "sample"
     folder = output_dir or f"runs/{Path(data).stem if mine else 'quickstart'}"
@@ -596,13 +614,28 @@ def _values(command: str, argv: list[str]) -> dict[str, Any]:
             raise UserError(f"{name}: give --{name} on the command line, not in a file")
     return {k: v for k, v in values.items() if k not in ("config", "__path__", *COMMON)}
 
+# %% ../nbs/07_cli.ipynb #dbd8fa9e
+def _check_apart(values: Mapping[str, Any]) -> None:
+    "Refuse an output that is read, too: it would be lost, or lines be added to it."
+    output = values.get("output")
+    if not output or not Path(output).is_file():
+        return
+    for name, given in values.items():
+        for path in given if isinstance(given, list) else [given]:
+            read = isinstance(path, str) and name != "output" and Path(path).is_file()
+            if read and Path(path).samefile(output):
+                raise UserError(f"--output {output}: this file is read, too, as `{name}`; give "
+                                "the output another name")  # fmt: skip
+
 # %% ../nbs/07_cli.ipynb #15f9e24e
 def _carry_out(command: str, argv: Sequence[str]) -> None:
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        near = nearest(command, COMMANDS)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {command!r}; {hint}")
-    COMMANDS[command][0](**_values(command, take_auth_token(argv)))
+    values = _values(command, take_auth_token(argv))
+    _check_apart(values)
+    COMMANDS[command][0](**values)
 
 # %% ../nbs/07_cli.ipynb #c609f912
 _COMPLETION = """# source <(alpagasus2 --completion), in ~/.bashrc or ~/.zshrc

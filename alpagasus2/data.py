@@ -180,8 +180,15 @@ def _malformed_messages(messages: Any) -> str | None:
     return None
 
 # %% ../nbs/00_data.ipynb #915d90f5
+_UNSEEN = ("image", "images", "audio", "audios", "video", "videos", "tools")
+
+
 def _malformed(row: Mapping[str, Any]) -> str | None:
     "What makes a row unusable, or None."
+    for name in _UNSEEN:
+        if isinstance(row.get(name), str | list | Mapping) and row[name] not in ("", "[]", [], {}):
+            return (f"has `{name}`, which the model would not be shown; leave the row out, or take "
+                    "the field away where the text says all")  # fmt: skip
     if row.get("messages") is not None:
         return _malformed_messages(row["messages"])
     for field in ("instruction", "output"):
@@ -198,8 +205,14 @@ def _malformed(row: Mapping[str, Any]) -> str | None:
 def _empty(row: Example) -> str | None:
     "Which field is empty, or None."
     if "messages" in row:
-        return None if row["messages"][-1]["content"].strip() else "the assistant's message"
-    return next((f"`{f}`" for f in ("instruction", "output") if not row[f].strip()), None)
+        *asked, answer = [_is_blank(m["content"]) for m in row["messages"]]
+        return "the assistant's message" if answer else "what is asked" if all(asked) else None
+    return next((f"`{f}`" for f in ("instruction", "output") if _is_blank(row[f])), None)
+
+
+def _is_blank(text: str) -> bool:
+    "Whether nobody would see anything of a text."
+    return not any(c.isprintable() and not c.isspace() for c in text)
 
 # %% ../nbs/00_data.ipynb #90543ec9
 _ROW_FIELDS = ("instruction", "input", "output")

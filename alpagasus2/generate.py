@@ -124,11 +124,13 @@ def local_answers(
 ) -> Answers:
     "Answer questions with a model in this process."
     from alpagasus2.model.decode import cache_budget, chooser, decode, way_of
-    from alpagasus2.model.forward import evaluating
+    from alpagasus2.model.forward import Encoded, check_readable, evaluating
     from alpagasus2.quant_lora import weights_held
 
     context = context_length(model.config.get_text_config()) or sys.maxsize
     prompts = encode_prompts(questions, tokenizer, context - config.max_new_tokens, config)
+    asked = zip(questions, prompts, strict=True)
+    check_readable(model.config, [Encoded(q["id"], ids, 1) for q, ids in asked])
     stop = _stop_tokens(model, tokenizer, config.form)
     seeds = [f"{config.seed} {q['id']}" for q in questions]
     choose = chooser(config.temperature, config.top_p, seeds)

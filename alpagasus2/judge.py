@@ -10,7 +10,6 @@ __all__ = ['DIMENSIONS', 'RATING_VERSION', 'PAIR_VERSION', 'VERDICT_VERSION', 'T
            'canary_pairs', 'file_name', 'judge_files', 'canaries_path']
 
 # %% ../nbs/04_judge.ipynb #fe396af0
-import difflib
 import hashlib
 import json
 import re
@@ -25,7 +24,7 @@ from typing import Any, Literal, TypedDict, cast
 from pydantic import Field
 
 from .catalog import dataset_path
-from .core.files import UserError, read_jsonl, say, settings
+from .core.files import UserError, nearest, read_jsonl, say, settings
 from alpagasus2.core.run_folder import (
     UNANSWERED,
     Journal,
@@ -52,9 +51,9 @@ def check_dimension(
     "Refuse what is no word of a prompt, and a misspelt dimension."
     if not re.fullmatch(r"\w[\w ,-]{0,99}", name):
         raise UserError(f"dimension={name!r}: a word or two are wanted, such as accuracy")
-    near = difflib.get_close_matches(name.lower(), DIMENSIONS, 1, 0.8)
-    if near and near[0] != name:
-        raise UserError(f"dimension={name!r}: did you mean {near[0]!r}?")
+    near = nearest(name, DIMENSIONS, 0.8)
+    if near and near != name:
+        raise UserError(f"dimension={name!r}: did you mean {near!r}?")
 
 
 @settings

@@ -10,13 +10,13 @@ __all__ = ['SMALL_MODEL', 'quiet_libraries', 'QuantLoraConfig', 'pick_device', '
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
 import copy
-import difflib
 import hashlib
 import importlib.util
 import logging
+import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -177,29 +177,33 @@ def small_model() -> Path:  # a folder for `from_pretrained`
     return target
 
 
+def _nearest(name: str | Path) -> str:
+    "Which model or folder was meant by one that is not there."
+    known = [SMALL_MODEL, *files_beside(name)]
+    return "" if Path(name).exists() else did_you_mean(name, known)
+
+
 def resolve_model(
     name: str | Path,  # a local folder, a hub id, or smollm2-135m
 ) -> str:  # what `from_pretrained` takes
     "Turn the small model's name into its folder; leave all else alone, but for a misspelt one."
-    near = difflib.get_close_matches(str(name).lower(), [SMALL_MODEL], 1, 0.8)
-    if near and str(name) != SMALL_MODEL and not Path(name).exists():
-        raise UserError(f"{name}: no local folder; did you mean {SMALL_MODEL}?")
-    return str(small_model()) if str(name) == SMALL_MODEL else str(name)
+    if str(name) == SMALL_MODEL:
+        return str(small_model())
+    if (near := _nearest(name)) and "/" not in str(name):  # a hub id, too, but such are few
+        raise UserError(f"{name}: no local folder{near}")
+    return str(name)
 
 # %% ../nbs/01_quant_lora.ipynb #73340e3c
 @_loading()
 def _pretrained(auto: Any, name: str | Path, **options: Any) -> Any:
     "`from_pretrained`, with a sentence in place of the libraries' tracebacks."
     path = resolve_model(name)
-    near = "" if Path(path).exists() else did_you_mean(name, [SMALL_MODEL, *files_beside(name)])
-    if near and "/" not in str(name):  # a hub id, too, but such short ones are few
-        raise UserError(f"{name}: no local folder{near}")
     try:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError) as e:
         where = "the folder" if Path(path).is_dir() else "no local folder, and the hub"
         why = str(e).splitlines()[0]
-        raise UserError(f"{name}: {where} did not give a model: {why}{near}") from e
+        raise UserError(f"{name}: {where} did not give a model: {why}{_nearest(name)}") from e
 
 
 def load_tokenizer(
@@ -250,11 +254,39 @@ def load_config(
 
 def _auto_class(base_model: str | Path) -> Any:
     "What loads a model: most are causal LMs, some that also read pictures are listed apart."
-    config = type(load_config(base_model))
-    pictures = config in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if pictures and config not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    config = load_config(base_model)
+    if config.is_encoder_decoder:  # some load as their decoder alone, which reads no question
+        raise UserError(
+            f"{base_model}: {config.model_type} is an encoder with a decoder, and only decoders "
+            "are trained here; choose another base"
+        )
+    pictures = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if pictures and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
+
+# %% ../nbs/01_quant_lora.ipynb #0904f89a
+def _refuse_parts(base_model: str | Path, missing: Iterable[str]) -> None:
+    "`UserError` where a checkpoint lacks weights of the model."
+    if names := sorted(missing):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(
+            f"{base_model}: its checkpoint lacks {names[0]}{more}, or has it in another shape, so "
+            "it is no whole causal language model; choose another base"
+        )
+
+# %% ../nbs/01_quant_lora.ipynb #3ad50f5d
+def _settle(
+    model: Any,  # a causal LM
+) -> Any:  # the same
+    "Set every rate of dropout, and of a router's noise, to zero."
+    for owner in (model.config.get_text_config(), *model.modules()):
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, float) and re.search("drop|jitter", name):
+                setattr(owner, name, 0.0)
+        if isinstance(owner, torch.nn.Dropout):
+            owner.p = 0.0
+    return model
 
 # %% ../nbs/01_quant_lora.ipynb #7e15774a
 def expert_weights(
@@ -286,11 +318,13 @@ def load_base(
     config, device = config or QuantLoraConfig(), pick_device()
     place = "cpu" if in_parts else device
     dtype = compute_dtype(device)
-    model = _pretrained(
+    model, found = _pretrained(
         _auto_class(base_model), base_model, dtype=dtype, use_safetensors=True,
         quantization_config=_quantization(config, dtype, in_parts), device_map={"": place},
+        output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    model.requires_grad_(False)
+    _refuse_parts(base_model, [*found["missing_keys"], *(n for n, *_ in found["mismatched_keys"])])
+    _settle(model.requires_grad_(False))
     _say_share(base_model, model)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     unpacked = device == "cpu" if config.unpacked is None else config.unpacked
@@ -377,7 +411,10 @@ def _plain(layer: Any, x: torch.Tensor) -> str | None:
     "The one adapter that trains, if that is all there is to do."
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     off = layer.disable_adapters or layer.merged or layer.lora_variant
-    biased = any(part[n].bias is not None for part in (layer.lora_A, layer.lora_B) for n in names)
+    bias = layer.get_base_layer().bias
+    biased = (bias is not None and bias.requires_grad) or any(
+        part[n].bias is not None for part in (layer.lora_A, layer.lora_B) for n in names
+    )
     other = torch.is_autocast_enabled(x.device.type) or x.dtype != _type(layer.get_base_layer())
     trains = torch.is_grad_enabled() and len(names) == 1
     return names[0] if trains and not (off or biased or other) else None
@@ -577,6 +614,8 @@ def check_adapters(
 # %% ../nbs/01_quant_lora.ipynb #d60d5f8f
 def _check_layers(model: Any, name: str, path: str | Path) -> None:
     "Raise `ValueError` unless an adapter and the layers made for it are the same."
+    if model.peft_config[name].layer_replication:
+        raise ValueError("it repeats layers of the base, which would be another for all adapters")
     weights = peft.utils.load_peft_weights(str(path), device="cpu")
     found = peft.set_peft_model_state_dict(model, weights, adapter_name=name)
     missing = [key for key in found.missing_keys if "lora_" in key and f".{name}." in key]
@@ -617,5 +656,10 @@ def as_arm(
     adapters = getattr(model, "peft_config", {})
     if arm in adapters:
         model.set_adapter(arm)
+    elif biased := [name for name, adapter in adapters.items() if adapter.bias != "none"]:
+        raise UserError(
+            f"adapter {biased[0]} trained biases of the base, which are not switched off with it; "
+            f"ask {arm} without adapters"
+        )
     with model.disable_adapter() if adapters and arm not in adapters else nullcontext():
         yield model

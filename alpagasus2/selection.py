@@ -71,7 +71,7 @@ def score_lines(
     dimension: str | None = None,  # which one, when the file holds several
 ) -> Iterator[tuple[tuple, str, float]]:  # (dimension and vote, row id, score), line by line
     "The scores of a file as they stand; at its end, `UserError` where it is not clear which count."
-    found = Counter[str]()
+    found, table = Counter[str](), dict[tuple, float]()
     for n, line in enumerate(iter_rows(path)):
         where = f"{path}: line {n}"
         part = _named_part(line, where)
@@ -79,8 +79,12 @@ def score_lines(
         if dimension and part[0] not in (None, dimension):
             continue
         score = _score(line, where)
-        if score is not None and (key := _scored_id(line, where, by_row)) is not None:
-            yield part, key, score
+        if score is None or (key := _scored_id(line, where, by_row)) is None:
+            continue
+        if "status" not in line and (first := table.setdefault((part, key), score)) != score:
+            raise UserError(f"{where} gives row {key!r} the score {score:g}, and a line before it "
+                            f"{first:g}; keep one, or number them in a column `vote`")  # fmt: skip
+        yield part, key, score
     if dimension is None and len(found) > 1:
         raise UserError(f"{path}: holds several dimensions ({', '.join(sorted(found))}); name one")
     if dimension and found and dimension not in found:
@@ -97,7 +101,11 @@ def load_scores(
     votes: dict[tuple, dict[str, float]] = defaultdict(dict)  # the last line of a vote counts
     for part, key, score in score_lines(path, _ids_by_row(rows, problems), dimension):
         votes[part][key] = score
-    return _means([*votes.values()])
+    scores, ids = _means([*votes.values()]), {r["id"] for r in rows}
+    if scores and ids and not ids & scores.keys():
+        raise UserError(f"{path}: none of its {len(scores):,} scores is of a row of the data: it "
+                        f"scores {next(iter(scores))!r}, they have {rows[0]['id']!r}")  # fmt: skip
+    return scores
 
 # %% ../nbs/00b_selection.ipynb #247fc907
 def _means(votes: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -134,7 +142,10 @@ def _ranking(
     ranking = sorted(shuffled, key=lambda key: -scores[key])
     if rule in ("threshold", "quantile"):
         cut = value if rule == "threshold" else _quantile(scores, value)
-        return None, [key for key in ranking if scores[key] >= cut]
+        if not (kept := [key for key in ranking if scores[key] >= cut]):
+            raise UserError(f"threshold={value:g} keeps no row: the best score is "
+                            f"{scores[ranking[0]]:g}")  # fmt: skip
+        return None, kept
     if not 1 <= value <= len(scores):
         raise UserError(f"{rule}={round(value)}, but between 1 and {len(scores)} rows can be kept")
     return int(value), ranking
@@ -243,7 +254,8 @@ def select(
         scored = scores or {}
         keyed = {r["id"]: scored[r["id"]] for r in rows if r["id"] in scored}
         if not keyed:
-            raise UserError(f"{rule}: none of the {len(rows)} rows has a score")
+            hint = "" if scores else "; it goes by scores, so name a file of them (--scores)"
+            raise UserError(f"{rule}: none of the {len(rows)} rows has a score{hint}")
     k, ranking = _ranking(keyed, rule, value, seed)
     kept = set(_downwards(rows, ranking, k, f"{rule}={k}", drop_near_duplicates, quota))
     return [r for r in rows if r["id"] in kept]

@@ -211,6 +211,15 @@ def test_a_long_row_does_not_rescale_its_neighbours() -> None:
     lm = transformers.Phi3ForCausalLM(config).eval()
     assert ours(decode, lm) == [own(lm, p) for p in PROMPTS]
     assert way_of(lm, PROMPTS, NEW) == ALONE and way_of(lm, PROMPTS[:1], NEW) == REFILLED
+    kinds = {
+        "full_attention": rope,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = transformers.Gemma3TextConfig(
+        vocab_size=WORDS, **USUAL, rope_parameters=kinds, layer_types=[*kinds], head_dim=8,
+        sliding_window=8, initializer_range=0.6,
+    )  # fmt: skip
+    assert way_of(transformers.Gemma3ForCausalLM(config).eval(), PROMPTS, NEW) == ALONE
 
 
 def test_a_model_that_cannot_generate_is_said_to_in_one_sentence() -> None:

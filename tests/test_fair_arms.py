@@ -233,6 +233,39 @@ def test_a_report_holds_a_claim_at_every_rate(at_two_rates, tmp_path):
     assert "one of 2 learning rates" in report(other, tmp_path / "d")["reason"]
 
 
+def test_a_report_says_of_a_run_what_the_run_said(at_two_rates, tmp_path):
+    _, folder, _ = at_two_rates
+    for where in (folder, folder / "rates/0.0002"):
+        of_run = read_json(where / "report/results.json")["claim"]
+        del of_run["heldout"]  # the losses are not among the verdicts
+        assert report(where, tmp_path / where.name) == of_run
+
+
+def test_every_judge_is_held_against_what_was_fixed(at_two_rates, tmp_path):
+    _, folder, _ = at_two_rates
+    run, terms = tmp_path / "run", claimed(folder / "rates/0.0002/claim.json")
+    judged(run, 60)
+    lines = (run / "judgments.jsonl").read_text()
+    for name in ("m", "n"):
+        by_name = lines.replace('"vote"', f'"judge": {{"model": "{name}"}}, "vote"')
+        (run / f"judgments{'-n' if name == 'n' else ''}.jsonl").write_text(by_name)
+    fixed = {k: v for k, v in terms.items() if k not in ("sha256", "rates")} | {
+        "judges": ["m", "n"]
+    }
+    write_json(run / "claim.json", {**fixed, "sha256": json_sha256(fixed)})
+    report(run, tmp_path / "a")
+    beside = read_json(tmp_path / "a/results.json")["judges"]
+    assert [x["verdict"] for x in beside] == ["supported", "supported"]
+    arm = run / "adapters/filtered-0"
+    arm.mkdir(parents=True)
+    write_json(arm / "train_result.json", {"rows": ROWS, "steps": 99})
+    found = report(run, tmp_path / "b")
+    beside = read_json(tmp_path / "b/results.json")["judges"]
+    assert (
+        [x["verdict"] for x in beside] == [found["verdict"]] * 2 == ["not as fixed: no claim"] * 2
+    )
+
+
 def test_two_selectors_are_corrected_for_and_one_alone_is_not(tmp_path):
     terms = {"recipe": {}, "model_a": "filtered", "control": "random", "aa": None}
     two = {"selectors": {"filtered": ["random"], "theirs": ["random"]}}

@@ -1,5 +1,6 @@
 """Whatever the architecture: the loss of a row is the model's own, alone and among others."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from alpagasus2.core.files import UserError
+from alpagasus2.model.check import check
 from alpagasus2.model.forward import Encoded, encode, micro_batches, target_nll
 from alpagasus2.model.likelihood import row_nll
-from alpagasus2.quant_lora import load_base, load_tokenizer
+from alpagasus2.quant_lora import QuantLoraConfig, add_lora, load_base, load_tokenizer
 from alpagasus2.train import TrainConfig, train, training_step
 
 TOKENIZER = load_tokenizer("smollm2-135m")
@@ -143,3 +146,84 @@ def test_rows_that_may_not_share_a_pass_never_do(encoded: list[Encoded]) -> None
     for batch in batches:
         target_nll(lm, [encoded[i] for i in batch])
     assert seen == [(3, max(len(e.ids) for e in encoded))]
+
+
+RANDOM: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},  # layers of dropout
+    "opt": {"word_embed_proj_dim": 64, "ffn_dim": 128},  # dropout by number
+    "mixtral": {"router_jitter_noise": 0.5, "num_local_experts": 4},
+    "llama": {"attention_dropout": 0.5},  # which our kernels do not have
+}
+
+
+@pytest.mark.parametrize("family", RANDOM)
+def test_a_base_draws_nothing_at_random(
+    family: str, encoded: list[Encoded], tmp_path: Path
+) -> None:
+    "Its draws would depend on how rows are cut into micro-batches."
+    torch.manual_seed(0)
+    known = transformers.AutoConfig.for_model(family).to_dict()
+    config = {k: v for k, v in USUAL.items() if k in known} | RANDOM[family]
+    lm = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(family, **config)
+    )
+    lm.save_pretrained(tmp_path)
+    plain = QuantLoraConfig(load_in_4bit=False, lora_dropout=0.0)
+    model = add_lora(load_base(tmp_path, plain), plain).float()
+    with torch.no_grad():
+        own = torch.cat([own_nll(model.eval(), e) for e in encoded]).mean()
+    steps = [{}, {"micro_batch_size": 1}]
+    losses = [training_step(model.train(), encoded, TrainConfig(**s))[0] for s in steps]
+    assert losses == pytest.approx([float(own)] * 2, abs=1e-4)
+
+
+def test_a_model_that_trains_otherwise_than_it_reads_is_refused() -> None:
+    lm = tiny("llama")
+    lm.model.norm.register_forward_hook(lambda m, _, x: x * 1.5 if m.training else x)
+    model = get_peft_model(lm, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="no way of running its rows gives the loss"):
+        check(model, gradient=True)
+
+
+def test_what_a_model_cannot_read_is_refused_before_it_trains(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    short = {**USUAL, "max_position_embeddings": 40}
+    kinds = {  # rows of more than 40 tokens, a token that was added to the tokenizer alone
+        "row 2: 60 tokens, but the model reads 40": [
+            transformers.LlamaConfig(**short, rope_parameters=rope),
+            transformers.GPT2Config(**SHARED, n_layer=1, n_head=4, n_positions=40),
+        ],
+        "row 0: it has token 49151, but the model knows only 49000": [
+            transformers.LlamaConfig(**{**USUAL, "vocab_size": 49000}),
+        ],
+    }
+    rows = [{**ROWS[0], "output": TOKENIZER.decode([49151])}, *ROWS[1:]]
+    rows[2] = {**rows[2], "output": "Rain falls on the roof. " * 4}
+    for said, configs in kinds.items():
+        for config in configs:
+            base = tmp_path / f"{config.model_type}-{config.vocab_size}"
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
+            TOKENIZER.save_pretrained(base)
+            with pytest.raises(UserError, match=said):
+                train(base, rows, tmp_path / "adapter", progress=False)
+
+
+def test_a_checkpoint_without_its_output_layer_is_no_base(tmp_path: Path) -> None:
+    tiny("llama").model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"lacks lm_head\.weight, or has it in another shape"):
+        load_base(tmp_path)
+    tiny("llama").save_pretrained(tmp_path)
+    wider = json.loads((tmp_path / "config.json").read_text()) | {"vocab_size": 50000}
+    (tmp_path / "config.json").write_text(json.dumps(wider))
+    with pytest.raises(UserError, match=r"lacks lm_head\.weight and 1 more, or has it in another"):
+        load_base(tmp_path)
+
+
+def test_half_of_an_encoder_with_a_decoder_is_no_base(tmp_path: Path) -> None:
+    config = transformers.BartConfig(
+        vocab_size=99, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+    )  # fmt: skip
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="bart is an encoder with a decoder"):
+        load_base(tmp_path)

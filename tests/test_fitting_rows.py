@@ -137,6 +137,13 @@ def test_arms_that_the_fitting_rows_cannot_fill_are_refused_before_anything(fini
     assert not (tmp_path / "run/claim.json").exists()
 
 
+def test_a_cut_off_above_the_context_is_refused_before_anything(base, tmp_path):
+    rows = [dolly(n) for n in range(80)]
+    recipe = recipe_file(tmp_path, base, rows, "train: {cutoff_len: 4096}\n")
+    with pytest.raises(UserError, match=r"train: cutoff_len=4096, but .* reads 2048 tokens"):
+        Run(load_recipe(recipe), tmp_path / "run", progress=False)
+
+
 def test_an_arm_s_own_file_loses_its_long_rows_too(finished, base, tmp_path):
     recipe, _ = finished
     own = tmp_path / "own.json"

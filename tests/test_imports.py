@@ -22,10 +22,9 @@ WINGS = {
     "endpoint": "core",
     "model": "core data quant_lora",
     "evidence": "core data selection",
-    "report": "core evidence analysis judge",
+    "report": "core data evidence analysis judge",
     "commands": "core catalog data",  # each command loads the step it runs: see LOADED
-    "extras": "core data quant_lora model train selection endpoint judge local recipe "  # dry_run
-    "evidence generate catalog",
+    "extras": "core endpoint model evidence data quant_lora train generate catalog",
     "scale": "core data endpoint model quant_lora generate judge selection",  # what it spreads
     "steps": "core endpoint model evidence report extras data quant_lora train generate judge "
     "local analysis recipe selection",  # of a run, down to the recipe
@@ -46,6 +45,8 @@ LIGHT = (
     "core endpoint evidence report commands catalog data selection generate judge analysis "
     "cli extras.doctor extras.hub extras.benchmark_tables extras.verify"
 ).split()
+# Without matplotlib as well: pictures are the report's.
+PLAIN = "core endpoint evidence catalog data selection generate judge analysis cli".split()
 
 NO_MODULES = {"__init__", "__main__", "_modidx"}
 
@@ -224,9 +225,12 @@ LIGHT_MODULES = [m for m in MODULES if m in LIGHT or m.partition(".")[0] in LIGH
 
 
 @pytest.mark.parametrize("module", LIGHT_MODULES)
-def test_light_modules_load_no_torch(module):
-    done = python(f"import sys, alpagasus2.{module}; sys.exit('torch' in sys.modules)")
-    assert done.returncode == 0, done.stderr or f"alpagasus2.{module} loads torch"
+def test_light_modules_load_nothing_heavy(module):
+    plain = module.partition(".")[0] in PLAIN
+    heavy = {"torch", "matplotlib"} if plain else {"torch"}
+    done = python(f"import sys, alpagasus2.{module}; print(*{heavy} & set(sys.modules))")
+    assert done.returncode == 0, done.stderr
+    assert not (found := done.stdout.split()), f"alpagasus2.{module} loads {found}"
 
 
 def seconds(code: str) -> float:

@@ -14,9 +14,10 @@ from test_endpoint import lines, read, serving
 from alpagasus2.catalog import dataset_path
 from alpagasus2.cli import main
 from alpagasus2.core.files import UserError
-from alpagasus2.experiment import judge_arms, summary_lines
+from alpagasus2.experiment import judge_arms
 from alpagasus2.judge import NULL_ANSWER, PADDING
 from alpagasus2.recipe import Arm, Judge, Recipe
+from alpagasus2.report.summary import summary_lines
 from alpagasus2.steps.results import report_run
 from alpagasus2.steps.run import Run
 

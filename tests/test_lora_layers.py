@@ -3,21 +3,25 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 
 from alpagasus2.core.files import UserError
 from alpagasus2.extras.merge import merged_model
 from alpagasus2.model.check import checked
+from alpagasus2.model.forward import encode
 from alpagasus2.quant_lora import (
     QuantLoraConfig,
     add_lora,
+    in_one_step,
     load_adapters,
     load_base,
     load_tokenizer,
 )
-from alpagasus2.train import TrainConfig, train
+from alpagasus2.train import TrainConfig, train, training_step
 
 TEXT = {
     "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -135,3 +139,60 @@ def test_trained_and_merged_they_are_the_same(config: Any, saved: Any, tmp_path:
         merged = merged_model(adapter, base, quant)(ids).logits
     apart = (found.float() - merged.float()).norm()
     assert apart < 0.1 * (found.float() - plain.float()).norm()
+
+
+def of_another_tool(base: str, adapter: Path, **options: Any) -> None:
+    "Saves an adapter of PEFT's that changes the base much."
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    given = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options}
+    tuned = get_peft_model(model, LoraConfig(**given))
+    for p in tuned.parameters():
+        p.data += 0.3 * torch.randn_like(p) if p.requires_grad else 0.0
+    tuned.save_pretrained(adapter)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True}, {"trainable_token_indices": [*range(5, 25)]}, {"lora_bias": True},
+        {"use_rslora": True}, {"modules_to_save": ["norm"]}, {"target_modules": ["embed_tokens"]},
+    ],
+    ids=lambda x: next(iter(x)),
+)  # fmt: skip
+def test_adapters_of_other_tools_are_merged_as_peft_does(
+    options: dict[str, Any], saved: Any, tmp_path: Path
+) -> None:
+    base, quant = saved(text("qwen2")), QuantLoraConfig(load_in_4bit=False)
+    of_another_tool(base, tmp_path / "adapter", **options)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+        before = plain(ids).logits
+        wanted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(ids).logits
+        merged = merged_model(tmp_path / "adapter", base, quant).float()(ids).logits
+    assert (merged - wanted).norm() < 0.05 * (wanted - before).norm()
+
+
+def test_an_adapter_that_no_merge_can_hold_is_refused(saved: Any, tmp_path: Path) -> None:
+    base, quant = (
+        saved(text("llama", tie_word_embeddings=True)),
+        QuantLoraConfig(load_in_4bit=False),
+    )
+    of_another_tool(base, tmp_path / "tied", target_modules=["embed_tokens"])
+    with pytest.raises(UserError, match="whose weights are the output layer's, too"):
+        merged_model(tmp_path / "tied", base, quant)
+    of_another_tool(base, tmp_path / "twice", layer_replication=[(0, 2), (0, 2)])
+    with pytest.raises(UserError, match="it repeats layers of the base"):
+        load_adapters(load_base(base, quant), {"twice": tmp_path / "twice"})
+    of_another_tool(base, tmp_path / "bias", lora_bias=True)
+    with pytest.raises(UserError, match="PEFT cannot merge it: Impossible"):
+        merged_model(tmp_path / "bias", base, quant)
+
+
+def test_biases_are_trained_where_a_layer_is_one_step(saved: Any) -> None:
+    config = QuantLoraConfig(load_in_4bit=False, lora_bias="all", lora_dropout=0.0)
+    model = in_one_step(add_lora(load_base(saved(text("qwen2")), config), config))
+    rows = [encode(row, load_tokenizer("smollm2-135m")) for row in ROWS]
+    training_step(model, rows, TrainConfig())
+    biases = [p for n, p in model.named_parameters() if "bias" in n and p.requires_grad]
+    assert biases and all(p.grad is not None and p.grad.any() for p in biases)

@@ -24,6 +24,7 @@ from alpagasus2.cli import main
 from alpagasus2.core.files import UserError
 from alpagasus2.core.run_folder import hold
 from alpagasus2.data import load_examples
+from alpagasus2.model.budget import TOKEN_BUDGET
 from alpagasus2.model.checkpoint import Checkpoint
 from alpagasus2.quant_lora import QuantLoraConfig, load_tokenizer
 
@@ -329,7 +330,7 @@ def test_memory_that_runs_out_changes_the_micro_batches_and_not_the_adapter(
             "the budget stays smaller"
         )
         one, other = (json.loads((p / "train_result.json").read_text()) for p in (whole, small))
-        assert other["token_budget"] < one["token_budget"] == training.TOKEN_BUDGET
+        assert other["token_budget"] < one["token_budget"] == TOKEN_BUDGET
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
         theirs, ours = (load_file(p / "adapter_model.safetensors") for p in (whole, small))
         for name, weight in theirs.items():

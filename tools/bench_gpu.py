@@ -278,12 +278,15 @@ def installed(name: str) -> str | None:
         return None
 
 
-def configs(bench: Bench, preset: str, attention: str | None = None) -> tuple[Any, Any]:
-    "A preset's settings for one epoch; few rows a step when dry."
+def configs(
+    bench: Bench, preset: str, attention: str | None = None, rows: int | None = None
+) -> tuple[Any, Any]:
+    "A preset's settings for one epoch, with its rows a step or so many; few when dry."
     from alpagasus2.train import preset_configs
 
-    small = {"batch_size": 4} if bench.dry else {}
-    return preset_configs(preset, num_epochs=1, attention=attention, **small)
+    rows = 4 if bench.dry else rows
+    a_step = {"batch_size": rows} if rows else {}
+    return preset_configs(preset, num_epochs=1, attention=attention, **a_step)
 
 
 def trained(bench: Bench, shape: str, n_rows: int, config: Any, quant_lora: Any) -> dict[str, Any]:
@@ -314,12 +317,14 @@ def expected_gb(bench: Bench, shape: str, rows: Any, quant_lora: Any) -> float:
     return estimate(model, device=device, micro_batch=rows, quant_lora=quant_lora).total / 1e9
 
 
-def ours(bench: Bench, shape: str, preset: str, attention: str | None = None) -> dict[str, Any]:
+def ours(
+    bench: Bench, shape: str, preset: str, attention: str | None = None, rows: int | None = None
+) -> dict[str, Any]:
     "A preset: the token budget it takes, then speed and peak with this budget."
     from alpagasus2.extras.estimate import heaviest
     from alpagasus2.train import batch_schedule
 
-    config, quant_lora = configs(bench, preset, attention)
+    config, quant_lora = configs(bench, preset, attention, rows)
     n = 2 * config.batch_size
     chosen = trained(bench, shape, n, config, quant_lora)["token_budget"]
     free()
@@ -696,6 +701,7 @@ PARTS = [
     Part("same training as without recording", same_training),
     Part("ours, seed-7b", partial(ours, preset="seed-7b")),
     Part("ours, strong", partial(ours, preset="strong")),
+    Part("ours, strong, 128 rows a step", partial(ours, preset="strong", rows=128)),
     Part("trl, packed", partial(trl, packed=True)),
     Part("trl, packed, all-linear", partial(trl, packed=True, every_layer=True)),
     Part("unsloth, packed", unsloth, group="unsloth"),

@@ -8,7 +8,7 @@ __all__ = ['rate', 'judge', 'generate', 'leaderboard']
 # %% ../../nbs/commands/ask.ipynb #684e7425
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,27 +24,37 @@ def _sorted_out(values: Mapping[str, Any], *classes: Any) -> list[Any]:
     return [c(**{k: v for k, v in values.items() if k in c.__dataclass_fields__}) for c in classes]
 
 # %% ../../nbs/commands/ask.ipynb #ed72794e
-def _ask(
-    backend: str, model: str, base_url: str | None, settings: Any, limits: Any,
-    plans: Mapping[Path, Any], retry: bool, dry_run: bool, options: Any = None, spread: Any = None,
-) -> Any:  # fmt: skip
+@dataclass(frozen=True)
+class _Asked:
+    "Who is asked, and how."
+
+    backend: str  # endpoint, or local
+    model: str
+    base_url: str | None  # of an endpoint
+    settings: Any  # a JudgeConfig
+    limits: Any  # an EndpointConfig
+    options: dict[str, Any] | None  # of a local model's chat template
+    spread: Any  # a Spread: over how many
+
+
+def _ask(who: _Asked, plans: Mapping[Path, Any], retry: bool, dry_run: bool) -> Any:
     "What answers the plans' questions; None on a dry run. Host and price are named before."
-    if backend == "endpoint":
+    if who.backend == "endpoint":
         from alpagasus2.judge import endpoint_ask
 
-        ask = endpoint_ask(model, base_url, settings, limits, plans, retry)
+        ask = endpoint_ask(who.model, who.base_url, who.settings, who.limits, plans, retry)
     else:
         prompts = sum(len(p.lines) for p in plans.values())
-        print(f"{prompts:,} prompts for {model}", file=sys.stderr)
+        print(f"{prompts:,} prompts for {who.model}", file=sys.stderr)
     if dry_run:
         return None
-    if spread and spread.engine:
-        return _spread_ask(backend, model, base_url, settings, limits, plans, options, spread)
-    if backend == "endpoint":
+    if who.spread.engine:
+        return _spread_ask(who, plans)
+    if who.backend == "endpoint":
         return ask
     from alpagasus2.local import Models, local_ask
 
-    return local_ask(Models(model), plans.values(), options)
+    return local_ask(Models(who.model), plans.values(), who.options)
 
 # %% ../../nbs/commands/ask.ipynb #cefa2147
 def _say_status(output: str, lines: Sequence[Mapping]) -> None:
@@ -102,11 +112,11 @@ def _rate_locally(
     _say_status(output, lines)
 
 # %% ../../nbs/commands/ask.ipynb #47588e3f
-def _with_options(plan: Any, backend: str, options: dict[str, Any] | None) -> Any:
+def _with_options(plan: Any, who: _Asked) -> Any:
     "A plan whose file also records the options of a local model's chat template."
-    if options and backend != "local":
+    if who.options and who.backend != "local":
         raise UserError("template_options are for a model of this machine; set backend=local")
-    told = {"template_options": options} if options else {}
+    told = {"template_options": who.options} if who.options else {}
     return replace(plan, settings={**plan.settings, **told})
 
 # %% ../../nbs/commands/ask.ipynb #76625028
@@ -117,41 +127,34 @@ def _check_given(beside: str, options: Mapping[str, Any]) -> None:
             raise UserError(f"{name} changes nothing with {beside}; leave it out")
 
 # %% ../../nbs/commands/ask.ipynb #0804c32e
-def _asking(
-    backend: str, model: str, base_url: str | None, settings: Any, limits: Any, options: Any,
-    plan: Any, outputs: Sequence[Path], spread: Any,
-) -> Any:  # fmt: skip
+def _asking(who: _Asked, plan: Any, outputs: Sequence[Path]) -> Any:
     "Who answers in every actor."
     from alpagasus2.scale.rows import by_endpoint, by_model
 
-    if backend == "endpoint":
-        return by_endpoint(model, base_url, limits, spread.actors, outputs, **settings.asked)
-    return by_model(model, plan, options)
+    if who.backend == "local":
+        return by_model(who.model, plan, who.options)
+    asked, actors = who.settings.asked, who.spread.actors
+    return by_endpoint(who.model, who.base_url, who.limits, actors, outputs, **asked)
 
 
-def _spread_ask(
-    backend: str, model: str, base_url: str | None, settings: Any, limits: Any,
-    plans: Mapping[Path, Any], options: Any, spread: Any,
-) -> Any:  # fmt: skip
+def _spread_ask(who: _Asked, plans: Mapping[Path, Any]) -> Any:
     "What answers the plans' questions by several actors."
     from alpagasus2.scale.rows import spread_ask
 
     (output, plan), *_ = plans.items()
-    given = backend, model, base_url, settings, limits, options, plan, [*plans], spread
-    return spread_ask(_asking(*given), output, spread)
+    return spread_ask(_asking(who, plan, [*plans]), output, who.spread)
 
 # %% ../../nbs/commands/ask.ipynb #561a8392
 def _rate_in_blocks(
-    given: Sequence[Any], plan_of: Callable, who: Sequence[Any], output: str, retry: bool,
-    spread: Any,
-) -> None:  # fmt: skip
+    given: Sequence[Any], plan_of: Callable, who: _Asked, output: str, retry: bool
+) -> None:
     "Ask for the scores of rows that are not held."
     from alpagasus2.core.run_folder import manifest_entry
     from alpagasus2.data import iter_rows
     from alpagasus2.scale.rows import rate_stream, stream_rows
 
-    asking = _asking(*[*who, plan_of([]), [Path(output)], spread])
-    counts = rate_stream(stream_rows(*given), plan_of, asking, output, spread, retry)
+    asking = _asking(who, plan_of([]), [Path(output)])
+    counts = rate_stream(stream_rows(*given), plan_of, asking, output, who.spread, retry)
     add_result(files={output: counts})
     _say_counts(output, counts, manifest_entry(output)["cost"]["usd"])
     _say_scores(iter_rows(output))
@@ -172,14 +175,12 @@ def _signals_in_blocks(
     _say_counts(output, counts, None)
 
 # %% ../../nbs/commands/ask.ipynb #39f08289
-def _rate_by_asking(
-    plan: Any, who: tuple, output: str, retry: bool, dry_run: bool, options: Any
-) -> None:
+def _rate_by_asking(plan: Any, who: _Asked, output: str, retry: bool, dry_run: bool) -> None:
     "Ask for the scores of a plan, and say what came of it."
     from alpagasus2.judge import carry_out
 
     plans = {Path(output): plan}
-    if ask := _ask(*who, plans, retry, dry_run, options):  # type: ignore[call-arg]
+    if ask := _ask(who, plans, retry, dry_run):
         lines = carry_out(plan, ask, output, retry)
         add_result(files={output: status_counts(lines)})
         _say_status(output, lines)
@@ -232,15 +233,15 @@ def rate(
         raise UserError("--model: name the model that rates (with --rater llm)")
     own = load_prompt(prompt, low, high) if prompt else RatingPrompt()
     made = partial(rating_plan, config=settings, rater=model, prompt=own)
-    who = (backend, model, base_url, settings, limits)
+    who = _Asked(backend, model, base_url, settings, limits, template_options, spread)
 
     def planned(some: Sequence[Any]) -> Any:
-        return _with_options(made(some), backend, template_options)
+        return _with_options(made(some), who)
 
     if in_blocks:
-        _rate_in_blocks(given, planned, (*who, template_options), output, retry, spread)
+        _rate_in_blocks(given, planned, who, output, retry)
     else:
-        _rate_by_asking(planned(rows), who, output, retry, dry_run, template_options)
+        _rate_by_asking(planned(rows), who, output, retry, dry_run)
 
 # %% ../../nbs/commands/ask.ipynb #0ade7c2c
 def judge(
@@ -284,13 +285,12 @@ def judge(
     asked = {Path(output): pairs}
     if canaries and pairs:
         asked[canaries_path(output)] = canary_pairs(lines, pairs[0]["model_a"])
+    who = _Asked(backend, model, base_url, settings, limits, template_options, spread)
     plans = {
-        path: _with_options(comparison_plan(todo, settings, model), backend, template_options)
+        path: _with_options(comparison_plan(todo, settings, model), who)
         for path, todo in asked.items()
     }
-    ask = _ask(
-        backend, model, base_url, settings, limits, plans, retry, dry_run, template_options, spread
-    )  # fmt: skip
+    ask = _ask(who, plans, retry, dry_run)
     judged = {str(p): carry_out(plan, ask, p, retry) for p, plan in plans.items() if ask}
     add_result(files={path: status_counts(lines) for path, lines in judged.items()})
     for path, lines in judged.items():

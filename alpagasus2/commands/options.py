@@ -8,7 +8,6 @@ __all__ = ['COMMON', 'kind_text', 'complaint', 'config_class', 'option_help', 'c
 
 # %% ../../nbs/commands/options.ipynb #4f8f5c9a
 import contextlib
-import difflib
 import importlib
 import inspect
 import io
@@ -26,7 +25,7 @@ from unittest.mock import patch
 
 from fastcore.docments import docments
 
-from ..core.files import UserError, dumps, printable
+from ..core.files import UserError, dumps, nearest, printable
 from ..data import Example, Problem, dropped, load_examples
 
 # %% ../../nbs/commands/options.ipynb #732d4ebd
@@ -62,8 +61,8 @@ def complaint(
     for word in text.replace("=", " ").replace('"', " ").replace("'", " ").split():
         word = word.rstrip(":,.")
         if word.startswith("--") and word[2:] not in known:
-            near = difflib.get_close_matches(word[2:], known, 1)
-            hint = f"; did you mean --{near[0]}?" if near else ""
+            near = nearest(word[2:], known)
+            hint = f"; did you mean --{near}?" if near else ""
             return f"{command}: unknown option {word}{hint}"
     if (m := _MISTYPED.match(text)) and types and m["name"] in types:
         return f"{command}: --{m['name']} {m['value']}: {kind_text(types[m['name']])} is wanted"

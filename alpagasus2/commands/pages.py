@@ -90,172 +90,77 @@ def _own_model_a(lines: Sequence[Any]) -> str | None:
     own = {x["model_a"] for x in lines}
     return own.pop() if len(own) == 1 else None
 
-# %% ../../nbs/commands/pages.ipynb #20cedac1
-def _folder(judgments: str) -> Path:
-    "The folder of a run's verdicts."
-    path = Path(judgments).resolve()
-    return path if path.is_dir() else path.parent
-
-
-def _as_fixed(folder: Path, claim: Mapping[str, Any]) -> dict[str, Any]:
-    "No claim where a run's arms were not trained as its claim.json says."
-    from alpagasus2.evidence.claim import read_claim, unlike_fixed
-    from alpagasus2.evidence.doubts import unlike_claim
-
-    path = folder / "claim.json"
-    fixed = read_claim(path) if path.exists() else {}
-    where = unlike_claim(folder, fixed) if {"rows", "seeds", "steps"} <= {*fixed} else []
-    return unlike_fixed(claim, where)
-
-# %% ../../nbs/commands/pages.ipynb #3ab7b45c
-def _trained(judgments: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    "What a run's folder fixed, and the rows of its arms; none of a claim of an earlier version."
-    from alpagasus2.evidence.claim import read_claim
-    from alpagasus2.evidence.doubts import rows_of_arms
-
-    claim = read_claim(_folder(judgments) / "claim.json")
-    return claim, rows_of_arms(_folder(judgments), claim) if "seeds" in claim else {}
-
-# %% ../../nbs/commands/pages.ipynb #fbb2f1dc
-def _canaries_path(judgments: str) -> Path:
-    "Of a folder, of the run that a file belongs to, or else beside the file."
-    from alpagasus2.judge import canaries_path
-
-    path, folder = Path(judgments).resolve(), _folder(judgments)
-    whole = path.is_dir() or (folder / "claim.json").exists()
-    return folder / "canaries.jsonl" if whole else canaries_path(path)
-
-
-def _judges_of(lines: Sequence[Any]) -> set[tuple[Any, Any]]:
-    "Model and prompt of whatever judged these lines."
-    return {(j.get("model"), j.get("prompt_version")) for x in lines if (j := x.get("judge"))}
-
-
-def _canaries(judgments: str, lines: Sequence[Any]) -> dict[str, list[float]]:
-    "Outcomes of the judge's sanity checks; `UserError` where they are gone, or another judge's."
-    from alpagasus2.analysis import canary_outcomes
-
-    path = _canaries_path(judgments)
-    if manifest_entry(path) and not path.exists():
-        raise UserError(f"{path}: it is gone, and manifest.json names it; put it back")
-    found = latest(path)
-    judges, asked = _judges_of(lines), _judges_of(found)
-    if judges and asked - judges:
-        raise UserError(f"{path}: these sanity checks are of {min(map(str, asked - judges))}, and "
-                        f"{min(map(str, judges))} judged; `judge` asks them anew")  # fmt: skip
-    return canary_outcomes(found)
-
-# %% ../../nbs/commands/pages.ipynb #ee013822
-def _over_rates(
-    judgments: str, terms: Mapping[str, Any], claim: Mapping[str, Any],
-    known: set[tuple[str, str]],
-) -> Any:  # fmt: skip
-    "What a run's folder claims over all learning rates that its recipe names."
-    from alpagasus2.analysis import analyse, hold_without, load_judgments
-    from alpagasus2.evidence.claim import NO_CONTROL, at_every_rate, at_one_rate, read_claim
-
-    folder = _folder(judgments)
-    fixed = read_claim(folder / "claim.json")
-    first, *others = fixed["recipe"].get("rates") or [None]
-    found = {first: at_one_rate(claim, fixed.get("rates") or [])}
-    for further in others:
-        own = folder / "rates" / f"{further:g}" / "judgments.jsonl"
-        unjudged = {"claim": {"verdict": NO_CONTROL, "reason": f"{own} is not there yet."}}
-        lines = load_judgments(own)[0] if own.exists() else []
-        canaries = _canaries(str(own), lines)
-        results: Any = analyse(lines, canaries=canaries, **terms) or unjudged
-        hold_without(results, lines, known, canaries=canaries, **terms)
-        found[further] = _as_fixed(own.parent, results["claim"])
-    return at_every_rate(found) if others else found[first]
-
-# %% ../../nbs/commands/pages.ipynb #b672a87e
-def _of_run(
-    judgments: str, terms: Mapping[str, Any], lines: Sequence[Any], results: Any, canaries: Any
-) -> dict[str, Any]:
-    "The claim of a run's folder, which holds without the questions seen and at every rate."
-    from alpagasus2.analysis import hold_without
-    from alpagasus2.evidence.doubts import given_away
-
-    asked = {(x["test_set"], x["id"]): x for x in lines}
-    known = given_away(_trained(judgments)[1], [*asked.values()])
-    hold_without(results, lines, known, canaries=canaries, **terms)
-    of_first = _as_fixed(_folder(judgments), results["claim"])
-    return _over_rates(judgments, terms, of_first, known)
-
-
-def _doubted(judgments: str, claim: Mapping[str, Any]) -> dict[str, Any]:
-    "The claim, with what weakens it."
-    from alpagasus2.evidence.doubts import doubts
-
-    fixed, trained = _trained(judgments)
-    weak = doubts(fixed, trained) if "seeds" in fixed else []
-    return {**claim, "reason": " ".join([claim["reason"], *weak])}
-
 # %% ../../nbs/commands/pages.ipynb #0ffab8de
+def _judged(lines: Sequence[Any], judgments: str) -> tuple[dict[str, list[Any]], dict[str, Path]]:
+    "The verdicts of every judge of a run's folder, and their files; the first decides."
+    files = _judges(judgments)
+    if len(files) < 2:
+        return {"": [*lines]}, {}
+    first, *others = files
+    return {first: [*lines]} | {name: latest(files[name]) for name in others}, files
+
+
+def _post_hoc(
+    run: Any, claim: Any, lines: Sequence[Any], terms: Mapping[str, Any], asked: Mapping[str, Any],
+    control: str | None, **more: Any,
+) -> Any:  # fmt: skip
+    "A run's claim, with what its verdicts come to by the terms that were asked for."
+    from alpagasus2.analysis import analyse
+    from alpagasus2.evidence.claim import with_post_hoc
+    from alpagasus2.report.run_claim import claim_by
+
+    if all(terms[k] == v for k, v in asked.items()):
+        return claim
+    other = {**terms, **asked}
+    if other["model_a"] != terms["model_a"]:
+        other |= {"control": control, "selectors": None}
+    found = analyse(lines, **other, **more)
+    later = claim_by(run, found, lines, more.get("canaries"), other)
+    return with_post_hoc(claim, later, " and ".join(f"{k} {v}" for k, v in asked.items()))
+
+
 def _analysed(
     lines: Sequence[Any], judgments: str, model_a: str | None, margin: float | None, **more: Any
-) -> tuple[Any, dict[str, Any]]:
-    "The results by the fixed terms, or else by the given ones; the terms."
-    from alpagasus2.analysis import analyse
-    from alpagasus2.evidence.claim import with_post_hoc, without_claim
+) -> tuple[Any, list[list[Any]]]:
+    "The results by the fixed terms, or else by the given ones; the verdicts to show, by judge."
+    from alpagasus2.analysis import analyse, orient
+    from alpagasus2.evidence.claim import without_claim
+    from alpagasus2.report.judges import named_verdicts
+    from alpagasus2.report.run_claim import decide_run, fixed_run, folder_of
 
     models, arm = {x[m] for x in lines for m in ("model_a", "model_b")}, model_a
     arm = arm or _own_model_a(lines)
-    given = {"model_a": arm, "control": _control(models, arm), "margin": margin}
-    fixed = _terms(judgments)
-    results = analyse(lines, **(fixed or given), **more)
-    if fixed:
-        results["claim"] = _of_run(judgments, fixed, lines, results, more.get("canaries"))
-        results["claim"] = _doubted(judgments, results["claim"])
-    elif results:
-        results["claim"] = without_claim(results["claim"])
+    given: dict[str, Any] = {"model_a": arm, "control": _control(models, arm), "margin": margin}
+    if not (terms := _terms(judgments)):
+        results: Any = analyse(lines, **given, **more)
+        if results:
+            results["claim"] = without_claim(results["claim"])
+        return results, [orient(lines, arm)]
+    results, run = analyse(lines, **terms, **more), fixed_run(folder_of(judgments), lines)
+    judged, files = _judged(lines, judgments)
+    decide_run(run, results, judged, more.get("canaries") or {}, files)
     asked = {k: v for k, v in (("model_a", model_a), ("margin", margin)) if v is not None}
-    if fixed and any(fixed[k] != v for k, v in asked.items()):
-        terms = fixed | asked
-        terms |= (
-            {"control": given["control"], "selectors": None}
-            if model_a not in (None, fixed["model_a"])
-            else {}
-        )
-        said = " and ".join(f"{k} {v}" for k, v in asked.items())
-        found = analyse(lines, **terms, **more)
-        later = _of_run(judgments, terms, lines, found, more.get("canaries"))
-        results["claim"] = with_post_hoc(results["claim"], later, said)
-    return results, fixed or given
+    claim = _post_hoc(run, results["claim"], lines, terms, asked, given["control"], **more)
+    return {**results, "claim": claim}, named_verdicts(judged, terms["model_a"])
 
 # %% ../../nbs/commands/pages.ipynb #6adecefd
 def _page_results(
     lines: Sequence[Any], copied: bool, judgments: str, labels: Sequence[str],
     model_a: str | None, margin: float | None,
-) -> tuple[Any, dict[str, Any]]:  # fmt: skip
-    "What verdicts and labels come to; the terms."
+) -> tuple[Any, list[list[Any]]]:  # fmt: skip
+    "What verdicts and labels come to; the verdicts to show, by judge."
     from alpagasus2.evidence.labels import load_labels
     from alpagasus2.report.formats import load_other_forms, without_orders
     from alpagasus2.report.outside import weighted_win_rates
+    from alpagasus2.report.run_claim import run_canaries
 
-    canaries = _canaries(judgments, lines) if judgments else {}
+    canaries = run_canaries(judgments, lines) if judgments else {}
     said = [x for path in labels for x in load_labels(path)] if labels else None
-    results, terms = _analysed(lines, judgments, model_a, margin, canaries=canaries, labels=said)
+    results, shown = _analysed(lines, judgments, model_a, margin, canaries=canaries, labels=said)
     results = without_orders(results) if copied else results
     if copied and (weighted := weighted_win_rates(load_other_forms(judgments))):
         results["weighted"] = weighted
-    return results, terms
-
-# %% ../../nbs/commands/pages.ipynb #8cf9fbf8
-def _with_judges(
-    results: Any, lines: Sequence[Any], judgments: str, terms: Mapping[str, Any]
-) -> list[list[Any]]:
-    "Add a run's other judges to the results; the verdicts to show, those that decide first."
-    from alpagasus2.analysis import orient
-    from alpagasus2.report.judges import add_judges, named_verdicts
-
-    files = _judges(judgments)
-    if len(files) < 2:
-        return [orient(lines, terms["model_a"])]
-    first, *others = files
-    judged = {first: lines} | {name: latest(files[name]) for name in others}
-    add_judges(results, judged, files, **terms)
-    return named_verdicts(judged, terms["model_a"])
+    return results, shown
 
 # %% ../../nbs/commands/pages.ipynb #bbe66766
 def _figures(results: Any, lines: Sequence[Any], copied: bool) -> dict[str, Any]:
@@ -273,17 +178,18 @@ def _figures(results: Any, lines: Sequence[Any], copied: bool) -> dict[str, Any]
 def _read_files(judgments: str | None, others: Sequence[str]) -> list[Path]:
     "The files that a page of verdicts is made from: those named, and what lies beside them."
     from alpagasus2.report.formats import other_files
+    from alpagasus2.report.run_claim import folder_of, run_canaries_path
 
     found = [Path(p) for p in others]
     if not judgments:
         return [p for p in found if p.is_file()]
-    path, folder = Path(judgments), _folder(judgments)
+    path, folder = Path(judgments), folder_of(judgments)
     if path.is_dir():
         made = ("results.json", "manifest.json")  # of a page that lies among the verdicts
         found += [p for p in sorted(path.glob("[!.]*.json*")) if p.name not in made]
     else:
         reviewed, _ = other_files(path)
-        found += {path, *reviewed, folder / "claim.json", _canaries_path(judgments)}
+        found += {path, *reviewed, folder / "claim.json", run_canaries_path(judgments)}
     if (folder / "claim.json").exists():  # the claim looks at the arms' rows, and at every rate
         found += [*folder.glob("selected/*.json"), *folder.glob("rates/*/*.jsonl")]
     return [p for p in found if p.is_file()]
@@ -308,8 +214,7 @@ def _verdict_page(
 
     place = judgments or ""
     lines, copied = _page_verdicts(place, judge, model_a) if place else ([], False)
-    results, terms = _page_results(lines, copied, place, labels, model_a, margin)
-    decides, *beside = _with_judges(results, lines, place, terms)
+    results, (decides, *beside) = _page_results(lines, copied, place, labels, model_a, margin)
     answers: list[Any] = [x for path in responses for x in read_responses(path)]
     figures = _figures(results, lines, copied)
     page = write_report(results, output, decides, answers, figures, others=[*chain(*beside)])

@@ -144,7 +144,8 @@ def estimate(
     "Memory and time of a training, before anything loads."
     from alpagasus2.extras.estimate import advice, find_device, fitting_line, report_lines, shape_of
     from alpagasus2.extras.estimate import estimate as estimate_training
-    from alpagasus2.train import TOKEN_BUDGET, preset_configs
+    from alpagasus2.model.budget import TOKEN_BUDGET
+    from alpagasus2.train import preset_configs
 
     train_config, quant_lora = preset_configs(preset, **config)
     about: dict[str, Any] = {"rows": rows, "mean_tokens": mean_tokens}

@@ -17,7 +17,7 @@ PACKED = frozenset(
     afmoe apertus arcee aria_text axk1 beam biogpt bitnet codegen cohere cohere2 cohere2_moe cwm
     deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo
     gemma gemma2 gemma3_text gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode
-    gpt_neo gpt_neox gpt_neox_japanese gptj granite granitemoe granitemoeshared helium
+    gpt_neox gpt_neox_japanese gptj granite granitemoe granitemoeshared helium
     hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1
     laguna llama longcat_flash mellum minicpm3 minimax_m2 ministral ministral3 mistral mixtral
     nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
@@ -101,9 +101,14 @@ def apart_above(
     if any(getattr(config, field, None) for field in _INDEXERS):
         return 0
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("dynamic", "longrope"):
-        return inf
-    return rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    kinds = [x for x in rope.values() if isinstance(x, dict)] or [rope]  # of layers, or of all
+    return min(
+        (
+            x.get("original_max_position_embeddings") or config.max_position_embeddings
+            for x in kinds if x.get("rope_type") in ("dynamic", "longrope")
+        ),
+        default=inf,
+    )  # fmt: skip
 
 # %% ../../nbs/core/families.ipynb #53702d6e
 _QUERY_AND_VALUE = (

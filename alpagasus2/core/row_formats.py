@@ -227,10 +227,47 @@ def is_bad(
 def _is_alpaca(row: Row) -> bool:
     return row.get("instruction") is not None and row.get("output") is not None
 
+# %% ../../nbs/core/row_formats.ipynb #7b3c4478
+def _said_beside(row: Row) -> list[str]:
+    "The fields with which a row of Alpaca's says more of what was asked."
+    kinds = {"system": str, "system_prompt": str, "history": list}
+    if not row.get("input"):
+        kinds["context"] = str
+    return [name for name, kind in kinds.items() if isinstance(row.get(name), kind) and row[name]]
+
+
+def _alpaca_and_more(row: Row) -> dict[str, Any]:
+    more, given = _said_beside(row), row.get("input") or ""
+    given = row["context"] if "context" in more else given
+    rest = _without(row, *more, "instruction", "input", "output")
+    if more == ["context"]:
+        own = {k: row[k] for k in ("instruction", "output")}
+        return {**rest, **own, "input": given}
+    system = next((row[n] for n in more if n != "history"), None)
+    past = [
+        t
+        for q, a in row.get("history") or []
+        for t in (*_turns(q, "user"), *_turns(a, "assistant"))
+    ]
+    asked = "\n".join(filter(None, (row["instruction"], given)))
+    last = [*_turns(asked, "user"), *_turns(row["output"], "assistant")]
+    return {**rest, "messages": [*_under(row, system), *past, *last]}
+
+
+def _is_from(said: Any) -> bool:
+    return isinstance(said, list) and bool(said) and isinstance(said[0], dict) and "from" in said[0]
+
+
+def _is_ours(row: Row) -> bool:
+    "Whether a row has messages as we have them, the system turn among them."
+    beside = isinstance(row.get("system"), str) and row["system"] and _talk(row, dict)
+    return row.get("messages") not in (None, "") and not _is_from(row["messages"]) and not beside
+
 # %% ../../nbs/core/row_formats.ipynb #4ca34e6e
 FORMATS = (
-    RowFormat("messages", "messages: role, content",
-              lambda r: r.get("messages") not in (None, "") and not _is_from(r["messages"]), dict),
+    RowFormat("messages", "messages: role, content", _is_ours, dict),
+    RowFormat("LLaMA-Factory", "instruction, output; system, history or context",
+              lambda r: _is_alpaca(r) and bool(_said_beside(r)), _alpaca_and_more),
     RowFormat("Alpaca", "instruction, input, output", _is_alpaca, dict),
     RowFormat("preferences", "prompt, chosen, rejected",
               lambda r: _has(r, "chosen", "rejected"), _chosen),
@@ -244,10 +281,6 @@ FORMATS = (
     RowFormat("question and answer", "question, answer or response; context, system_prompt",
               *_answered("question", "answer", "response")),
 )  # fmt: skip
-
-
-def _is_from(said: Any) -> bool:
-    return isinstance(said, list) and bool(said) and isinstance(said[0], dict) and "from" in said[0]
 
 
 def format_of(

@@ -52,10 +52,10 @@ def hold(
     output: str | Path,  # a file or folder, which need not be there yet
 ) -> AcquireReturnProxy:  # let go at the end of a `with`, by `.lock.release()`, or by a kill
     "Take an output for this process alone; `UserError` where another one has it."
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(output).absolute()  # `.` has no name
+    place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(output.with_name(f".{output.name}.lock")).acquire(timeout=0)
+        return FileLock(place.with_name(f".{place.name}.lock")).acquire(timeout=0)
     except Timeout:
         raise UserError(f"{output}: another process is writing it; wait or stop that") from None
 
@@ -73,6 +73,8 @@ class Journal(AbstractContextManager["Journal"]):
         path: str | Path,  # the file; made if it is not there
     ):
         self.path = Path(path)
+        if self.path.is_dir():
+            raise UserError(f"{path}: this is a folder; give the name of a file")
         if self.path.suffix.lower() == ".parquet":
             raise UserError(f"{path}: lines are written one by one, as JSON Lines; name it .jsonl")
         self._lock = hold(self.path).lock

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from .files import UserError, atomic, dumps, read_json, say_once
+from .files import UserError, atomic, dumps, read_json, say_once, write_jsonl
 
 # %% ../../nbs/core/tables.ipynb #24f7b408
 _CHUNK = 1 << 20  # characters or bytes read at a time
@@ -211,9 +211,12 @@ def _large_cells() -> Iterator[None]:
 
 def _csv(path: Path, delimiter: str = ",") -> Iterator[dict]:
     with _text(path, "") as f, _large_cells():
-        reader = csv.DictReader(f, delimiter=delimiter, strict=True)
+        header = f.readline()
+        f.seek(0)
+        semicolons = ";" in header and delimiter not in header
+        reader = csv.DictReader(f, delimiter=";" if semicolons else delimiter, strict=True)
         try:
-            names = reader.fieldnames or []
+            names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             if twice := [n for n in names if names.count(n) > 1]:
                 raise UserError(f"{path}: two columns are called {twice[0]!r}; rename one")
             for number, row in enumerate(reader):
@@ -371,12 +374,17 @@ def records(
 
 # %% ../../nbs/core/tables.ipynb #f66f79d4
 def write_rows(
-    path: str | Path,  # .parquet; any other ending: a JSON list
+    path: str | Path,  # .json (a list), .jsonl or .ndjson (one a line), .parquet
     rows: Iterable[Mapping[str, Any]],  # JSON objects, which are not held
 ) -> None:
     "Write rows atomically, a list as `write_json` has it."
-    if ending_of(path) == ".parquet":
+    ending = Path(path).suffix.lower()
+    if ending == ".parquet":
         return write_parquet(path, rows)
+    if ending in (".jsonl", ".ndjson"):
+        return write_jsonl(path, rows)
+    if ending != ".json":
+        raise UserError(f"{path}: rows are written as .json, .jsonl or .parquet; name it so")
     with atomic(path) as part, open(part, "w", encoding="utf-8") as f:
         start = "["
         for row in rows:

@@ -7,7 +7,6 @@ __all__ = ['VARIABLE', 'Effort', 'PLAIN', 'THINKING', 'MORE_ROOM', 'check_fields
            'without_system']
 
 # %% ../../nbs/endpoint/parameters.ipynb #716a247f
-import difflib
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 from pydantic_core import ArgsKwargs
 
-from ..core.files import UserError, check_names, settings
+from ..core.files import UserError, check_names, nearest, settings
 from .completion import Told
 
 # %% ../../nbs/endpoint/parameters.ipynb #767e0ff0
@@ -81,8 +80,8 @@ class Parameters:
                 raise UserError(f"{name}={value}: it must be from {least} to {most:,}")
         kind = (self.response_format or {"type": "text"}).get("type")
         if self.response_format == {} or kind not in _REPLIES:
-            near = difflib.get_close_matches(str(kind), _REPLIES, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_REPLIES)}"
+            near = nearest(str(kind), _REPLIES)
+            hint = f"did you mean {near!r}?" if near else f"there are {', '.join(_REPLIES)}"
             raise UserError(f"response_format: its type is {kind!r}; {hint}")
         check_fields(list(self.extra_body or ()), _OURS)
 

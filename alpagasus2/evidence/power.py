@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'Design', 'prompt_sd', 'needed_effects', 'power', 'smallest_effect', 'equivalence_power', 'smallest_margin',
-           'spread_bound', 'detectable_effect', 'measured_noise', 'Prices', 'plan', 'plot_plan', 'plan_lines']
+           'spread_bound', 'detectable_effect', 'measured_noise', 'Prices', 'plan', 'plan_lines']
 
 # %% ../../nbs/evidence/power.ipynb #a281d56f
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +16,7 @@ from .intervals import RunNoise, VarianceParts, rest_taken
 from .sampling import labels_needed
 
 # %% ../../nbs/evidence/power.ipynb #499ac332
-import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-import seaborn as sns
 from scipy.stats import chi2, t
 
 # %% ../../nbs/evidence/power.ipynb #d01cb022
@@ -266,30 +263,6 @@ def plan(
                 {"prompts": n, "runs": r, **shown, **_costs(n, rates * r, arms, prices, further)}
             )
     return rows
-
-# %% ../../nbs/evidence/power.ipynb #1552f33d
-def plot_plan(
-    rows: Sequence[Mapping[str, Any]],  # from `plan`
-) -> plt.Figure:
-    "Power over the number of prompts, a line for each number of runs."
-    table = pd.DataFrame([r for r in rows if r["power"] is not None])
-    if table.empty:
-        raise UserError("no row has a power: plan three runs or more of each arm")
-    fig, ax = plt.subplots(figsize=(6, 3))
-    table["runs"] = table["runs"].astype(str) + " runs"
-    sns.lineplot(
-        table, x="prompts", y="power", hue="runs", style="runs", markers=True, dashes=False,
-        palette="colorblind", ax=ax,
-    )  # fmt: skip
-    ax.axhline(0.8, color="0.3", linewidth=1, linestyle="--")
-    ax.set(xscale="log", xlabel="prompts", ylabel="power", ylim=(0, 1.02))
-    shown = sorted(table["prompts"].unique())
-    ax.set_xticks(shown, [f"{n:,}" for n in shown])
-    ax.minorticks_off()
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    sns.despine(ax=ax)
-    fig.tight_layout()
-    return fig
 
 # %% ../../nbs/evidence/power.ipynb #09cc7552
 def plan_lines(

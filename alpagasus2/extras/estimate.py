@@ -9,7 +9,6 @@ __all__ = ['SHAPES', 'STEPS', 'DEVICES', 'SHARED', 'TOGETHER', 'load_config', 'S
            'fitting_line']
 
 # %% ../../nbs/extras/estimate.ipynb #54b6b459
-import difflib
 import importlib.util
 import os
 import re
@@ -21,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from ..core import families
-from ..core.files import UserError
+from ..core.files import UserError, nearest
 from ..core.run_folder import duration
+from ..model.budget import BUDGETS, TOKEN_BUDGET
 from ..model.forward import Encoded, computed_tokens, packs
 from ..quant_lora import QuantLoraConfig, compute_dtype, expert_weights, pick_device
-from ..train import BUDGETS, TOKEN_BUDGET, TrainConfig, batch_schedule
+from ..train import TrainConfig, batch_schedule
 
 # %% ../../nbs/extras/estimate.ipynb #5f9119a4
 import torch
@@ -57,9 +57,9 @@ def load_config(
     name = str(base_model)
     if name in SHAPES:
         return transformers.LlamaConfig(**SHAPES[name])
-    near = difflib.get_close_matches(name, SHAPES, 1, 0.8)
+    near = nearest(name, SHAPES, 0.8)
     if near and not Path(name).exists():  # asking the hub for a misspelt shape takes half a minute
-        raise UserError(f"{name}: no folder and no named shape; did you mean {near[0]}?")
+        raise UserError(f"{name}: no folder and no named shape; did you mean {near}?")
     try:
         config = transformers.AutoConfig.from_pretrained(base_model, trust_remote_code=False)
     except (OSError, ValueError) as e:

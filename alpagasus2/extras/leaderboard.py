@@ -8,7 +8,6 @@ __all__ = ['ifeval_lacks', 'LeaderboardConfig', 'find_tasks', 'load_tasks', 'Reh
 
 # %% ../../nbs/extras/leaderboard.ipynb #22afa373
 import contextlib
-import difflib
 import hashlib
 import importlib.util
 import logging
@@ -24,7 +23,14 @@ from typing import Any
 from pydantic import Field
 from tqdm import tqdm
 
-from ..core.files import UserError, adapter_sha256, file_sha256, json_sha256, settings
+from alpagasus2.core.files import (
+    UserError,
+    adapter_sha256,
+    file_sha256,
+    json_sha256,
+    nearest,
+    settings,
+)
 from ..core.run_folder import Journal, Step, changed_setting, hold, resumed
 from .benchmark_tables import BENCHMARKS, OPEN_LLM, Benchmark, write_results
 
@@ -109,8 +115,8 @@ def find_tasks(
         manager = TaskManager(include_path=own)
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "give its folder with --include_path"
+            near = nearest(name, manager.all_tasks)
+            hint = f"did you mean {near!r}?" if near else "give its folder with --include_path"
             raise UserError(f"no task {name!r}; {hint}")
     return manager
 

@@ -8,6 +8,7 @@ __all__ = ['MergeBase', 'training_settings', 'merged_model', 'divergence', 'merg
 # %% ../../nbs/extras/merge.ipynb #cee42e52
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from ..train import rows_sha256
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.other import ModulesToSaveWrapper
 
 # %% ../../nbs/extras/merge.ipynb #97b57256
 def training_settings(
@@ -66,6 +68,29 @@ def _base_of(adapter: str | Path, base_model: str | Path | None) -> tuple[str, Q
 # %% ../../nbs/extras/merge.ipynb #5b1a8a61
 MergeBase = Literal["dequantised", "original"]
 
+# %% ../../nbs/extras/merge.ipynb #512e7ce2
+@torch.no_grad()
+def _add(layer: Any, adapter: str | Path) -> None:
+    "Add an adapter to one layer, in fp32."
+    fused = isinstance(layer, ParamWrapper)  # of experts, by another tool
+    weight = layer.get_param() if fused else layer.get_base_layer().weight
+    weight.data = weight.float()
+    try:
+        layer.merge()
+    except RuntimeError as e:  # it has a bias, say, and the layer has none
+        raise UserError(f"{adapter}: PEFT cannot merge it: {e}") from e
+    weight.data = weight.bfloat16()
+
+
+def _refuse_shared(model: Any, adapter: str | Path) -> None:
+    embeddings = model.get_base_model().get_input_embeddings()
+    adapted = isinstance(embeddings, LoraLayer | ModulesToSaveWrapper)
+    if adapted and model.config.get_text_config().tie_word_embeddings:
+        raise UserError(
+            f"{adapter}: it changes the embeddings, whose weights are the output layer's, too, so "
+            "it cannot be merged; keep it beside its base"
+        )
+
 # %% ../../nbs/extras/merge.ipynb #425543d1
 def merged_model(
     adapter: str | Path,  # an adapter folder
@@ -78,14 +103,12 @@ def merged_model(
         config = dataclasses.replace(config, load_in_4bit=False, load_in_8bit=False)
     config = dataclasses.replace(config, unpacked=True)
     model = load_adapters(load_base(base_model, config), {"default": adapter})
-    with torch.no_grad():
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                fused = isinstance(layer, ParamWrapper)  # of experts, by another tool
-                weight = layer.get_param() if fused else layer.get_base_layer().weight
-                weight.data = weight.float() + layer.get_delta_weight("default").float()
-                weight.data = weight.data.bfloat16()
-    return model.unload().to(torch.bfloat16).eval()
+    _refuse_shared(model, adapter)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            _add(layer, adapter)
+    with warnings.catch_warnings(action="ignore"):  # that all layers are merged
+        return model.merge_and_unload().to(torch.bfloat16).eval()
 
 # %% ../../nbs/extras/merge.ipynb #797a9b00
 @torch.no_grad()

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -119,6 +120,9 @@ def _refusal(row: Asked, messages: Sequence[Mapping], said: Exception) -> UserEr
     return UserError(f"row {row.get('id')}: the chat template refuses {about} ({why}); {hint}")
 
 
+_DAY = datetime(2024, 7, 26)  # what Llama 3.1's template falls back to
+
+
 def _written(
     row: Asked, messages: Sequence[Mapping], tokenizer: Any, template: ChatTemplate, ask: bool
 ) -> str:
@@ -128,7 +132,8 @@ def _written(
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("this model's tokenizer has no chat template; use template=alpaca")
     _check_options(template.options or {}, tokenizer)
-    options = {**(template.options or {}), "add_generation_prompt": ask}
+    given = {"strftime_now": _DAY.strftime, **(template.options or {})}
+    options = {**given, "add_generation_prompt": ask}
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except (TemplateError, TypeError, ValueError) as e:  # the last two from a value or a message

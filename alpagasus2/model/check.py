@@ -142,11 +142,14 @@ def _in_fp32(part: Any) -> None:
 
 
 def _fill_adapter(part: Any) -> None:
-    "Where B is zero, A has no gradient, so an adapter's weights are drawn anew."
+    "Where B is zero, A has no gradient, so an adapter's weights are drawn anew; nothing drops."
     for name, p in part.named_parameters():
         if p.requires_grad and "lora_" in name:
             draws = torch.Generator().manual_seed(len(name))
             p.data = torch.randn(p.shape, generator=draws).to(p.device) * 0.05
+    for name, module in part.named_modules():
+        if "lora_dropout" in name and isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
 
 # %% ../../nbs/model/check.ipynb #85bb1a4c
 def _tried(f: Callable, *given: Any) -> Any:
@@ -317,6 +320,7 @@ def _measure(
         for lm in (part, model):
             run_as(lm, way)
         forward.attend_by(part, forward.kernel_of(model))
+        part.train(bool(trained))  # a base may have code for that alone
         loss, gradient = _apart(_with_gradient(part, rows, _our_losses, trained), own)
         with torch.no_grad():
             apart = _rms(_our_losses(model, rows) - whole)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
+from ..core.families import context_length
 from ..core.files import UserError
 from ..data import AnyTemplate, Example, Question, last_turn
 from . import forward
@@ -29,6 +30,7 @@ def row_nll(
 ) -> list[np.ndarray]:  # for each row, in its order, the nll of its target tokens
     "Negative log-probabilities of all target tokens, row by row, without gradients."
     if encoded:
+        forward.check_readable(model.config, encoded)
         checked(model)
     with forward.evaluating(model):
         losses = forward.nll_by_row(model, encoded, token_budget)
@@ -52,13 +54,14 @@ def signals(
     tokenizer: Any,  # its tokenizer
     rows: Sequence[Example],
     template: AnyTemplate = "alpaca",  # the prompt template; of several answers the last is read
-    max_length: int = 2048,  # tokens; a longer row is read up to there and has no eos
+    max_length: int = 2048,  # tokens, or all that the model reads; a longer row has no eos
 ) -> Iterator[Signals]:  # in the order of `rows`, `CHUNK` rows after the other
     "The three signals of every row: two forward passes."
+    max_length = min(max_length, context_length(model.config.get_text_config()) or max_length)
     for start in range(0, len(rows), CHUNK):
         some = rows[start : start + CHUNK]
         given = [forward.encode(r, tokenizer, max_length, last_turn(template)) for r in some]
-        alone = row_nll(model, [forward.encode_response(r, tokenizer) for r in some])
+        alone = row_nll(model, [forward.encode_response(r, tokenizer, max_length) for r in some])
         for e, nll, without in zip(given, row_nll(model, given), alone, strict=True):
             response = nll if e.truncated else nll[:-1]
             if not len(response) or not len(without):

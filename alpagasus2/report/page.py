@@ -39,6 +39,7 @@ from alpagasus2.evidence.claim import (
     UNTESTED,
     check_value,
 )
+from ..evidence.length import MORE_TEXT
 from ..evidence.own_rows import decided
 from ..evidence.power import prompt_sd
 from ..evidence.sampling import FEW_LABELS, SEED, in_turn, labels_needed, lot
@@ -248,7 +249,7 @@ def _length_note(results: Results, arm: str, control: str) -> str:
     "That the rows of one arm hold a tenth more text than those of the other."
     held = {a["arm"]: a.get("target_tokens") or 0 for a in results.get("arms") or []}
     some, others = held.get(arm, 0), held.get(control, 0)
-    if not min(some, others) or max(some, others) < 1.1 * min(some, others):
+    if not min(some, others) or max(some, others) < MORE_TEXT * min(some, others):
         return ""
     longer = arm if some > others else control
     more = max(some, others) / min(some, others) - 1

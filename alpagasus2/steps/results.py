@@ -7,78 +7,42 @@ __all__ = ['size_results', 'run_results', 'run_figures', 'report_run', 'remake_r
 
 # %% ../../nbs/steps/results.ipynb #29e77996
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
+import matplotlib.pyplot as plt
+
 from .. import judge
-from alpagasus2.analysis import (
-    Results,
-    analyse,
-    canary_outcomes,
-    checkable,
-    hold_without,
-    load_judgments,
-)
+from ..analysis import Results, analyse, checkable, load_judgments
 from ..core import run_folder
 from ..core.files import UserError, build, file_sha256, read_json
 from ..data import Example
-from alpagasus2.evidence.claim import (
-    at_every_rate,
-    at_one_rate,
-    fixed_terms,
-    heldout_finding,
-    read_claim,
-    unlike_fixed,
-)
-from alpagasus2.evidence.doubts import (
-    chosen_rows,
-    doubts,
-    home_of,
-    known_questions,
-    unlike_claim,
-)
+from ..evidence.claim import fixed_terms, heldout_finding, read_claim
+from ..evidence.doubts import chosen_rows, home_of, known_questions
 
 # %% ../../nbs/steps/results.ipynb #73955b0a
-from alpagasus2.evidence.filtering import (
-    contamination,
-    filter_report,
-    plot_categories,
-    plot_lengths,
-    plot_scores,
-)
+from ..evidence.filtering import contamination, filter_report
 from ..evidence.intervals import heldout_summary
 from ..evidence.own_rows import own_rows_results
 from ..evidence.scaling import arm_table, fewest_rows, size_points
 from ..extras.verify import PAGE, seal
 from ..recipe import Recipe, is_rated
-from ..report.judges import add_judges, named_verdicts
+from ..report.judges import named_verdicts
 from ..report.page import write_report
-from ..report.plots import plot_heldout, plot_outcomes, plot_slots
+from alpagasus2.report.plots import (
+    plot_categories,
+    plot_heldout,
+    plot_lengths,
+    plot_outcomes,
+    plot_scores,
+    plot_slots,
+)
+from ..report.run_claim import FixedRun, decide_run, run_canaries
 from .rows import saved_scores, whole_pool
 from .run import Run, costs_by_arm, run_cost
 from .training import OWN_LOSSES
-
-# %% ../../nbs/steps/results.ipynb #139dd2e8
-def _doubts(run: Run, selected: Mapping[str, Sequence[Example]]) -> Iterator[str]:
-    "Sentences on what weakens a claim of this run."
-    runs = range(run.recipe.replicates)
-    trained = {a: [selected[run.recipe.part(a, r)] for r in runs] for a in run.recipe.arms}
-    yield from doubts(run.claim, trained)
-    yield from _unequal_text(run)
-
-# %% ../../nbs/steps/results.ipynb #3fdbb1c1
-def _unequal_text(run: Run) -> Iterator[str]:
-    "What of the text that model_a and its control were trained on, where no arm is matched to it."
-    model_a, controls = run.claim["model_a"], run.recipe.beaten
-    if not controls or any(run.arms[a].select == "token_matched" for a in controls):
-        return
-    targets = {line["arm"]: line["target_tokens"] for line in _arm_results(run)}
-    one, other = targets.get(model_a), targets.get(controls[0])
-    if one and other and not 0.9 < one / other < 1.1:
-        yield (f"{model_a} was trained on {one:,.0f} target tokens a pass, {controls[0]} on "
-               f"{other:,.0f}; no token_matched arm says what that alone does.")  # fmt: skip
 
 # %% ../../nbs/steps/results.ipynb #f4b4b1fd
 def _seen_prompts(
@@ -120,20 +84,15 @@ def size_results(
 # %% ../../nbs/steps/results.ipynb #7719a1c7
 def _judged_results(
     run: Run, judged: Mapping[str, list], selected: Mapping[str, list],
-    known: set[tuple[str, str]],
+    seen: set[tuple[str, str]],
 ) -> Results:  # fmt: skip
-    "What the verdicts come to; `known`: questions that the rows of an arm give away."
-    fixed, judgments = fixed_terms(run.claim), next(iter(judged.values()))
-    model_a, path = fixed.pop("model_a"), next(iter(run.judged.values()))
-    canaries = canary_outcomes(run_folder.latest(judge.canaries_path(path)))
-    results = analyse(judgments, model_a, canaries, **fixed)
-    if len(judged) > 1:
-        add_judges(results, judged, run.judged, model_a, **fixed)
-    hold_without(results, judgments, known, model_a, canaries, **fixed)
-    doubts = " ".join(_doubts(run, selected))
-    results["claim"]["reason"] = f"{results['claim']['reason']} {doubts}".strip()
-    results["claim"] = unlike_fixed(results["claim"], unlike_claim(run.dir, run.claim))
-    results["claim"] = at_one_rate(results["claim"], run.claim.get("rates") or [])
+    "What the verdicts come to; `seen`: questions that the rows of an arm hold."
+    runs, judgments = range(run.recipe.replicates), next(iter(judged.values()))
+    trained = {a: [selected[run.recipe.part(a, r)] for r in runs] for a in run.recipe.arms}
+    canaries = run_canaries(run.dir, judgments)
+    results = analyse(judgments, canaries=canaries, **fixed_terms(run.claim))
+    fixed = FixedRun(run.dir, run.claim, trained, seen)
+    decide_run(fixed, results, judged, canaries, run.judged)
     return results
 
 # %% ../../nbs/steps/results.ipynb #6787863d
@@ -216,18 +175,13 @@ def run_results(
     return cast(Results, {**results, **added})
 
 # %% ../../nbs/steps/results.ipynb #c614f5bb
-_AT_RATE = ("claim", "pooled", "judge_health", "heldout", "arms", "cost")
-
-
-def _add_rates(run: Run, results: Results, others: Mapping[float, Mapping]) -> None:
-    "Make the claim that of all learning rates, and put the others' figures beside the first's."
-    if not others:
-        return
-    found = {run.recipe.rates[0]: results, **others}
-    each = [{"rate": rate, **{k: x[k] for k in _AT_RATE}} for rate, x in found.items()]
-    claims = {rate: x["claim"] for rate, x in found.items()}
-    results["rates"] = each
-    results["claim"] = at_every_rate(claims)
+def _add_rates(results: Results, others: Mapping[float, Mapping]) -> None:
+    "Put losses, arms and costs of each learning rate beside its claim."
+    first, *_ = [x["rate"] for x in results.get("rates", [])] or [None]
+    found: dict[Any, Mapping] = {first: results, **others}
+    for line in results.get("rates", []):
+        at_rate = found.get(line["rate"], {})
+        line |= {k: at_rate.get(k) for k in ("heldout", "arms", "cost")}
 
 # %% ../../nbs/steps/results.ipynb #9520195f
 def run_figures(
@@ -270,12 +224,14 @@ def _write_page(
     judged = {name: load_judgments(path)[0] for name, path in run.judged.items()}
     results = run_results(run, judged, scores, selected)
     results["warnings"] += whole_pool(run, scores, selected)
-    _add_rates(run, results, {rate: read_json(path) for rate, path in further.items()})
+    _add_rates(results, {rate: read_json(path) for rate, path in further.items()})
     figures = run_figures(run, scores, results, selected)
     decides, *others = named_verdicts(judged, run.claim["model_a"])
     beside = [line for lines in others for line in lines]
     responses = run_folder.latest(run.dir / "responses.jsonl")
     write_report(results, output, decides, responses, figures, others=beside)
+    for figure in figures.values():
+        plt.close(figure)  # pyplot keeps what it drew
     made_from = [*_raw_files(run), *further.values()]
     seal(output, made_from, {"command": "run", "price_hour": run.recipe.price_hour})
     return results

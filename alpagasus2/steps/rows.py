@@ -20,12 +20,12 @@ from alpagasus2.recipe import (
     MATCHED,
     Arm,
     check_rating_price,
-    drawn_pool,
     is_rated,
     other_scores,
     rating_template,
 )
 from ..selection import load_scores, random_to_total, select
+from .pool import drawn_pool
 from .run import Run, costs_by_arm, free_rows, run_cost
 from ..train import encode_rows
 

@@ -16,26 +16,18 @@ from tqdm import tqdm
 
 from .. import judge, local
 from ..core import run_folder
+from ..core.families import context_length
 from ..core.files import UserError, json_sha256, read_json, write_json
 from ..core.run_folder import duration
 from ..data import Example, dropped, load_examples, load_questions
 from ..endpoint.cache import Ask
 from ..evidence.claim import claim_beside, is_measured
 from ..evidence.scaling import Costs, priced
-from ..quant_lora import SMALL_MODEL
-from alpagasus2.recipe import (
-    Judge,
-    Rater,
-    Recipe,
-    changes,
-    comparisons,
-    fix_claim,
-    hold_out,
-    is_rated,
-    repeats_of,
-    same_fit,
-)
+from ..quant_lora import SMALL_MODEL, load_config
+from ..recipe import Judge, Rater, Recipe, comparisons, is_rated
 from ..selection import BY_SCORE
+from .fix_claim import changes, fix_claim, same_fit
+from .pool import hold_out, repeats_of
 from ..train import Misfit, misfit_line, misfits
 
 # %% ../../nbs/steps/run.ipynb #68026cfc
@@ -202,6 +194,12 @@ def _work_of_answers(run: Run) -> dict[str, float]:
 def _misfits(run: Run, rows: Sequence[Example], source: str) -> dict[str, Misfit]:
     "The rows of a source that the training could not take whole; they are counted and named."
     config, _ = run.recipe.training(0)
+    context = context_length(load_config(run.recipe.base_model).get_text_config())
+    if context and config.cutoff_len > context:
+        raise UserError(
+            f"train: cutoff_len={config.cutoff_len}, but {run.recipe.base_model} reads {context} "
+            "tokens; lower it"
+        )
     found = misfits(rows, run.models.tokenizer, config, run.recipe.keep_cut, run.progress)
     if len(found) == len(rows):
         raise UserError(f"{source}: {misfit_line(found, len(rows), config)}; raise cutoff_len")

@@ -90,7 +90,7 @@ def _judged_results(
     "What the verdicts come to; `seen`: questions that the rows of an arm hold."
     runs, judgments = range(run.recipe.replicates), next(iter(judged.values()))
     trained = {a: [selected[run.recipe.part(a, r)] for r in runs] for a in run.recipe.arms}
-    canaries = run_canaries(run.dir)
+    canaries = run_canaries(run.dir, judgments)
     results = analyse(judgments, canaries=canaries, **fixed_terms(run.claim))
     fixed = FixedRun(run.dir, run.claim, trained, seen)
     decide_run(fixed, results, judged, canaries, run.judged)

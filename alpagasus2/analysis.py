@@ -16,7 +16,7 @@ from typing import Any, TypedDict, cast
 
 from .core.files import UserError, read_json
 from .core.run_folder import UNANSWERED, latest
-from .data import Question
+from .data import ANSWER_TYPES, Question
 from .evidence import intervals, power
 from alpagasus2.evidence.claim import (
     NO_CLAIM,
@@ -566,13 +566,29 @@ def judge_health(
 
 # %% ../nbs/05_analysis.ipynb #c2a4923d
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_IS = r"\b(?i:answer(?:\W+(?:is|was|would|should|must|be|the|option|choice|letter))*)\W+"
+_ARTICLE = r"(?![AI]\s+(?!(?:is|was|or|and)\b)[a-z])"
 
 
+def _chosen(
+    options: Sequence[str],
+    response: str,
+) -> str | None:  # as the response writes it
+    "The option behind the last `answer`, else the first one named."
+    case = 0 if min(map(len, options)) == 1 else re.I  # the letter A is not the article
+    longest = sorted(options, key=len, reverse=True)  # C++ before C
+    one = rf"(?<!\w)({'|'.join(map(re.escape, longest))})(?!\w)"
+    said = re.findall(_IS + one, response, case)[-1:]
+    no_article = one if case else _ARTICLE + one
+    named = said or re.findall(no_article, response, case) or re.findall(one, response, case)
+    return named[0] if named else None
+
+# %% ../nbs/05_analysis.ipynb #0aa6ee14
 def is_right(
     answer: Mapping,  # {"type": exact, number, choice or contains, "value", optional "options"}
     response: str,  # what a model wrote
 ) -> bool:
-    "Check an answer: the text itself, its last number, the first option named, or what it holds."
+    "Check an answer: the text itself, its last number, the option it gives, or what it holds."
     kind, value = answer["type"], answer["value"]
     text = " ".join(response.split()).casefold()
     if kind == "number":
@@ -584,11 +600,9 @@ def is_right(
     if kind == "contains":
         return wanted in text
     if kind != "choice":
-        raise UserError(f"answer type {kind!r} is unknown; use exact, number, choice or contains")
-    options = [str(o) for o in answer.get("options", [value])]
-    case = 0 if min(map(len, options)) == 1 else re.I  # the letter A is not the article
-    named = re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, options))})(?!\w)", response, case)
-    return named is not None and named[0].casefold() == wanted
+        raise UserError(f"answer type {kind!r} is unknown; use {', '.join(ANSWER_TYPES)}")
+    found = _chosen([str(o) for o in answer.get("options", [value])], response)
+    return found is not None and found.casefold() == wanted
 
 # %% ../nbs/05_analysis.ipynb #97ecb4b4
 def checkable(

@@ -403,7 +403,8 @@ def score_counts(
     lines: Iterable[Rating],
 ) -> dict[float, int]:  # score -> how many lines have it, from the lowest
     "The distribution of the scores that could be read."
-    counts = Counter(x["score"] for x in lines if x["status"] == "ok" and x["score"] is not None)
+    read = (x for x in lines if x.get("status") == "ok" and "score" in x)
+    counts = Counter(x["score"] for x in read if x["score"] is not None)
     return dict(sorted(counts.items()))
 
 

@@ -33,6 +33,7 @@ from alpagasus2.core.files import (
     readable_weights,
     say,
 )
+from .core.run_folder import free_main_memory
 from .core.settings import did_you_mean, settings
 from .model.lora import quick_layers
 from .model.quiet import quiet_libraries
@@ -102,14 +103,17 @@ def compute_dtype(
 # %% ../nbs/01_quant_lora.ipynb #ad431b2a
 def free_memory(
     device: torch.device,  # of a model
+    kept: bool = False,  # what PyTorch keeps on CUDA for tensors to come counts as taken
 ) -> int:  # bytes
-    "What this process may still take, its own limit on CUDA included."
+    "What this process may still take, its own limit on CUDA and its container's included."
     if device.type != "cuda":
-        return psutil.virtual_memory().available
-    free, total = torch.cuda.mem_get_info(device)
-    held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - held
-    return max(0, int(min(free, allowed)) + held - used)
+        free = free_main_memory()
+        return psutil.virtual_memory().available if free is None else free
+    at = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(at)
+    held, used = torch.cuda.memory_reserved(at), torch.cuda.memory_allocated(at)
+    allowed = torch.cuda.get_per_process_memory_fraction(at) * total - held
+    return max(0, int(min(free, allowed)) + (0 if kept else held - used))
 
 # %% ../nbs/01_quant_lora.ipynb #2884ee75
 def _packaged_gguf() -> Path:

@@ -23,9 +23,13 @@ from typing import Any
 import pytest
 
 from alpagasus2 import cli
+from alpagasus2.analysis import is_right
 from alpagasus2.cli import main
 from alpagasus2.core import run_folder
-from alpagasus2.data import load_examples
+from alpagasus2.core.files import read_jsonl
+from alpagasus2.data import load_examples, load_questions
+from alpagasus2.scale import rows
+from alpagasus2.scale.engine import Blocks
 
 IN_ALL = 2000  # mutations over all kinds of files
 ROWS = [
@@ -198,6 +202,21 @@ def nothing(path: Path, status: int) -> None:
     assert not path.exists()
 
 
+def rated_rows(path: Path, status: int) -> None:
+    """Every row has a line, whatever stood there before."""
+    if status == 0:
+        lines = read_jsonl(next(path.parent.glob("file.jsonl*")))
+        assert {row["id"] for row in ROWS} <= {line.get("id") for line in lines}
+
+
+def checkable(path: Path, status: int) -> None:
+    """A dry run leaves nothing, and any response can be held to the answers of its questions."""
+    nothing(path, status)
+    for q in load_questions(next(path.parent.glob("file.*"))) if status == 0 else ():
+        for text in ("", "The answer is 2, not é.", "A") if "answer" in q else ():
+            assert is_right(q["answer"], text) in (True, False)
+
+
 def page(folder: Path, status: int) -> None:
     """A page and its figures, or neither."""
     results = folder / "results.json"
@@ -236,6 +255,14 @@ def plan(file: Path, out: Path) -> list[str]:
     rows.write_text(json.dumps(ROWS))
     file.write_bytes(file.read_bytes().replace(b"ROWS", str(rows).encode()))
     return ["run", str(file), "--output_dir", str(out), "--dry_run"]
+
+
+def rate_on(file: Path, out: Path) -> list[str]:
+    """Ratings go on in the file itself; who answers is `_quick`'s."""
+    rows = out.with_name("rows.json")
+    rows.write_text(json.dumps(ROWS))
+    words = ["--model", "m", "--base_url", "http://127.0.0.1:9", "--engine", "ray"]
+    return ["rate", "--data", str(rows), "--output", str(file), *words]
 
 
 def report(file: Path, out: Path) -> list[str]:
@@ -279,6 +306,8 @@ SCORES = (
 QUESTIONS = (
     [{"id": n, "test_set": "my", "category": "maths", "instruction": f"{n}+2?", "reference": "é",
       "answer": {"type": "number", "value": n + 2}} for n in range(3)],
+    [{"instruction": "Which?", "answer": {"type": "choice", "value": "b", "options": ["a", "b"]}},
+     {"instruction": "Say é.", "answer": {"type": "contains", "value": "é"}}],
     [{"question_id": 81, "category": "writing", "turns": ["Write.", "Again."], "reference": ["a"]}],
     [{"question_id": "a", "turns": [{"content": "Usé ABC"}], "cluster": "A"}],
     [{"uid": "9", "prompt": "Do.", "category": "hard"}, {"question_id": 1, "text": "Hi"}],
@@ -300,6 +329,12 @@ JUDGMENTS = (
     [{"id": "q0", "test_set": "my", "instruction": "1+1?", "input": "", "model_a": "a",
       "model_b": "b", "first": first, "response_a": "2", "response_b": "3", "verdict": verdict,
       "status": status} for first, verdict, status in (("a", "tie", "ok"), ("b", None, "refused"))],
+)  # fmt: skip
+RATINGS = (
+    [{"id": r["id"], "dimension": "accuracy", "vote": 0, "score": 4.5, "review": "4.5 – è",
+      "status": status, "rater": {"kind": "llm", "model": "m", "prompt_version": "accuracy-1"},
+      "usage": {"prompt_tokens": 9, "completion_tokens": 2, "usd": 0.01}}
+     for r, status in zip(ROWS, ("ok", "ok", "error"), strict=False)],
 )  # fmt: skip
 LABELS = (
     {"page": "x", "sample": {"seed": 0}, "skipped": [], "labels": [
@@ -324,8 +359,9 @@ KINDS = {
     "rows": Kind(DATA, check, good_rows),
     "pool": Kind(DATA, select, good_rows),
     "scores": Kind(SCORES, select_by_scores, one_known_row),
-    "questions": Kind(QUESTIONS, ask, nothing),
+    "questions": Kind(QUESTIONS, ask, checkable),
     "responses": Kind(RESPONSES, judge, nothing, (".jsonl",)),
+    "ratings resumed with ray": Kind(RATINGS, rate_on, rated_rows, (".jsonl",)),
     "judgments": Kind(JUDGMENTS, report, page, (".jsonl",), in_ci=8),
     "labels": Kind(LABELS, label, page, (".json",), in_ci=8),
     "shown": Kind(RESPONSES, show, page, (".jsonl",), in_ci=6),
@@ -367,12 +403,20 @@ def misspelt(words: Sequence[str], draw: random.Random) -> list[str]:
 
 
 # --- the tests ------------------------------------------------------------------------------------
+def answered(blocks: Blocks, *given: object, **named: object) -> Iterator[dict]:
+    """In the place of `spread_over`: a reply to every question."""
+    for number in range(len(blocks)):
+        for item in blocks.read(number):
+            yield {"line": item["line"], "reply": {"text": "4.5\nGood."}}
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Versions of libraries and parsers are the same in every call."""
+    """Versions and parsers are the same in every call; without Ray, an endpoint answers at once."""
     known = run_folder.environment()
     monkeypatch.setattr(cli, "build_parser", functools.cache(cli.build_parser))
     monkeypatch.setattr(run_folder, "environment", lambda: known)
+    monkeypatch.setattr(rows, "spread_over", answered)
 
 
 def ended(words: list[str], capsys: pytest.CaptureFixture) -> tuple[int, str]:

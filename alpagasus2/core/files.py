@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['UserError', 'check_safe_name', 'files_beside', 'printable', 'say', 'say_once', 'atomic', 'dumps', 'write_json',
            'write_jsonl', 'unwritable', 'readable_weights', 'replace_folder', 'standing', 'check_output', 'read_json',
-           'read_jsonl', 'cache_dir', 'file_sha256', 'json_sha256', 'adapter_sha256', 'adapter_hashes']
+           'iter_jsonl', 'read_jsonl', 'mend_jsonl', 'cache_dir', 'file_sha256', 'json_sha256', 'adapter_sha256',
+           'adapter_hashes']
 
 # %% ../../nbs/core/files.ipynb #44fad563
 import functools
@@ -18,7 +19,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -209,20 +210,6 @@ def read_json(
         raise UserError(f"{path}: not valid JSON: {e}") from None
 
 # %% ../../nbs/core/files.ipynb #b180076e
-def read_jsonl(
-    path: str | Path,  # JSON Lines, UTF-8
-) -> list[Any]:  # one object a line
-    "Read JSON Lines; a torn last line is left out, any other bad line raises `UserError`."
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    *lines, last = path.read_bytes().split(b"\n")
-    rows = [_line(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    with suppress(UserError):  # behind the last newline: nothing, a torn line, or a whole one
-        rows.append(_line(path, len(lines) + 1, last))
-    return rows
-
-
 def _line(path: Path, number: int, line: bytes) -> dict:
     try:
         row = json.loads(line)
@@ -231,6 +218,46 @@ def _line(path: Path, number: int, line: bytes) -> dict:
     if not isinstance(row, dict):
         raise UserError(f"{path}: line {number} is a {type(row).__name__}, not a JSON object")
     return row
+
+
+def iter_jsonl(
+    path: str | Path,  # JSON Lines, UTF-8
+) -> Iterator[Any]:  # one object a line; empty lines are passed over
+    "JSON Lines one at a time; a torn last line is left out, any other bad one is a `UserError`."
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with path.open("rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = _line(path, number, line) if line.strip() else None
+            except UserError:
+                if line.endswith(b"\n"):
+                    raise
+                return
+            if row is not None:
+                yield row
+
+# %% ../../nbs/core/files.ipynb #9eb40068
+def read_jsonl(
+    path: str | Path,  # as `iter_jsonl` takes it
+) -> list[Any]:  # one object a line
+    "Read JSON Lines; a torn last line is left out, any other bad one is a `UserError`."
+    return list(iter_jsonl(path))
+
+# %% ../../nbs/core/files.ipynb #5b58315d
+def mend_jsonl(
+    path: str | Path,  # JSON Lines; need not be there
+) -> None:
+    "Take a torn last line out; a whole one that lacks its newline gets it."
+    path = Path(path)
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb") as f:
+        f.seek(-1, os.SEEK_END)
+        whole = f.read() == b"\n"
+    if not whole:
+        write_jsonl(path, iter_jsonl(path))
 
 # %% ../../nbs/core/files.ipynb #4c36855e
 def cache_dir() -> Path:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Status', 'TRAIN', 'TOLERANCE', 'Finding', 'check_python', 'check_versions', 'cpu_features', 'check_cpu', 'has_torch',
            'check_device', 'four_bit_errors', 'check_4bit', 'check_hub', 'check_openai', 'hub_cache', 'check_disk',
-           'free_memory', 'check_memory', 'check_model', 'diagnose']
+           'check_memory', 'check_model', 'diagnose']
 
 # %% ../../nbs/extras/doctor.ipynb #665acb5e
 import importlib.util
@@ -25,6 +25,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from ..core.files import UserError, standing
+from ..core.run_folder import free_main_memory
 
 # %% ../../nbs/extras/doctor.ipynb #15a30249
 Status = Literal["ok", "warn", "fail"]
@@ -278,25 +279,10 @@ def check_disk(
     full = f"make room in {folder}, or work on another disk"
     return _check_free(name, free, full, 15e9, "a 7B base alone is 13.5 GB: make room for it")
 
-# %% ../../nbs/extras/doctor.ipynb #e0f06288
-def free_memory(
-    meminfo: str | Path = "/proc/meminfo",  # Linux's
-    group: str | Path = "/sys/fs/cgroup",  # the container's limit, if there is one
-) -> float | None:  # bytes, or None where they cannot be read
-    "Memory that a program started now could get."
-    path, limit = Path(meminfo), Path(group) / "memory.max"
-    if not path.exists():
-        return None
-    free = 1024 * float(re.findall(r"^MemAvailable:\s*(\d+)", path.read_text(), re.M)[0])
-    if limit.exists() and limit.read_text().strip() != "max":
-        used = float((Path(group) / "memory.current").read_text())
-        free = min(free, float(limit.read_text()) - used)
-    return free
-
 # %% ../../nbs/extras/doctor.ipynb #ada0f8b0
 def check_memory() -> list[Finding]:
     "Main memory."
-    free = free_memory()
+    free = free_main_memory()
     if free is None:
         return [Finding("memory", "ok", "free memory is read on Linux only")]
     full = "close programs: even the 135M model needs 1 GB"

@@ -24,7 +24,7 @@ from alpagasus2.model.forward import (
     packed_attention,
     target_nll,
 )
-from ..quant_lora import adapter_parameters
+from ..quant_lora import adapter_parameters, free_memory
 
 # %% ../../nbs/model/budget.ipynb #ef60334a
 TOKEN_BUDGET = 2048  # computed tokens a pass where it is not measured
@@ -107,9 +107,9 @@ def _run_through(model: Any, micro_batches: Sequence[Sequence[Encoded]]) -> None
 # %% ../../nbs/model/budget.ipynb #f5d7e072
 def _spare(needed: int) -> float:
     "The share of the memory that stays free at the peak so far, with so many more bytes in use."
-    free, total = torch.cuda.mem_get_info()
-    allowed = total * torch.cuda.get_per_process_memory_fraction()
-    return (min(free, allowed - torch.cuda.memory_reserved()) - needed) / allowed
+    at = torch.cuda.current_device()
+    allowed = torch.cuda.mem_get_info(at)[1] * torch.cuda.get_per_process_memory_fraction(at)
+    return (free_memory(torch.device("cuda", at), kept=True) - needed) / allowed
 
 # %% ../../nbs/model/budget.ipynb #267f11ed
 def _tokens_per_second(

@@ -27,6 +27,7 @@ from .attention import ROWS, Kernel, attending, layout_of, taken
 from .chat import text_ids, tokenised
 from .dropout import drop_by_token, token_keys
 from .fused import fused
+from ..quant_lora import free_memory
 
 # %% ../../nbs/model/forward.ipynb #c1dfd96e
 @dataclass(frozen=True)
@@ -167,14 +168,6 @@ TILE = 64  # positions; lengths are rounded up to a multiple
 CHUNK = 256  # targets whose logits are held at a time, at least
 
 
-def _free(device: torch.device) -> float:
-    "Bytes that this process may still take on a CUDA device."
-    free, total = torch.cuda.mem_get_info(device)
-    used, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    share = torch.cuda.get_per_process_memory_fraction(device)
-    return min(free + held - used, share * total - used)
-
-
 def loss_chunk(
     vocabulary: int,  # tokens in it
     device: torch.device,  # where the logits will be
@@ -182,7 +175,7 @@ def loss_chunk(
     "How many targets at a time: 16 bytes a logit, in two types, with softmax and gradients."
     if device.type != "cuda":
         return CHUNK
-    room = int(_free(device) / 10 / (16 * vocabulary))
+    room = int(free_memory(device) / 10 / (16 * vocabulary))
     return min(max(CHUNK, 2 ** (room.bit_length() - 1)), 16 * CHUNK)
 
 

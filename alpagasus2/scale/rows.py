@@ -9,7 +9,6 @@ __all__ = ['STATES', 'BLOCK', 'key_of', 'Index', 'Streamed', 'stream_rows', 'sta
 
 # %% ../../nbs/scale/rows.ipynb #583a3d6e
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -25,9 +24,17 @@ from typing import Any
 
 import numpy as np
 
-from ..core.files import UserError, atomic, dumps, replace_folder, say
+from alpagasus2.core.files import (
+    UserError,
+    dumps,
+    iter_jsonl,
+    mend_jsonl,
+    replace_folder,
+    say,
+    write_jsonl,
+)
 from ..core.row_formats import assembled, parse_columns
-from ..core.run_folder import dollars, hold, open_lines, row_key, timed
+from ..core.run_folder import check_line, dollars, hold, open_lines, row_key, timed
 from ..core.tables import LINE_COLUMNS, ending_of, records, write_parquet, write_rows
 from alpagasus2.data import (
     Examined,
@@ -171,14 +178,16 @@ class LongFile:
     ):
         self.path, self.known = Path(path), Index()
         self._lock = hold(self.path).lock
-        self.counts, self.paid, self.torn = Counter[str](), Counter[str](), False
+        self.counts, self.paid = Counter[str](), Counter[str]()
         self.usd: float | None = None
         self.growing = self._next()
-        for line in self.lines():
-            self._note(line)
-        if self.torn:
-            with atomic(self.growing) as part, open(part, "w", encoding="utf-8") as f:
-                f.writelines(dumps(line) + "\n" for line in self.tail())
+        self.grown = 0  # lines of the file that grows
+        for line in self.finished():
+            self._note(self._checked(line))
+        for line in self.tail():
+            self._note(self._checked(line))
+            self.grown += 1
+        mend_jsonl(self.growing)
         self._open()
 
     def _next(self) -> Path:
@@ -191,22 +200,21 @@ class LongFile:
 
     def lines(self) -> Iterator[dict]:
         "All lines as they stand, one at a time."
-        return self.tail()
+        return chain(self.finished(), self.tail())
+
+    def finished(self) -> Iterator[dict]:
+        "The lines of files that grow no more: here there are none."
+        return iter(())
 
     def tail(self) -> Iterator[dict]:
         "The lines of the file that grows."
-        if not self.growing.exists():
-            return
-        with open(self.growing, encoding="utf-8") as f:
-            for n, text in enumerate(f, 1):
-                try:
-                    self.torn = not text.endswith("\n")
-                    yield json.loads(text)
-                except json.JSONDecodeError as e:
-                    if not self.torn:
-                        raise UserError(
-                            f"{self.growing}: line {n} is not valid JSON: {e}"
-                        ) from None
+        return iter_jsonl(self.growing) if self.growing.exists() else iter(())
+
+    def _checked(self, line: Mapping) -> Mapping:
+        check_line(line, self.path)
+        if (state := state_of(line)) not in STATES:
+            raise UserError(f"{self.path}: status {state!r} is unknown; use {', '.join(STATES)}")
+        return line
 
     def _note(self, line: Mapping) -> None:
         key, state = key_of(row_key(line)), state_of(line)
@@ -237,13 +245,13 @@ class LongFile:
         "Write one line and flush it."
         self._file.write(dumps(line) + "\n")
         self._file.flush()
+        self.grown += 1
         self._note(line)
 
     def replace(self, lines: Iterable[Mapping]) -> None:
         "Write the file anew in one go."
         self._file.close()
-        with atomic(self.path) as part, open(part, "w", encoding="utf-8") as f:
-            f.writelines(dumps(line) + "\n" for line in lines)
+        write_jsonl(self.path, lines)
         self._open()
 
     def pack(self) -> None:
@@ -281,30 +289,28 @@ class Parts(LongFile):
     def _part(growing: Path) -> Path:
         return growing.with_name(f"{growing.stem[1:]}.parquet")
 
-    def _open(self) -> None:
-        super()._open()
-        self.left = self.MOST - sum(1 for _ in self.tail())
-
-    def lines(self) -> Iterator[dict]:
-        "All lines as they stand, one at a time."
+    def finished(self) -> Iterator[dict]:
+        "The lines that are in Parquet, one at a time."
         for part in sorted(self.path.glob("*.parquet")):
             yield from records(part)
-        yield from self.tail()
 
     def append(self, line: Mapping) -> None:
         "Write one line and flush it."
         super().append(line)
-        self.left -= 1
-        if self.left <= 0:
+        if self.grown >= self.MOST:
             self.pack()
+
+    def _begin(self) -> None:
+        "Go on with a new file."
+        self.growing, self.grown = self._next(), 0
+        self._open()
 
     def pack(self) -> None:
         "Make a part of the lines that are in none."
         self._file.close()
-        if self.left < self.MOST:
+        if self.grown:
             write_parquet(self._part(self.growing), self.tail(), LINE_COLUMNS)
-        self.growing = self._next()
-        self._open()
+        self._begin()
 
     def replace(self, lines: Iterable[Mapping]) -> None:
         "Write the folder anew in one go."
@@ -316,8 +322,7 @@ class Parts(LongFile):
             write_parquet(new / f"part-{number:05}.parquet", some, LINE_COLUMNS)
         self._file.close()
         replace_folder(new, self.path)
-        self.growing = self._next()
-        self._open()
+        self._begin()
 
     def close(self) -> None:
         "Let the folder go."
@@ -686,8 +691,9 @@ class Pool:
         votes: dict[tuple, np.ndarray] = {}
         for part, key, score in score_lines(path, _ById(), dimension):
             if (place := self.places.get(key_of(key))) is not None:
-                empty = np.full(len(self.numbers), np.nan)
-                votes.setdefault(part, empty)[place] = score
+                if part not in votes:  # not for each line: it is as long as the pool
+                    votes[part] = np.full(len(self.numbers), np.nan)
+                votes[part][place] = score
         given = [np.isfinite(v) for v in votes.values()] or [np.zeros(len(self.numbers), bool)]
         total = sum((np.where(g, v, 0.0) for g, v in zip(given, votes.values(), strict=False)), 0.0)
         with np.errstate(invalid="ignore"):

@@ -75,7 +75,7 @@ def _contradicted(line: Judgment) -> str | None:
     said = read_scores([a, b], "a")["verdict"]
     return said if said != line["verdict"] else None
 
-
+# %% ../nbs/05_analysis.ipynb #58099286
 def _wrong_field(line: Judgment) -> str:
     "What a line says that cannot be counted, and what was wanted; empty where it can."
     if line["first"] not in ("a", "b"):
@@ -96,7 +96,7 @@ def _wrong_field(line: Judgment) -> str:
         return f"{line['model_a']} as both models; two are wanted"
     return _wrong_text(line)
 
-
+# %% ../nbs/05_analysis.ipynb #877539d2
 def _judgment_lines(path: Path) -> list[Judgment]:
     unshown: Any = {"response_a": None, "response_b": None}
     lines = [cast(Judgment, unshown | line) for line in latest(path)]

@@ -420,8 +420,7 @@ class Endpoint(Address):
         refused: Unsupported,  # the server's words
     ) -> bool:  # False: it is not sent
         "Do without what a server does not take, say so in one line, and remember it."
-        done = self.sending.obey(refused.field)
-        if done:
+        if done := self.sending.obey(refused.field):
             say(f"{self.base_url}, model {self.model}: {done} ({refused})")
             self.remember()
         return bool(done)

@@ -67,6 +67,15 @@ def _wrong_text(line: Judgment) -> str:
     return ""
 
 
+def _contradicted(line: Judgment) -> str | None:
+    "The verdict that two scores come to, where the line has another one."
+    a, b = line.get("score_a"), line.get("score_b")
+    if line.get("protocol") != "pair" or line["verdict"] is None or a is None or b is None:
+        return None
+    said = read_scores([a, b], "a")["verdict"]
+    return said if said != line["verdict"] else None
+
+# %% ../nbs/05_analysis.ipynb #58099286
 def _wrong_field(line: Judgment) -> str:
     "What a line says that cannot be counted, and what was wanted; empty where it can."
     if line["first"] not in ("a", "b"):
@@ -81,11 +90,13 @@ def _wrong_field(line: Judgment) -> str:
             return f"{name}={value!r}; a number or null is wanted"
     if (line.get("score_a") is None) != (line.get("score_b") is None):
         return "one score of two; both are wanted, or neither"
+    if (said := _contradicted(line)) is not None:
+        return f"verdict={line['verdict']!r}; the scores say {said}"
     if line["model_a"] == line["model_b"]:
         return f"{line['model_a']} as both models; two are wanted"
     return _wrong_text(line)
 
-
+# %% ../nbs/05_analysis.ipynb #877539d2
 def _judgment_lines(path: Path) -> list[Judgment]:
     unshown: Any = {"response_a": None, "response_b": None}
     lines = [cast(Judgment, unshown | line) for line in latest(path)]
@@ -138,23 +149,21 @@ def _original_names(path: Path) -> list[tuple[str, str, str, Path]]:
     return found
 
 # %% ../nbs/05_analysis.ipynb #902ba3cd
-_VERDICT = ("test_set", "id", "model_a", "model_b", "replicate", "vote")
-
-
 def _one_judge(source: Path, paths: Sequence[Path]) -> list[Judgment]:
-    "The lines of several files; two judges of the same pairs must not be added up."
+    "The lines of several files; verdicts of two judges, or by two prompts, are not added up."
     lines: list[Judgment] = []
-    judges: dict[tuple, tuple[str, str]] = {}
+    judges: dict[frozenset[str], tuple[str, str]] = {}
     for path in paths:
         lines += (found := _judgment_lines(path))
         for x in found:
-            key = tuple(x.get(f) for f in _VERDICT), x["first"]
-            judge = str((x.get("judge") or {}).get("model"))
-            other, where = judges.setdefault(key, (judge, path.name))
+            who: Mapping[str, Any] = x.get("judge") or {}
+            judge = f"{who.get('model')} (prompt {who.get('prompt_version')})"
+            pair = frozenset((x["model_a"], x["model_b"]))
+            other, where = judges.setdefault(pair, (judge, path.name))
             if other != judge:
                 raise UserError(
-                    f"{source}: {other} in {where} and {judge} in {path.name} judged the same "
-                    "pair; give one of the files"
+                    f"{source}: {other} in {where} and {judge} in {path.name} judged "
+                    f"{' and '.join(sorted(pair))}; give the verdicts of one of them"
                 )
     return lines
 
@@ -167,7 +176,7 @@ def load_judgments(
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
     if source.is_file():
-        return _judgment_lines(source), []
+        return _one_judge(source, [source]), []
     lines, used = _one_judge(source, sorted(source.glob("judgments*.jsonl"))), set()
     used |= {path.name for path in source.glob("judgments*.jsonl")}
     for path in sorted(source.glob("*-*-*.json")):
@@ -204,6 +213,19 @@ def _turned(line: Judgment) -> Judgment:
     turned["verdict"] = _SWAP.get(line["verdict"], line["verdict"])
     return cast(Judgment, turned)
 
+# %% ../nbs/05_analysis.ipynb #64d67c7c
+def _text_of(line: Judgment) -> str | None:
+    "The question, however it is spaced and capitalised; None where the line does not show it."
+    both = f"{line.get('instruction') or ''} {line.get('input') or ''}"
+    return " ".join(both.split()).casefold() or None
+
+
+def _drawn_as_one(prompts: pd.DataFrame) -> pd.Series:
+    "The name of what a prompt stands for: its cluster, or its question, under whatever ids."
+    units = pd.Series(intervals.units(prompts["id"], prompts["cluster"]), prompts.index)
+    own = prompts["test_set"].astype(str) + ", " + units
+    return own.groupby(prompts["text"].fillna(own), sort=False).transform("first")
+
 # %% ../nbs/05_analysis.ipynb #c2ade6bf
 def _verdict_table(lines: Sequence[Judgment]) -> pd.DataFrame:
     "One row a verdict: its sign, and by how much model_a's answer is better scored and longer."
@@ -217,6 +239,8 @@ def _verdict_table(lines: Sequence[Judgment]) -> pd.DataFrame:
         "sign": np.where(judged, signs, np.nan), "unasked": np.where(judged, np.nan, signs),
         "score": [np.nan if a is None else a - b for a, b in scores],
         "longer": [np.nan if None in (a, b) else len(a) - len(b) for a, b in answers],
+        "answers": [None if None in x else f"{hash(x):x}" for x in answers],
+        "text": [_text_of(x) for x in lines],
     })  # fmt: skip
 
 # %% ../nbs/05_analysis.ipynb #17ba0791
@@ -232,11 +256,11 @@ def prompt_table(
         "d2": np.sign(sums["b"]) if "b" in sums else np.nan,
         "score": grouped["score"].sum(min_count=1), "longer": grouped["longer"].mean(),
         "unasked": grouped["unasked"].first(),
-        "category": grouped["category"].first(), "cluster": grouped["cluster"].first(),
+        **{k: grouped[k].first() for k in ("category", "cluster", "answers", "text")},
     })  # fmt: skip
     prompts["outcome"] = outcome(prompts["d1"], prompts["d2"]).fillna(prompts["unasked"])
     prompts = prompts.reindex(grouped.size().index).reset_index()
-    return prompts.assign(unit=intervals.units(prompts["id"], prompts["cluster"]))
+    return prompts.assign(unit=_drawn_as_one(prompts))
 
 # %% ../nbs/05_analysis.ipynb #f1abd670
 def winning_score(
@@ -271,9 +295,10 @@ def _tally(outcomes: pd.Series, judged: pd.DataFrame) -> list[float]:
 
 
 def _clusters(prompts: pd.DataFrame) -> int | None:
-    "How many clusters there are, a prompt in none counted as one; None without any."
+    "How much was drawn independently; None where it is every prompt."
     there = bool(prompts["cluster"].notna().any())
-    return len(prompts[["test_set", "unit"]].drop_duplicates()) if there else None
+    units = prompts["unit"].nunique()
+    return units if there or units < len(prompts[["test_set", "id"]].drop_duplicates()) else None
 
 # %% ../nbs/05_analysis.ipynb #39f38d2f
 def _counts(
@@ -375,6 +400,17 @@ def _inference(
         "sign_test_p": p, "detectable_effect": power.detectable_effect(parts, pooled),
     }  # fmt: skip
 
+# %% ../nbs/05_analysis.ipynb #f749ec26
+def _one_run(prompts: pd.DataFrame) -> dict[str, Any]:  # of one pair; {} where runs are runs
+    "Two runs of a pair in which both arms say the same to every question."
+    wide = prompts.pivot(index=["test_set", "id"], columns="replicate", values="answers")
+    for one, other in combinations(wide.columns, 2):
+        both = wide[[one, other]].dropna()
+        if both[one].nunique() > 1 and both[one].equals(both[other].rename(one)):
+            said = f"runs {one} and {other} have the same answers to every question"
+            return {"holds_run_noise": False, "copied_runs": said}
+    return {}
+
 # %% ../nbs/05_analysis.ipynb #72cc7056
 def pair_statistics(
     prompts: pd.DataFrame,  # rows of `prompt_table` for one pair of models
@@ -388,7 +424,7 @@ def pair_statistics(
     found: dict[str, Any] = {
         "model_a": prompts["model_a"].iloc[0], "model_b": prompts["model_b"].iloc[0], **counts,
         **_missing(prompts, points, pooled, planned),
-        **_inference(counts, points.parts, pooled),
+        **_inference(counts, points.parts, pooled), **_one_run(prompts),
         **_between_orders(read),
         **_length(read, pooled),
         "categories": _category_table(judged),
@@ -396,13 +432,14 @@ def pair_statistics(
     }  # fmt: skip
     return cast(PairStatistics, found)
 
+# %% ../nbs/05_analysis.ipynb #f79b1dba
+def _noise_of(prompts: pd.DataFrame) -> intervals.RunNoise | None:
+    "The run variance over all pairs of trained arms; the base is not trained."
+    pairs = prompts.groupby(["model_a", "model_b"], sort=False)
+    trained = [rows for names, rows in pairs if "base" not in names and not _one_run(rows)]
+    return intervals.pooled_noise([p for rows in trained if (p := points_of(rows).parts)])
+
 # %% ../nbs/05_analysis.ipynb #923fd113
-def _noise_of(points: Mapping[tuple, Points]) -> intervals.RunNoise | None:
-    "The run variance over all pairs of trained arms: the base is not trained."
-    trained = [p.parts for names, p in points.items() if "base" not in names]
-    return intervals.pooled_noise([p for p in trained if p])
-
-
 def each_pair(
     prompts: pd.DataFrame,  # from `prompt_table`
     planned: Mapping[str, Any] | None = None,  # as in `analyse`
@@ -410,7 +447,7 @@ def each_pair(
     "The statistics of each pair of models over these prompts."
     pairs = dict(list(prompts.groupby(["model_a", "model_b"], sort=False)))
     points = {names: points_of(rows) for names, rows in pairs.items()}
-    noise = _noise_of(points)
+    noise = _noise_of(prompts)
     return [
         pair_statistics(rows, points[names], noise, planned) for names, rows in pairs.items()
     ]  # fmt: skip
@@ -473,7 +510,7 @@ def _share_check(name: str, shares: Sequence[float]) -> dict[str, Any]:
 def _kappa_check(judged: pd.DataFrame) -> dict[str, Any]:
     if not len(judged):
         return _check("kappa", None, None)
-    drawn = len(judged.groupby(["test_set", "unit", "model_a", "model_b"]))
+    drawn = len(judged.groupby(["unit", "model_a", "model_b"]))
     kappa, bounds = intervals.kappa_with_interval(judged["d1"], judged["d2"], drawn, 0.1)
     if kappa is not None:
         return _check("kappa", kappa, bounds)
@@ -484,7 +521,7 @@ def _kappa_check(judged: pd.DataFrame) -> dict[str, Any]:
 def _slot_p(judged: pd.DataFrame) -> float | None:
     "Sign test over prompts of one slot against the other; None where none leans either way."
     lean = judged["d1"] - judged["d2"]  # 2: both verdicts went to the first slot; -2: to the second
-    net = lean.groupby([judged["test_set"], judged["unit"]]).sum()
+    net = lean.groupby(judged["unit"]).sum()
     first, second = int((net > 0).sum()), int((net < 0).sum())
     return float(binomtest(first, first + second).pvalue) if first + second else None
 
@@ -599,7 +636,7 @@ def _rank_models(prompts: pd.DataFrame) -> list[dict[str, Any]] | None:
     points[question, pair, run] = (prompts["outcome"] + 1) / 2
     if len(set(prompts.groupby(pair)["replicate"].nunique())) > 1:  # no common runs
         points = np.nanmean(points, axis=2, keepdims=True)
-    drawn, _ = pd.factorize(pd.MultiIndex.from_tuples([k[:2] for k in keys]))
+    drawn, _ = pd.factorize(np.array([k[1] for k in keys]))
     return ranking(list(names), points, np.array([k[0] for k in keys]), drawn)
 
 # %% ../nbs/05_analysis.ipynb #dcef61bc
@@ -623,6 +660,20 @@ def _warnings(pairs: Sequence[PairStatistics], pooled: Sequence[PairStatistics])
                 f"rate is {p['win_rate']:.1%}, and {adjusted:.1%} at equal length."
             )
     return found
+
+# %% ../nbs/05_analysis.ipynb #49fc8d38
+def _line_warnings(lines: Sequence[Judgment], prompts: pd.DataFrame) -> list[str]:
+    "Questions that are there more than once, and a judge that was two models."
+    asked = prompts.drop_duplicates(["test_set", "id"])
+    again = int(asked["text"].dropna().duplicated().sum())
+    served = sorted({x["served"] for x in lines if isinstance(x.get("served"), str)})
+    found = (
+        (again, f"{again} of {len(asked)} questions have the text of another one, and both are "
+                "drawn as one: the intervals are not shorter for them."),
+        (len(served) > 1, f"The judge answered as {' and '.join(served)}: the verdicts may be of "
+                          "different models."),
+    )  # fmt: skip
+    return [said for there, said in found if there]
 
 # %% ../nbs/05_analysis.ipynb #eed1610d
 def _label_warnings(persons: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -733,9 +784,7 @@ def _evidence(
 def _p_of(lines: Sequence[Judgment], selector: str, controls: Sequence[str], **terms: Any) -> Any:
     "Of the weakest of a selector's comparisons; None where one was not made."
     prompts = prompt_table(orient(lines, selector))
-    by_pair = prompts.groupby(["model_a", "model_b"], sort=False)
-    noise = _noise_of({names: points_of(rows) for names, rows in by_pair})
-    mine = prompts[prompts["model_a"] == selector]
+    mine, noise = prompts[prompts["model_a"] == selector], _noise_of(prompts)
     pairs = [mine[mine["model_b"] == c] for c in controls]
     if any(p["outcome"].isna().all() for p in pairs):
         return None
@@ -843,7 +892,11 @@ def analyse(
         "ranking": None if claimed["verdict"] == NO_CLAIM else _rank_models(prompts),
         "aa": same_rule,
         "labels": persons,
-        "warnings": [*_warnings(pairs, pooled), *_label_warnings(persons or ())],
+        "warnings": [
+            *_warnings(pairs, pooled),
+            *_line_warnings(asked, prompts),
+            *_label_warnings(persons or ()),
+        ],
         "failures": [{f: x.get(f) for f in fields} for x in asked if x["verdict"] is None],
     }
 

@@ -11,8 +11,9 @@ import urllib.request
 from pathlib import Path
 
 import alpagasus2
-from .core.files import UserError, atomic, cache_dir, did_you_mean, read_json
+from .core.files import UserError, atomic, cache_dir, read_json
 from .core.run_folder import manifest_entry
+from .core.settings import did_you_mean
 
 # %% ../nbs/00a_catalog.ipynb #c1dfd96e
 def dataset_path(

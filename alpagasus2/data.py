@@ -25,7 +25,6 @@ from .catalog import catalog, locate
 from alpagasus2.core.files import (
     UserError,
     check_safe_name,
-    did_you_mean,
     files_beside,
     printable,
     say_once,
@@ -41,6 +40,7 @@ from alpagasus2.core.row_formats import (
     parse_columns,
     renamed,
 )
+from .core.settings import did_you_mean
 from .core.tables import ending_of, records
 
 # %% ../nbs/00_data.ipynb #8a3a34f0
@@ -61,6 +61,9 @@ def iter_rows(
     split: str = "train",  # the split to take, where there are several
 ) -> Iterator[Any]:
     "The rows of `read_rows` one at a time, so that they need not all be held."
+    if not isinstance(source, str | Path) or not str(source).strip():
+        what = repr(source) if isinstance(source, str) else f"a {type(source).__name__}"
+        raise UserError(f"{what} is no file and no data set; `check_rows` takes rows at hand")
     path, empty = locate(source), True
     is_data = ending_of(path) or any(p.suffix in (".json", ".parquet") for p in path.glob("*"))
     is_hub = path.is_dir() and str(source).count("/") == 1 and not is_data

@@ -25,10 +25,10 @@ from alpagasus2.core.files import (
     check_safe_name,
     read_jsonl,
     say,
-    settings,
     write_json,
 )
 from .core.run_folder import Journal, resumed
+from .core.settings import settings
 from .data import AnyTemplate, Question, Template, question_of, template_of
 from .endpoint.batch_api import announced
 from .endpoint.cache import Ask, Request

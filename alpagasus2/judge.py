@@ -24,7 +24,7 @@ from typing import Any, Literal, TypedDict, cast
 from pydantic import Field
 
 from .catalog import dataset_path
-from .core.files import UserError, nearest, read_jsonl, say, settings
+from .core.files import UserError, read_jsonl, say
 from alpagasus2.core.run_folder import (
     UNANSWERED,
     Journal,
@@ -33,6 +33,7 @@ from alpagasus2.core.run_folder import (
     open_lines,
     resumed,
 )
+from .core.settings import nearest, settings
 from .data import Asked, Example, Question, question_of, response_of
 from .endpoint.batch_api import announced
 from .endpoint.cache import Ask, Reply, Request, moment

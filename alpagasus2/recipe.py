@@ -20,15 +20,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
-from alpagasus2.core.files import (
-    UserError,
-    build,
-    check_names,
-    nearest,
-    settings,
-    unwritable,
-    wrong_text,
-)
+from .core.files import UserError, unwritable
+from .core.settings import build, check_names, nearest, settings, wrong_text
 from .core.tables import encoding_of
 from alpagasus2.data import (
     AnyTemplate,
@@ -373,6 +366,18 @@ def _check_holdout(asked: float | None) -> None:
             f"{FEWEST_HELD} rows, or 0 for none"
         )
 
+# %% ../nbs/06_recipe.ipynb #2680c23b
+def _training(preset: str, values: Mapping[str, Any]) -> tuple[TrainConfig, QuantLoraConfig]:
+    "The settings of a preset with these in place of its own."
+    known = [*TrainConfig.__dataclass_fields__, *QuantLoraConfig.__dataclass_fields__]
+    check_names(values, known, "train")
+    config, quant_lora = preset_configs(preset, **values)
+    if (bias := quant_lora.lora_bias) != "none":
+        raise UserError(
+            f"train: lora_bias={bias!r} changes the base, on which all arms stand; leave it out"
+        )
+    return config, quant_lora
+
 # %% ../nbs/06_recipe.ipynb #6e884c66
 @settings
 class Recipe:
@@ -476,15 +481,7 @@ class Recipe:
         "The training settings of one replicate."
         values = {**self.train, "seed": self.seed + replicate}
         values |= {"learning_rate": self.rates[0]} if self.rates else {}
-        known = [*TrainConfig.__dataclass_fields__, *QuantLoraConfig.__dataclass_fields__]
-        check_names(values, known, "train")
-        config, quant_lora = preset_configs(self.preset, **values)
-        if quant_lora.lora_bias != "none":
-            raise UserError(
-                f"train: lora_bias={quant_lora.lora_bias!r} changes the base, on which all arms "
-                "stand; leave it out"
-            )
-        return config, quant_lora
+        return _training(self.preset, values)
 
     @property
     def generation(self) -> GenerateConfig:

@@ -10,6 +10,7 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -230,6 +231,23 @@ def only_rule(
     ((rule, value),) = given.items()
     return rule, value
 
+# %% ../nbs/00b_selection.ipynb #88e254d2
+def _scores_of(
+    rows: Sequence[Example], scores: Mapping[str, float] | None, rule: str
+) -> dict[str, float]:
+    "The scores of the rows that have one."
+    if scores is None:
+        raise UserError(f"{rule}: no row has a score; name a file of them with --scores")
+    keyed = {r["id"]: scores[r["id"]] for r in rows if r["id"] in scores}
+    if not keyed:
+        raise UserError(f"{rule}: none of the {len(rows)} rows has a score; scores go by the rows' "
+                        f"ids, texts such as {rows[0]['id']!r}")  # fmt: skip
+    for key, score in keyed.items():
+        if not isinstance(score, Real) or not math.isfinite(score):
+            raise UserError(f"{rule}: row {key!r} has the score {score!r}; give a finite number, "
+                            "or none")  # fmt: skip
+    return keyed
+
 # %% ../nbs/00b_selection.ipynb #222fdae5
 def select(
     rows: Sequence[Example],  # rows with ids
@@ -248,14 +266,12 @@ def select(
         threshold=threshold, top_k=top_k, quantile=quantile, random_k=random_k, longest_k=longest_k
     )
     rule, value = only_rule(rules)
+    if any("id" not in r for r in rows):
+        raise UserError("a row has no `id`; `load_examples` and `check_rows` give ids")
     if rule in OF_ROW:
         keyed = {r["id"]: OF_ROW[rule](r) for r in rows}
     else:
-        scored = scores or {}
-        keyed = {r["id"]: scored[r["id"]] for r in rows if r["id"] in scored}
-        if not keyed:
-            hint = "" if scores else "; it goes by scores, so name a file of them (--scores)"
-            raise UserError(f"{rule}: none of the {len(rows)} rows has a score{hint}")
+        keyed = _scores_of(rows, scores, rule)
     k, ranking = _ranking(keyed, rule, value, seed)
     kept = set(_downwards(rows, ranking, k, f"{rule}={k}", drop_near_duplicates, quota))
     return [r for r in rows if r["id"] in kept]

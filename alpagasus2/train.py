@@ -29,16 +29,15 @@ from pydantic import Field
 from alpagasus2.core.files import (
     UserError,
     adapter_hashes,
-    check_names,
     check_output,
     json_sha256,
     read_json,
     replace_folder,
     say,
-    settings,
     write_json,
 )
 from .core.run_folder import hold, is_complete, manifest_entry, recorded
+from .core.settings import check_names, settings
 from .data import AnyTemplate, Example, Template, dropped, load_examples, template_of
 from .model.attention import Kernel
 from alpagasus2.model.budget import (

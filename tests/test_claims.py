@@ -395,3 +395,71 @@ def test_the_help_of_a_report_says_what_model_a_is(capsys):
         main(["report", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "--model_a MODEL_A whose wins are counted" in said
+
+
+# ---- verdicts without a claim.json, by hand or by carelessness
+
+
+def verdict(key: str, said: str, run: int = 0, judge: str = "j", **more) -> list[dict]:
+    """Both orders of one prompt of one run; the answers of every run are its own."""
+    shared = {"id": key, "test_set": "t", "instruction": f"What is {key}?", "input": "", "vote": 0,
+              "model_a": "x", "model_b": "random", "replicate": run, "verdict": said,
+              "response_a": f"{key} of {run}", "response_b": f"{key}, in {run}", "status": "ok",
+              "judge": {"model": judge, "prompt_version": "pair-1"}, **more}  # fmt: skip
+    return [{**shared, "first": first} for first in "ab"]
+
+
+def report(folder: Path, said: list[dict], *more: list[dict]) -> dict | None:
+    """The results of a page of such verdicts; None where it was refused."""
+    for n, rows in enumerate((said, *more)):
+        write(folder / f"judgments{n}.jsonl", rows)
+    given = folder if more else folder / "judgments0.jsonl"
+    if main(["report", "--judgments", str(given), "--output", str(folder / "page")]):
+        return None
+    return json.loads((folder / "page" / "results.json").read_text())
+
+
+WON = ["a" if n % 10 < 7 else "b" for n in range(40)]
+
+
+def test_one_run_under_three_numbers_is_one_run(tmp_path):
+    runs = [x for r in range(3) for n, v in enumerate(WON) for x in verdict(f"q{n}", v, r)]
+    assert report(tmp_path, runs)["claim"]["verdict"] == "supported"
+    copies = [{**x, "response_a": f"{x['id']} a", "response_b": f"{x['id']} b"} for x in runs]
+    claim = report(tmp_path, copies)["claim"]
+    assert claim["verdict"] == "not tested against run-to-run noise"
+    assert "Runs 0 and 1 have the same answers to every question" in claim["reason"]
+
+
+@pytest.mark.parametrize("field", ["id", "test_set"])
+def test_a_question_under_several_names_is_one_question(tmp_path, field):
+    ten = [x for r in range(3) for n, v in enumerate(WON[:10]) for x in verdict(f"q{n}", v, r)]
+    said = [{**x, field: f"{x[field]} {k}"} for k in range(5) for x in ten]
+    results = report(tmp_path, said)
+    (p,) = results["pooled"]
+    assert (p["n"], p["clusters"], results["claim"]["verdict"]) == (50, 10, "within noise")
+    assert any("40 of 50 questions have the text of another" in w for w in results["warnings"])
+
+
+def test_verdicts_of_two_judges_are_not_added_up(tmp_path, capsys):
+    halves = [x for n, v in enumerate(WON) for x in verdict(f"q{n}", v, judge="jk"[n % 2])]
+    assert report(tmp_path, halves) is None
+    assert "k (prompt pair-1) in judgments0.jsonl judged random and x" in capsys.readouterr().err
+    by_order = [x | {"judge": {"model": x["first"]}} for x in halves]
+    assert report(tmp_path, by_order[::2], by_order[1::2]) is None
+    one = [x for n, v in enumerate(WON) for x in verdict(f"q{n}", v, served=f"j-{n % 2}")]
+    (tmp_path / "judgments1.jsonl").unlink()
+    assert "The judge answered as j-0 and j-1" in " ".join(report(tmp_path, one)["warnings"])
+
+
+def test_sanity_checks_of_another_judge_are_refused(tmp_path, capsys):
+    said = [x for n, v in enumerate(WON) for x in verdict(f"q{n}", v)]
+    write(tmp_path / "canaries0.jsonl", verdict("g", "a", judge="strong", model_a="gold"))
+    assert report(tmp_path, said) is None
+    assert "these sanity checks are of ('strong', 'pair-1')" in capsys.readouterr().err
+
+
+def test_a_verdict_that_its_scores_deny_is_named(tmp_path, capsys):
+    scored = {"score_a": 2, "score_b": 9, "protocol": "pair"}
+    assert report(tmp_path, verdict("q", "a", **scored)) is None
+    assert "verdict='a'; the scores say b" in capsys.readouterr().err

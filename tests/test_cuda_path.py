@@ -22,13 +22,8 @@ from alpagasus2.model.forward import (
     target_nll,
 )
 from alpagasus2.model.gradients import Gradients
-from alpagasus2.quant_lora import (
-    QuantLoraConfig,
-    adapter_parameters,
-    add_lora,
-    in_one_step,
-    load_base,
-)
+from alpagasus2.model.lora import in_one_step
+from alpagasus2.quant_lora import QuantLoraConfig, adapter_parameters, add_lora, load_base
 from alpagasus2.train import TrainConfig, train, training_step
 
 ROWS = [Encoded(str(n), [*range(5), *range(50, 50 + n)], 7) for n in (9, 5, 30)]

@@ -193,12 +193,11 @@ def test_what_a_model_cannot_read_is_refused_before_it_trains(tmp_path: Path) ->
             transformers.LlamaConfig(**short, rope_parameters=rope),
             transformers.GPT2Config(**SHARED, n_layer=1, n_head=4, n_positions=40),
         ],
-        "row 0: it has token 49151, but the model knows only 49000": [
-            transformers.LlamaConfig(**{**USUAL, "vocab_size": 49000}),
+        r"row 0: it has token \d+, but the model knows only 9000": [
+            transformers.LlamaConfig(**{**USUAL, "vocab_size": 9000}),
         ],
     }
-    rows = [{**ROWS[0], "output": TOKENIZER.decode([49151])}, *ROWS[1:]]
-    rows[2] = {**rows[2], "output": "Rain falls on the roof. " * 4}
+    rows = [*ROWS[:2], {**ROWS[2], "output": "Rain falls on the roof. " * 4}]
     for said, configs in kinds.items():
         for config in configs:
             base = tmp_path / f"{config.model_type}-{config.vocab_size}"

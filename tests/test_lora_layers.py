@@ -13,10 +13,10 @@ from alpagasus2.core.files import UserError
 from alpagasus2.extras.merge import merged_model
 from alpagasus2.model.check import checked
 from alpagasus2.model.forward import encode
+from alpagasus2.model.lora import in_one_step
 from alpagasus2.quant_lora import (
     QuantLoraConfig,
     add_lora,
-    in_one_step,
     load_adapters,
     load_base,
     load_tokenizer,

@@ -96,6 +96,8 @@ RATINGS = [
     ("I cannot rate this.", None), ("error", None), ("3 + 1 = 4", None), ("Score: 3 + 1", None),
     ("4\n3", None), ("٤", None), ("9" * 400, None), ("Score: 4.5.6", None), ("1,2,3", None),
     ("x4", None), ("4x", None),
+    ("4</s>", 4), ("Score: 4<|im_end|>\n<|im_start|>user\nScore: 2", 4),
+    ("总分：4分", 4),
 ]
 # fmt: on
 
@@ -200,7 +202,7 @@ VERDICTS = [
     ('It says "Best answer: 1" and stops.', None), ("Best answer: Assistant 3", None),
     ("[Verse 1]", None), ("Assistant 1: 8\nAssistant 2: 9", None), ("It is a tie-dye shirt.", None),
     ("1\n2\n3", None), ("They choose option 2.", None), ("The correct answer is 2.", None),
-    ("The best of 3.", None),
+    ("The best of 3.", None), ("1</s>", 1), ("[[A]]<|eot_id|>", 1),
 ]
 # fmt: on
 

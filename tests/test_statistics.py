@@ -596,7 +596,8 @@ n, rng, text = int(sys.argv[1]), np.random.default_rng(0), "words " * 60
 said = np.repeat(rng.choice(["a", "b", "tie", "?"], n // 2, p=[0.4, 0.3, 0.29, 0.01]), 2)
 lines = [
     {"id": f"q{i // 10}", "test_set": f"t{i // 10 % 4}", "category": f"c{i // 10 % 8}",
-     "instruction": text, "input": "", "model_a": "filtered", "model_b": f"m{i // 2 % 5}",
+     "instruction": f"{text} {i // 10}", "input": "",
+     "model_a": "filtered", "model_b": f"m{i // 2 % 5}",
      "replicate": 0, "vote": 0, "first": "ab"[i % 2], "response_a": text[: i % 300],
      "response_b": text[: i * 7 % 300], "score_a": 8, "score_b": 7, "protocol": "pair",
      "verdict": None if v == "?" else str(v), "review": text, "status": "ok", "usage": {}}

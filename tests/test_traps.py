@@ -17,7 +17,8 @@ import transformers
 from stand_ins import tiny_llama
 
 from alpagasus2.cli import main
-from alpagasus2.core.files import UserError, build
+from alpagasus2.core.files import UserError
+from alpagasus2.core.settings import build
 from alpagasus2.data import load_examples, prompt
 from alpagasus2.extras.merge import divergence, merged_model
 from alpagasus2.generate import GenerateConfig, local_answers

@@ -25,7 +25,8 @@ from unittest.mock import patch
 
 from fastcore.docments import docments
 
-from ..core.files import UserError, dumps, nearest, printable
+from ..core.files import UserError, dumps, printable
+from ..core.settings import nearest
 from ..data import Example, Problem, dropped, load_examples
 
 # %% ../../nbs/commands/options.ipynb #732d4ebd

@@ -154,7 +154,7 @@ def _page_results(
     from alpagasus2.report.outside import weighted_win_rates
     from alpagasus2.report.run_claim import run_canaries
 
-    canaries = run_canaries(judgments) if judgments else {}
+    canaries = run_canaries(judgments, lines) if judgments else {}
     said = [x for path in labels for x in load_labels(path)] if labels else None
     results, shown = _analysed(lines, judgments, model_a, margin, canaries=canaries, labels=said)
     results = without_orders(results) if copied else results

@@ -83,12 +83,22 @@ def share_of_experts(
 _CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
 
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    "The rotary settings of each kind of layer, or of all."
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [x for x in rope.values() if isinstance(x, dict)] or [rope]
+
+
 def context_length(
     config: Any,  # of the text model
 ) -> int | None:  # tokens; None: any number
     "How many tokens a model can read, prompt and answer together."
-    found = (getattr(config, field, None) for field in _CONTEXTS)
-    return next((n for n in found if isinstance(n, int) and n > 0), None)
+    named = (getattr(config, field, None) for field in _CONTEXTS)
+    found = [n for n in named if isinstance(n, int) and n > 0][:1]
+    for rope in _ropes(config) if found else []:
+        original = rope.get("original_max_position_embeddings") or 0
+        found.append(int(original * (rope.get("factor") or 1)))
+    return max(found, default=None)
 
 # %% ../../nbs/core/families.ipynb #92875ff8
 _INDEXERS = ("index_topk", "index_topk_blocks", "indexer_budget")
@@ -100,12 +110,10 @@ def apart_above(
     "The length above which a row changes what the others of its batch get."
     if any(getattr(config, field, None) for field in _INDEXERS):
         return 0
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [x for x in rope.values() if isinstance(x, dict)] or [rope]  # of layers, or of all
     return min(
         (
             x.get("original_max_position_embeddings") or config.max_position_embeddings
-            for x in kinds if x.get("rope_type") in ("dynamic", "longrope")
+            for x in _ropes(config) if x.get("rope_type") in ("dynamic", "longrope")
         ),
         default=inf,
     )  # fmt: skip

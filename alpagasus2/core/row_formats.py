@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from .files import UserError, check_names
+from .files import UserError
+from .settings import check_names
 
 Row = Mapping[str, Any]
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
 
 from filelock import FileLock
@@ -200,6 +200,9 @@ class _Database(AbstractContextManager["_Database"]):
                 _doubt(self.path).touch()
                 hint = "; run again to begin a new one"
             raise UserError(f"{self.path}: {e}{hint}") from None
+
+    def __enter__(self) -> Self:
+        return self
 
     def close(self) -> None:
         "Let the file go; the last one that does takes the write-ahead log in."

@@ -28,8 +28,9 @@ from urllib.request import getproxies
 # %% ../../nbs/endpoint/client.ipynb #339542d1
 from pydantic import Field
 
-from ..core.files import UserError, json_sha256, say, settings
+from ..core.files import UserError, json_sha256, say
 from ..core.run_folder import dollars
+from ..core.settings import settings
 from .cache import Reply, ReplyCache, Request
 from alpagasus2.endpoint.completion import (
     hidden_refusal,
@@ -419,8 +420,7 @@ class Endpoint(Address):
         refused: Unsupported,  # the server's words
     ) -> bool:  # False: it is not sent
         "Do without what a server does not take, say so in one line, and remember it."
-        done = self.sending.obey(refused.field)
-        if done:
+        if done := self.sending.obey(refused.field):
             say(f"{self.base_url}, model {self.model}: {done} ({refused})")
             self.remember()
         return bool(done)

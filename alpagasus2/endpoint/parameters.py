@@ -16,7 +16,8 @@ from typing import Any, Literal
 from pydantic import model_validator
 from pydantic_core import ArgsKwargs
 
-from ..core.files import UserError, check_names, nearest, settings
+from ..core.files import UserError
+from ..core.settings import check_names, nearest, settings
 from .completion import Told
 
 # %% ../../nbs/endpoint/parameters.ipynb #767e0ff0

@@ -19,13 +19,17 @@ _THINK = r"think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad"
 _OPENED = re.compile(rf"[<\[◁](?:{_THINK})[>\]▷]|<\|channel\|>analysis", re.I)
 _CLOSED = re.compile(rf"[<\[◁]/(?:{_THINK})[>\]▷]|<\|channel\|>final<\|message\|>", re.I)
 
+_TURN_END = re.compile(  # left in the text by a server with another chat template
+    r"</s>|<\|(?:im_end|eot_id|endoftext|end_of_text|end|return)\|>|<end_of_turn>"
+)
+
 
 def without_thinking(
     text: str,  # a reply, perhaps with the thinking of a reasoning model before the answer
 ) -> str | None:  # the answer; None where the reply was cut inside the thinking
     "What follows the last end of thinking; some servers leave out the tag that opens it."
     ends = [m.end() for m in _CLOSED.finditer(text)]
-    answer = text[ends[-1] :] if ends else text
+    answer = _TURN_END.split(text[ends[-1] :] if ends else text)[0]
     return None if _OPENED.search(answer) else answer
 
 # %% ../../nbs/endpoint/replies.ipynb #3c4ccbbc
@@ -217,7 +221,7 @@ _SCORE = (
     r"|\bpunktzahl\b|\bgesamtnote\b|\bpuntuaci[oó]n(?:es)?\b|\bcalificaci[oó]n(?:es)?\b|\bpuntaje\b"
     r"|\bpunteggio\b|\bvalutazione\b|\bpontuação\b|\bavaliação\b|\bévaluation\b|\bnote\b|\bocena\b"
     r"|\bоценк[аи]\b|\bбаллы?\b|\bоцінк[аи]\b|\bбали?\b"
-    r"|评分|評分|得分|分数|分數|打分|評価|評点|スコア|得点|点数|점수|평점|평가"
+    r"|评分|評分|总分|總分|得分|分数|分數|打分|評価|評点|スコア|得点|点数|점수|평점|평가"
 )
 _WHOLE = r"\b(?:overall|final|quality|insgesamt|gesamt)\b|总体|综合|総合"  # of it all
 _QUALITY = {

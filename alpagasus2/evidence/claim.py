@@ -45,6 +45,7 @@ class PairStatistics(TypedDict, total=False):
     win_rate_ci95: Any  # [low, high], or None
     win_rate_bounds: Any  # its ends if model_a lost, and if it won, all that no judge decided
     holds_run_noise: bool  # whether the interval speaks of other training runs too
+    copied_runs: str  # two runs that are one, as a clause; absent without any
     run_spread: Number  # standard deviation of one run's effect on the win rate
     run_spread_bound: Number  # the upper end of its 70% bound
     sign_test_p: Number  # of several runs: the level at which the interval touches one half
@@ -164,6 +165,11 @@ def _finding(
 def _noise_sentence(pair: PairStatistics) -> str:
     "What noise the interval holds."
     runs, spread = pair["replicates"], pair.get("run_spread")
+    if copied := pair.get("copied_runs"):
+        return (
+            f"{copied[0].upper()}{copied[1:]}, so they are one training run, which does not show "
+            "how far runs differ."
+        )
     if not pair["holds_run_noise"]:
         made = "One training run" if runs == 1 else "Two training runs"
         return (

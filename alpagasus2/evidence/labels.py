@@ -67,9 +67,9 @@ def _person_signs(labels: Sequence[Mapping], pairs: set[tuple[str, str]]) -> pd.
 # %% ../../nbs/evidence/labels.ipynb #098f4131
 def _corrected(pair: pd.DataFrame, drawn_at_random: bool) -> dict[str, Any]:
     "The judge's win rate, corrected by the labels; the unit is the prompt or its cluster."
-    drawn, both = ["test_set", "unit"], pair.dropna(subset="person")
-    points = (both.groupby(drawn)[["person", "judge"]].mean() + 1) / 2
-    of_all = (pair.groupby(drawn)["judge"].mean() + 1) / 2
+    both = pair.dropna(subset="person")
+    points = (both.groupby("unit")[["person", "judge"]].mean() + 1) / 2
+    of_all = (pair.groupby("unit")["judge"].mean() + 1) / 2
     judged = float(of_all.mean())
     found = {"ppi_win_rate": None, "ppi_win_rate_ci95": None, "judge_win_rate": judged}
     needed = labels_needed(len(of_all), abs(judged - 0.5), float(of_all.std(ddof=0)))

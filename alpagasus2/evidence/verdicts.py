@@ -68,5 +68,5 @@ def points_of(
     "Outcomes as a table of prompts by runs."
     wide = prompts.pivot(index=["test_set", "unit", "id"], columns="replicate", values="outcome")
     keys = wide.index.to_frame(index=False)
-    drawn, _ = pd.factorize(pd.MultiIndex.from_frame(keys[["test_set", "unit"]]))
+    drawn, _ = pd.factorize(keys["unit"])
     return Points((wide.to_numpy(float) + 1) / 2, keys["test_set"].to_numpy(), drawn)

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core import families
-from ..core.files import UserError, nearest
+from ..core.files import UserError
 from ..core.run_folder import duration
+from ..core.settings import nearest
 from ..model.budget import BUDGETS, TOKEN_BUDGET
 from ..model.forward import Encoded, computed_tokens, packs
 from alpagasus2.quant_lora import (

@@ -23,15 +23,9 @@ from typing import Any
 from pydantic import Field
 from tqdm import tqdm
 
-from alpagasus2.core.files import (
-    UserError,
-    adapter_sha256,
-    file_sha256,
-    json_sha256,
-    nearest,
-    settings,
-)
+from ..core.files import UserError, adapter_sha256, file_sha256, json_sha256
 from ..core.run_folder import Journal, Step, changed_setting, hold, resumed
+from ..core.settings import nearest, settings
 from .benchmark_tables import BENCHMARKS, OPEN_LLM, Benchmark, write_results
 
 # %% ../../nbs/extras/leaderboard.ipynb #40e5865e

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from alpagasus2.core.files import (
     UserError,
     adapter_sha256,
-    build,
     file_sha256,
     read_json,
     replace_folder,
@@ -24,6 +23,7 @@ from alpagasus2.core.files import (
     write_json,
 )
 from ..core.run_folder import hold, is_complete, manifest_entry, recorded
+from ..core.settings import build
 from ..model.forward import Encoded
 from ..model.likelihood import target_logprobs
 from alpagasus2.quant_lora import (

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from itertools import count
-from typing import Any
+from typing import Any, Self
+from unittest.mock import patch
 
 from ..core.files import UserError
 from alpagasus2.data import (
@@ -120,7 +121,13 @@ def _refusal(row: Asked, messages: Sequence[Mapping], said: Exception) -> UserEr
     return UserError(f"row {row.get('id')}: the chat template refuses {about} ({why}); {hint}")
 
 
-_DAY = datetime(2024, 7, 26)  # what Llama 3.1's template falls back to
+class _Day(datetime):
+    "What a template is told of the date: the day that Llama 3.1's falls back to."
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Self:
+        "Always the same."
+        return cls(2024, 7, 26, tzinfo=tz)
 
 
 def _written(
@@ -128,14 +135,15 @@ def _written(
 ) -> str:
     "What the template writes; where `ask`, with its opening of the next answer."
     from jinja2 import TemplateError
+    from transformers.utils import chat_template_utils
 
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("this model's tokenizer has no chat template; use template=alpaca")
     _check_options(template.options or {}, tokenizer)
-    given = {"strftime_now": _DAY.strftime, **(template.options or {})}
-    options = {**given, "add_generation_prompt": ask}
+    options = {**(template.options or {}), "add_generation_prompt": ask}
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        with patch.object(chat_template_utils, "datetime", _Day):
+            return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except (TemplateError, TypeError, ValueError) as e:  # the last two from a value or a message
         raise _refusal(row, messages, e) from e
 

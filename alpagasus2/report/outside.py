@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.files import UserError, check_names, json_sha256, read_json, read_jsonl
+from ..core.files import UserError, json_sha256, read_json, read_jsonl
+from ..core.settings import check_names
 from ..evidence import intervals
 from ..evidence.paired import COLUMNS, Scores, check_scores
 

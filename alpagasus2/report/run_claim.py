@@ -6,7 +6,7 @@
 __all__ = ['folder_of', 'run_canaries_path', 'run_canaries', 'FixedRun', 'fixed_run', 'claim_by', 'decide_run']
 
 # %% ../../nbs/report/run_claim.ipynb #fa2b9a7e
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,14 +51,25 @@ def run_canaries_path(
     return folder / "canaries.jsonl" if whole else canaries_path(path)
 
 
+def _judges_of(lines: Iterable[Mapping[str, Any]]) -> set[tuple[Any, Any]]:
+    "Model and prompt of whatever judged these lines."
+    return {(j.get("model"), j.get("prompt_version")) for x in lines if (j := x.get("judge"))}
+
+
 def run_canaries(
     judgments: str | Path,  # a folder, or a file in it
+    lines: Iterable[Mapping[str, Any]],  # the verdicts there
 ) -> dict[str, list[float]]:  # from `canary_outcomes`
-    "Outcomes of the sanity checks of the judge; `UserError` where they were taken away."
+    "Outcomes of the judge's sanity checks; `UserError` where they are gone, or another judge's."
     path = run_canaries_path(judgments)
     if manifest_entry(path) and not path.exists():
         raise UserError(f"{path}: it is gone, and manifest.json names it; put it back")
-    return canary_outcomes(latest(path))
+    found = latest(path)
+    judges, asked = _judges_of(lines), _judges_of(found)
+    if judges and (other := asked - judges):
+        raise UserError(f"{path}: these sanity checks are of {min(map(str, other))}, and "
+                        f"{min(map(str, judges))} judged; `judge` asks them anew")  # fmt: skip
+    return canary_outcomes(found)
 
 # %% ../../nbs/report/run_claim.ipynb #4d13a73d
 @dataclass(frozen=True)
@@ -104,7 +115,8 @@ def _at_rates(run: FixedRun, results: Results, terms: Mapping[str, Any]) -> list
     found = {first: results}
     for rate in others:
         own = run.folder / "rates" / f"{rate:g}" / "judgments.jsonl"
-        lines, canaries = load_judgments(own)[0] if own.exists() else [], run_canaries(own)
+        lines = load_judgments(own)[0] if own.exists() else []
+        canaries = run_canaries(own, lines)
         missing = {"verdict": NO_CONTROL, "reason": f"{own} is not there yet."}
         found[rate] = analyse(lines, canaries=canaries, **terms) or Results(claim=missing)
         if lines:

@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ..core.files import UserError, dumps, settings
+from ..core.files import UserError, dumps
+from ..core.settings import settings
 from ..endpoint.cache import LEASE, Reply, ReplyCache, Request
 from ..endpoint.client import Budget, Endpoint, EndpointConfig
 from ..endpoint.rate_limits import Limits, Refused

@@ -18,8 +18,9 @@ from typing import Any
 
 from .. import judge, local
 from ..core.families import context_length
-from ..core.files import UserError, check_output, did_you_mean
+from ..core.files import UserError, check_output
 from ..core.run_folder import dollars, is_complete
+from ..core.settings import did_you_mean
 from ..data import Example, Question, load_examples, load_questions
 from ..endpoint.cache import ReplyCache
 from ..endpoint.client import Address, Endpoint

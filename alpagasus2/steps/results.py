@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 from .. import judge
 from ..analysis import Results, analyse, checkable, load_judgments
 from ..core import run_folder
-from ..core.files import UserError, build, file_sha256, read_json
+from ..core.files import UserError, file_sha256, read_json
+from ..core.settings import build
 from ..data import Example
 from ..evidence.claim import fixed_terms, heldout_finding, read_claim
 from ..evidence.doubts import chosen_rows, home_of, known_questions
@@ -89,7 +90,7 @@ def _judged_results(
     "What the verdicts come to; `seen`: questions that the rows of an arm hold."
     runs, judgments = range(run.recipe.replicates), next(iter(judged.values()))
     trained = {a: [selected[run.recipe.part(a, r)] for r in runs] for a in run.recipe.arms}
-    canaries = run_canaries(run.dir)
+    canaries = run_canaries(run.dir, judgments)
     results = analyse(judgments, canaries=canaries, **fixed_terms(run.claim))
     fixed = FixedRun(run.dir, run.claim, trained, seen)
     decide_run(fixed, results, judged, canaries, run.judged)

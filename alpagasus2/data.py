@@ -605,7 +605,7 @@ def _stem(source: str | Path) -> str:
 
 
 def _question(row: Any, number: int, source: str | Path) -> Question:
-    "One question in our schema, from any of the schemas in the table."
+    "One question in our schema, from any of `QUESTION_FORMATS`."
     form = format_of(row, QUESTION_FORMATS)
     if form is None:
         said = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__

@@ -636,7 +636,7 @@ def _padded(answer: str) -> str:
 def canary_pairs(
     responses: Sequence[Response],
     model_a: str,  # whose answers the null answer is compared with
-) -> list[Pair]:  # for `compare`
+) -> list[Pair]:  # for `comparison_plan`
     "What is known: gold pairs, 30 null answers, 6 answers against themselves, 30 padded ones."
     shared = {"test_set": "canaries", "category": None, "replicate": 0}
     known = [

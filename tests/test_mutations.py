@@ -25,7 +25,6 @@ import pytest
 from alpagasus2 import cli
 from alpagasus2.analysis import is_right
 from alpagasus2.cli import main
-from alpagasus2.core import run_folder
 from alpagasus2.core.files import read_jsonl
 from alpagasus2.data import load_examples, load_questions
 from alpagasus2.scale import rows
@@ -412,10 +411,8 @@ def answered(blocks: Blocks, *given: object, **named: object) -> Iterator[dict]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Versions and parsers are the same in every call; without Ray, an endpoint answers at once."""
-    known = run_folder.environment()
+    """Parsers are the same in every call; without Ray, an endpoint answers at once."""
     monkeypatch.setattr(cli, "build_parser", functools.cache(cli.build_parser))
-    monkeypatch.setattr(run_folder, "environment", lambda: known)
     monkeypatch.setattr(rows, "spread_over", answered)
 
 

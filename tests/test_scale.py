@@ -25,6 +25,7 @@ FEW |= {"token_budget": 256}
 # The second process is asked to stop after step 3; each says whether its base lies in parts.
 STOP = """
 import os, signal, sys
+from torch.distributed.fsdp import FSDPModule
 import alpagasus2.scale.sharding as sharding, alpagasus2.train as training
 from alpagasus2.cli import main
 after, split = training._Around.after, sharding.split
@@ -34,7 +35,8 @@ def stopping(self, done, figures):
     after(self, done, figures)
 def told(model):
     split(model)
-    print("in parts:", sharding.is_split(model), file=sys.stderr)
+    parts = any(isinstance(m, FSDPModule) for m in model.modules())
+    print("in parts:", parts, file=sys.stderr)
 training._Around.after, sharding.split = stopping, told
 sys.exit(main(sys.argv[1:]))
 """

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from .options import add_result, rows_of
 from ..core.files import UserError, check_safe_name
-from ..core.run_folder import cost_of, dollars, has_failed, status_counts
+from ..core.run_folder import dollars, has_failed, manifest_entry, status_counts
 from ..data import load_test_sets, template_of
 
 # %% ../../nbs/commands/ask.ipynb #00808a72
@@ -59,7 +59,8 @@ def _ask(who: _Asked, plans: Mapping[Path, Any], retry: bool, dry_run: bool) -> 
 # %% ../../nbs/commands/ask.ipynb #cefa2147
 def _say_status(output: str, lines: Sequence[Mapping]) -> None:
     "Count what became of the lines; a file of nothing but errors is a failure."
-    _say_counts(output, status_counts(lines), cost_of(output)["usd"])
+    usd = manifest_entry(output).get("cost", {}).get("usd")  # counted when the file was filled
+    _say_counts(output, status_counts(lines), usd)
 
 
 def _say_counts(output: str, counts: Mapping[str, int], usd: float | None) -> None:
@@ -149,7 +150,6 @@ def _rate_in_blocks(
     given: Sequence[Any], plan_of: Callable, who: _Asked, output: str, retry: bool
 ) -> None:
     "Ask for the scores of rows that are not held."
-    from alpagasus2.core.run_folder import manifest_entry
     from alpagasus2.data import iter_rows
     from alpagasus2.scale.rows import rate_stream, stream_rows
 

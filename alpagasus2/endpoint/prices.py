@@ -14,7 +14,7 @@ from math import isfinite
 from pathlib import Path
 
 from ..core.files import UserError, read_json
-from ..core.run_folder import dollars
+from ..core.run_folder import dollars, duration
 
 # %% ../../nbs/endpoint/prices.ipynb #ac3bf529
 @dataclass(frozen=True)
@@ -91,13 +91,6 @@ def prompt_tokens(
     "How many tokens a server will count in a prompt, roughly."
     return sum(4 + round(len(m["content"].encode()) / bytes_a_token) for m in messages)
 
-# %% ../../nbs/endpoint/prices.ipynb #81ef4eb4
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"about {seconds / size:.1f} {unit}"
-    return f"about {max(1, round(seconds))} s"
-
 # %% ../../nbs/endpoint/prices.ipynb #ffcd382e
 @dataclass(frozen=True)
 class Estimate:
@@ -124,5 +117,5 @@ class Estimate:
         return (
             f"{self.model} at {self.base_url}: {self.calls:,} calls{cached}, about "
             f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens, "
-            f"{cost}, {_duration(self.seconds)}"
+            f"{cost}, about {duration(self.seconds)}"
         )

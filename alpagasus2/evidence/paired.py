@@ -122,18 +122,6 @@ def _paired(
     ran = both_ran and not copies
     return Paired(left_scores, right_scores, sets, drawn, ran, scale, left_out, copies)
 
-# %% ../../nbs/evidence/paired.ipynb #7d3dafe2
-def _by_cluster(shares: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    "[clusters, runs] from [items, runs], with the same mean; NaN where a cluster has no cell."
-    n = clusters.max() + 1
-    filled = ~np.isnan(shares)
-    sums, cells = np.zeros((n, shares.shape[1])), np.zeros((n, shares.shape[1]))
-    np.add.at(sums, clusters, np.where(filled, shares, 0.0))
-    np.add.at(cells, clusters, filled.astype(float))
-    mean = sums.sum() / cells.sum()
-    parts = mean + (sums - mean * cells) / cells[cells > 0].mean()
-    return np.where(cells > 0, parts, np.nan)
-
 # %% ../../nbs/evidence/paired.ipynb #e5870c1d
 def _parts(pair: Paired, shares: np.ndarray) -> intervals.VarianceParts:
     "The variance of a [items, runs] table of shares, of which every item has a cell."
@@ -141,7 +129,7 @@ def _parts(pair: Paired, shares: np.ndarray) -> intervals.VarianceParts:
     shares, sets, clusters = shares[every], pair.test_sets[every], pair.clusters[every]
     if len(np.unique(clusters)) < len(clusters):
         _, first, clusters = np.unique(clusters, return_index=True, return_inverse=True)
-        shares, sets = _by_cluster(shares, clusters), sets[first]
+        shares, sets = intervals.by_cluster(shares, clusters), sets[first]
     return intervals.variance_parts(shares, sets, share=True)
 
 # %% ../../nbs/evidence/paired.ipynb #4dc1b509

@@ -24,7 +24,7 @@ from ..core import families
 from ..core.files import UserError
 from ..data import AnyTemplate, Example, response_of
 from .attention import ROWS, Kernel, attending, layout_of, taken
-from .chat import text_ids, tokenised
+from .chat import common_start, text_ids, tokenised
 from .dropout import drop_by_token, token_keys
 from .fused import fused
 from ..quant_lora import free_memory
@@ -102,19 +102,13 @@ def check_readable(
             )
 
 # %% ../../nbs/model/forward.ipynb #b1d57811
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    "How many tokens two sequences share at their start: 0 to the shorter length."
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
-
-
 def shared_prefix(
     pack: Sequence[Encoded],  # rows, sorted by `ids`
 ) -> int:  # tokens at the start of every row; 0 for a single row
     "How many positions the rows of a pack have in common."
     if len(pack) < 2:
         return 0
-    same = _common_prefix(pack[0].ids, pack[-1].ids)  # sorted: the two ends differ first
+    same = common_start(pack[0].ids, pack[-1].ids)  # sorted: the two ends differ first
     return min(same, min(e.n_prompt for e in pack) - 1)
 
 
@@ -136,7 +130,7 @@ def packs(
     for i in sorted(range(len(rows)), key=lambda i: (rows[i].ids, i)):
         row, pack = rows[i], result[-1] if result else []
         n = len(pack)
-        both = _common_prefix(rows[pack[0]].ids, row.ids) if n else 0
+        both = common_start(rows[pack[0]].ids, row.ids) if n else 0
         joined = min(prefix, both, row.n_prompt - 1)
         fits = total + len(row.ids) - joined * n <= token_budget and n != max_rows
         if n and fits and prefix * (n - 1) <= joined * n:

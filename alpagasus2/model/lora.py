@@ -55,7 +55,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        "As in the formulas above; the adapter's in fp32."
+        "Of x, A and B, from what the forward kept; A's and B's in fp32."
         (grad,), (x, a, b, inner, kept) = grads, ctx.saved_tensors
         grad_inner = (grad @ b).mul_(ctx.scale)
         grad_b = (grad.t() @ inner).float().mul_(ctx.scale)

@@ -34,7 +34,7 @@ from alpagasus2.core.files import (
     write_jsonl,
 )
 from ..core.row_formats import assembled, parse_columns
-from ..core.run_folder import check_line, dollars, hold, open_lines, row_key, timed
+from ..core.run_folder import Paid, check_line, dollars, hold, open_lines, row_key, timed
 from ..core.tables import LINE_COLUMNS, ending_of, records, write_parquet, write_rows
 from alpagasus2.data import (
     Examined,
@@ -158,9 +158,6 @@ def stream_rows(
 STATES = ("ok", "read", "unparsed", "refused", "length", "error", "unanswered", "stop", "unread")
 
 
-_TOKENS = ("prompt_tokens", "completion_tokens", "reasoning_tokens")
-
-
 def state_of(
     line: Mapping,  # of a file that grows
 ) -> str:
@@ -178,8 +175,7 @@ class LongFile:
     ):
         self.path, self.known = Path(path), Index()
         self._lock = hold(self.path).lock
-        self.counts, self.paid = Counter[str](), Counter[str]()
-        self.usd: float | None = None
+        self.counts, self.paid = Counter[str](), Paid()
         self.growing = self._next()
         self.grown = 0  # lines of the file that grows
         for line in self.finished():
@@ -222,24 +218,13 @@ class LongFile:
         self.counts[state] += 1
         if before is not None:
             self.counts[STATES[before]] -= 1
-        usage = line.get("usage") or {}
-        if "prompt_tokens" in usage:
-            self.paid["calls"] += 1
-            self.paid.update({k: usage.get(k) or 0 for k in _TOKENS if k in usage})
-            if usage.get("usd") is not None:
-                self.usd = (self.usd or 0.0) + usage["usd"]
+        self.paid.add(line)
         self.known[key] = STATES.index(state)
 
     def get(self, line: Mapping) -> dict | None:
         "The state of the line with the same key, as far as `open_lines` wants to know it."
         found = self.known.get(key_of(row_key(line)))
         return None if found is None else {"status": STATES[found]}
-
-    def cost(self) -> dict[str, Any]:
-        "As `cost_of`."
-        tokens = {k: self.paid[k] for k in _TOKENS if k in _TOKENS[:2] or self.paid[k]}
-        usd = None if self.usd is None else round(self.usd, 6)
-        return {"calls": self.paid["calls"], **tokens, "usd": usd}
 
     def append(self, line: Mapping) -> None:
         "Write one line and flush it."
@@ -346,7 +331,7 @@ def filling(
         finally:
             file.close()
             entry.setdefault("counts", dict(+file.counts))
-            entry.setdefault("cost", file.cost())
+            entry.setdefault("cost", file.paid.cost())
 
 # %% ../../nbs/scale/rows.ipynb #c42d0758
 @contextmanager
@@ -483,7 +468,7 @@ def rate_stream(
     with filling(output, plan.settings, **note) as (file, entry), blocks:
         _reread(plan, file)
         todo = blocks.write(_items(rows, plan_of, file, again, since, tokens), BLOCK)
-        account = replace(asking.account, spent=file.usd or 0.0) if asking.account else None
+        account = replace(asking.account, spent=file.paid.usd or 0.0) if asking.account else None
         if asking.announce and todo:
             say(asking.announce(todo, tokens["prompt"]))
         with _bar(todo, plan.unit, progress) as bar:
@@ -493,8 +478,8 @@ def rate_stream(
                 said |= {"served": reply.model} if reply.model and not reply.error else {}
                 file.append({**line, **plan.read(line, reply), **said, **plan.who})
                 bar.update()
-                if file.usd:
-                    bar.set_postfix_str(dollars(file.usd), refresh=False)
+                if file.paid.usd:
+                    bar.set_postfix_str(dollars(file.paid.usd), refresh=False)
         entry |= {"retry": None} if since else {}
         return dict(+file.counts)
 

@@ -148,7 +148,7 @@ def rows_kept(
             raise UserError(f"quantile={value}, but it is a fraction between 0 and 1")
         value = best[n - 1 - min(round(value * n), n - 1)]
     if rule in ("threshold", "quantile"):
-        count = np.count_nonzero(np.asarray(best) >= value)
+        count = int(np.count_nonzero(np.asarray(best) >= value))
         if not count:
             raise UserError(f"threshold={value:g} keeps no row: the best score is {best[0]:g}")
     elif value != int(value):

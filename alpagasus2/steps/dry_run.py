@@ -9,7 +9,8 @@ __all__ = ['Known', 'listed_models', 'doubts', 'refusals', 'plan_table']
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..core.files import UserError, check_output
 from ..core.run_folder import dollars, is_complete
 from ..core.settings import did_you_mean
 from ..data import Example, Question, load_examples, load_questions
+from ..endpoint.cache import ReplyCache
 from ..endpoint.client import Address, Endpoint
 from ..endpoint.prices import BATCH_DISCOUNT, prompt_tokens
 from ..evidence.claim import claim_beside, is_measured
@@ -241,7 +243,8 @@ def _asked(recipe: Recipe) -> dict[str, Any]:  # Rater, Judge or Server
     return asked | ({"generate": recipe.server} if recipe.server else {})
 
 
-def _endpoint(known: Known, who: Rater | Judge | Server) -> Endpoint:
+@contextmanager
+def _endpoint(known: Known, who: Rater | Judge | Server) -> Iterator[Endpoint]:
     "The endpoint as the run would ask it, with what an earlier try has learned of it."
     kept = known.dir / "cache.sqlite"
     sampling: dict[str, Any]
@@ -251,14 +254,15 @@ def _endpoint(known: Known, who: Rater | Judge | Server) -> Endpoint:
     else:
         model, sampling = who.model, who.asked
     with tempfile.TemporaryDirectory() as folder:  # nothing is asked that would be kept
-        cache = kept if kept.exists() else Path(folder) / "cache.sqlite"
-        return Endpoint(model, who.base_url, cache, who, **sampling)
+        with ReplyCache(kept if kept.exists() else Path(folder) / "cache.sqlite") as cache:
+            yield Endpoint(model, who.base_url, cache, who, **sampling)
 
 
 def _listed(known: Known, part: str, who: Rater | Judge | Server) -> list[str]:
     "What an endpoint lists, asked once."
     if part not in known.listed:
-        known.listed[part] = listed_models(_endpoint(known, who))
+        with _endpoint(known, who) as endpoint:
+            known.listed[part] = listed_models(endpoint)
     return known.listed[part]
 
 
@@ -283,10 +287,11 @@ def doubts(
     "What may stop a run, or may not."
     found: dict[str, None] = {}
     for part, who in _asked(known.recipe).items():
-        endpoint, listed = _endpoint(known, who), _listed(known, part, who)
-        if listed and not _is_listed(endpoint.model, listed):
-            near = did_you_mean(endpoint.model, listed)
-            found[f"{endpoint.base_url} does not list {endpoint.model}{near}"] = None
+        listed = _listed(known, part, who)
+        with _endpoint(known, who) as endpoint:
+            if listed and not _is_listed(endpoint.model, listed):
+                near = did_you_mean(endpoint.model, listed)
+                found[f"{endpoint.base_url} does not list {endpoint.model}{near}"] = None
     return [*found]
 
 # %% ../../nbs/steps/dry_run.ipynb #33490af5
@@ -387,10 +392,10 @@ def _read(known: Known, tokens: float, model: str = "") -> str:
 # %% ../../nbs/steps/dry_run.ipynb #8ff89b3c
 def _most(known: Known, who: Rater | Judge | Server, calls: int, prompts: float) -> str:
     "The most US dollars that so many calls can cost, with so many prompt tokens in all."
-    endpoint = _endpoint(known, who)
-    if endpoint.price is None or not endpoint.longest:
-        return "-"
-    usd = endpoint.price.usd(prompts, calls * endpoint.longest)
+    with _endpoint(known, who) as endpoint:
+        if endpoint.price is None or not endpoint.longest:
+            return "-"
+        usd = endpoint.price.usd(prompts, calls * endpoint.longest)
     return dollars(usd * (BATCH_DISCOUNT if who.batch else 1))
 
 

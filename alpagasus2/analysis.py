@@ -432,22 +432,28 @@ def pair_statistics(
     }  # fmt: skip
     return cast(PairStatistics, found)
 
-# %% ../nbs/05_analysis.ipynb #f79b1dba
-def _noise_of(prompts: pd.DataFrame) -> intervals.RunNoise | None:
-    "The run variance over all pairs of trained arms; the base is not trained."
-    pairs = prompts.groupby(["model_a", "model_b"], sort=False)
-    trained = [rows for names, rows in pairs if "base" not in names and not _one_run(rows)]
-    return intervals.pooled_noise([p for rows in trained if (p := points_of(rows).parts)])
-
 # %% ../nbs/05_analysis.ipynb #923fd113
+def _by_pair(prompts: pd.DataFrame) -> tuple[dict[tuple, pd.DataFrame], dict[tuple, Points]]:
+    "The rows of every pair of models, and their points."
+    pairs = dict(list(prompts.groupby(["model_a", "model_b"], sort=False)))
+    return pairs, {names: points_of(rows) for names, rows in pairs.items()}
+
+
+def _noise_of(
+    pairs: Mapping[tuple, pd.DataFrame], points: Mapping[tuple, Points]
+) -> intervals.RunNoise | None:
+    "The run variance over all pairs of trained arms that ran anew; the base is not trained."
+    trained = [n for n, rows in pairs.items() if "base" not in n and not _one_run(rows)]
+    return intervals.pooled_noise([p for n in trained if (p := points[n].parts)])
+
+
 def each_pair(
     prompts: pd.DataFrame,  # from `prompt_table`
     planned: Mapping[str, Any] | None = None,  # as in `analyse`
 ) -> list[PairStatistics]:  # without test_set
     "The statistics of each pair of models over these prompts."
-    pairs = dict(list(prompts.groupby(["model_a", "model_b"], sort=False)))
-    points = {names: points_of(rows) for names, rows in pairs.items()}
-    noise = _noise_of(prompts)
+    pairs, points = _by_pair(prompts)
+    noise = _noise_of(pairs, points)
     return [
         pair_statistics(rows, points[names], noise, planned) for names, rows in pairs.items()
     ]  # fmt: skip
@@ -784,7 +790,8 @@ def _evidence(
 def _p_of(lines: Sequence[Judgment], selector: str, controls: Sequence[str], **terms: Any) -> Any:
     "Of the weakest of a selector's comparisons; None where one was not made."
     prompts = prompt_table(orient(lines, selector))
-    mine, noise = prompts[prompts["model_a"] == selector], _noise_of(prompts)
+    noise = _noise_of(*_by_pair(prompts))
+    mine = prompts[prompts["model_a"] == selector]
     pairs = [mine[mine["model_b"] == c] for c in controls]
     if any(p["outcome"].isna().all() for p in pairs):
         return None

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ALPACA_INPUT', 'ALPACA_NO_INPUT', 'Template', 'AnyTemplate', 'ANSWER_TYPES', 'iter_rows', 'read_rows', 'Message',
-           'Asked', 'Example', 'Question', 'Problem', 'row_id', 'message_text', 'Examined', 'check_rows', 'grouped',
-           'dropped', 'examine', 'refusal', 'load_examples', 'question_of', 'response_of', 'before_response', 'prompt',
-           'ChatTemplate', 'template_of', 'template_settings', 'last_turn', 'asked_of', 'load_questions',
+           'Asked', 'Example', 'Question', 'Problem', 'row_id', 'message_text', 'is_learned', 'Examined', 'check_rows',
+           'grouped', 'dropped', 'examine', 'refusal', 'load_examples', 'question_of', 'response_of', 'before_response',
+           'prompt', 'ChatTemplate', 'template_of', 'template_settings', 'last_turn', 'asked_of', 'load_questions',
            'load_test_sets']
 
 # %% ../nbs/00_data.ipynb #77de68da
@@ -159,6 +159,9 @@ def row_id(
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 # %% ../nbs/00_data.ipynb #b3f0c7f6
+_SWITCHES = ("weight", "train", "loss")  # of OpenAI, Axolotl, ms-swift
+
+
 def message_text(
     message: Mapping[str, Any],  # role and content
 ) -> str | None:  # None: something that is not text
@@ -172,6 +175,13 @@ def message_text(
     return "".join(map(str, parts)) if all(isinstance(p, str) for p in parts) else None
 
 
+def is_learned(
+    message: Mapping[str, Any],  # of the assistant
+) -> bool:
+    "Whether an answer is to be learned, and not only read."
+    return not any(message.get(name) in (0, False) for name in _SWITCHES)
+
+
 def _malformed_messages(messages: Any) -> str | None:
     if not isinstance(messages, list) or not messages:
         return "`messages` is not a list of role and content"
@@ -180,8 +190,12 @@ def _malformed_messages(messages: Any) -> str | None:
             return "a message lacks a text `role` or `content`"
         if message_text(m) is None:
             return f"the {m['role']}'s message lacks a text `content`"
+        if odd := [k for k in _SWITCHES if m.get(k) not in (None, 0, 1)]:
+            return f"a message has {odd[0]}={m[odd[0]]!r}: it is learned (1) or not (0)"
     if messages[-1]["role"] != "assistant":
         return f"the last message is the {messages[-1]['role']}'s, not the assistant's"
+    if not any(is_learned(m) for m in messages if m["role"] == "assistant"):
+        return "none of its answers is to be learned"
     return None
 
 # %% ../nbs/00_data.ipynb #915d90f5

@@ -612,7 +612,7 @@ def load_recipe(
             values = yaml.load(f.read(), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError) as e:  # a compressed one has no encoding
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if found := unwritable(values):  # the claim could not hold it
         raise UserError(f"{path}: it holds {found}; take it out")

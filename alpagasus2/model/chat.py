@@ -23,6 +23,7 @@ from alpagasus2.data import (
     Asked,
     ChatTemplate,
     before_response,
+    is_learned,
     message_text,
     prompt,
     response_of,
@@ -242,6 +243,7 @@ def _answers(messages: Sequence[Mapping], last_only: bool) -> list[int]:
     turns = [
         k for k, m in enumerate(messages)
         if m["role"] == "assistant" and m["content"].strip() and not m.get("tool_calls")
+        and is_learned(m)
     ]  # fmt: skip
     return turns[-1:] if last_only else turns
 

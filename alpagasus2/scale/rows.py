@@ -50,7 +50,7 @@ from ..endpoint.prices import Estimate, prompt_tokens
 from ..generate import endpoint_answers
 from ..judge import asked_since, to_ask_again
 from .engine import Account, Blocks, DeskEndpoint, Spread, spread_over
-from ..selection import OF_ROW, score_lines
+from ..selection import OF_ROW, rows_kept, score_lines
 
 # %% ../../nbs/scale/rows.ipynb #87ada67f
 def key_of(
@@ -706,16 +706,8 @@ def kept_places(
     order = _ranking(pool.ids(), found, seed)
     if not len(order):
         raise UserError(f"{rule}: none of the {n} rows has a score")
-    if rule == "quantile":
-        if not 0 <= value <= 1:
-            raise UserError(f"quantile={value}, but it is a fraction between 0 and 1")
-        ordered = found[order][::-1]
-        value = ordered[min(round(value * len(ordered)), len(ordered) - 1)]
-    elif rule != "threshold" and not 1 <= value <= len(order):
-        raise UserError(f"{rule}={value:g}, but between 1 and {len(order)} rows can be kept")
     kept = np.zeros(n, bool)
-    top = order[found[order] >= value] if rule in ("threshold", "quantile") else order[: int(value)]
-    kept[top] = True
+    kept[order[: rows_kept(rule, value, found[order])]] = True
     return kept
 
 # %% ../../nbs/scale/rows.ipynb #5a5d0838

@@ -100,46 +100,25 @@ def _is_damage(error: sqlite3.DatabaseError) -> bool:
     return type(error) is sqlite3.DatabaseError
 
 
-def _doubt(path: Path) -> Path:
-    "A file that says, by being there, that damage was met: what it stands beside is to be checked."
-    return path.with_name(f".{path.name}.doubt")
-
-
-def _is_doubtful(path: Path) -> bool:
-    "After damage, after a kill (which leaves the write-ahead log), or where pages are missing."
-    log = Path(f"{path}-wal")
-    if _doubt(path).exists() or (log.exists() and log.stat().st_size):
-        return True
-    with path.open("rb") as f:
-        head = f.read(32)
-    page = int.from_bytes(head[16:18])
-    return path.stat().st_size < int.from_bytes(head[28:32]) * (65536 if page == 1 else page)
-
-# %% ../../nbs/endpoint/cache.ipynb #7c77e2ac
 def _check(db: sqlite3.Connection) -> None:
-    "Read every page."
+    "Read every page: half a second for a gigabyte."
     state = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     if state != "ok":
         raise sqlite3.DatabaseError(state)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    "Open the file, check it where there is a doubt, and bring an older version's up to date."
+    "Open the file, check it, and bring an older version's up to date."
     with suppress(OSError):  # it holds what was asked: nobody else reads a new one
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    doubtful = path.is_file() and _is_doubtful(path)
     db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
     try:
         _use_wal(db)
-        if doubtful:
-            _check(db)
+        _check(db)
         _make_tables(db)
-    except BaseException as e:
+    except BaseException:
         db.close()
-        if isinstance(e, sqlite3.DatabaseError) and _is_damage(e):
-            _doubt(path).touch()
         raise
-    _doubt(path).unlink(missing_ok=True)
     return db
 
 # %% ../../nbs/endpoint/cache.ipynb #aaf4dafa
@@ -149,7 +128,6 @@ def _set_aside(path: Path) -> Path:  # its new name
     for suffix in ("", "-wal", "-shm"):
         with suppress(FileNotFoundError):
             os.replace(f"{path}{suffix}", f"{aside}{suffix}")
-    _doubt(path).unlink(missing_ok=True)
     return aside
 
 
@@ -195,10 +173,7 @@ class _Database(AbstractContextManager["_Database"]):
             with self._lock:
                 return self._db.execute(sql, values).fetchall()
         except sqlite3.DatabaseError as e:
-            hint = ""
-            if _is_damage(e):
-                _doubt(self.path).touch()
-                hint = "; run again to begin a new one"
+            hint = "; run again to begin a new one" if _is_damage(e) else ""
             raise UserError(f"{self.path}: {e}{hint}") from None
 
     def __enter__(self) -> Self:

@@ -166,10 +166,7 @@ def _noise_sentence(pair: PairStatistics) -> str:
     "What noise the interval holds."
     runs, spread = pair["replicates"], pair.get("run_spread")
     if copied := pair.get("copied_runs"):
-        return (
-            f"{copied[0].upper()}{copied[1:]}, so they are one training run, which does not show "
-            "how far runs differ."
-        )
+        return f"{copied[0].upper()}{copied[1:]}, so nothing shows how far training runs differ."
     if not pair["holds_run_noise"]:
         made = "One training run" if runs == 1 else "Two training runs"
         return (

@@ -29,7 +29,8 @@ def _score(line: Mapping, where: str) -> float | None:
         return None
     given = line["score"]
     try:
-        score = math.nan if isinstance(given, bool) else float(given)
+        odd = isinstance(given, bool) or "_" in str(given)  # Python reads 1_0 as 10
+        score = math.nan if odd else float(given)
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{where}: score {given!r} is not a number") from None
     if not math.isfinite(score):

@@ -368,7 +368,7 @@ def test_a_page_among_its_verdicts_is_checked(tmp_path, capsys):
         ({"response_a": 5}, "response_a=5; text is wanted"),
         ({"model_b": None}, "model_b=None; text is wanted"),
         ({"judge": {"model": []}}, "judge model=[]; text is wanted"),
-        ({"review": float("nan")}, "review=nan; text is wanted"),
+        ({"review": float("nan")}, "holds nan"),
         ({"model_b": "filtered"}, "filtered as both models"),
     ],
 )
@@ -377,7 +377,8 @@ def test_a_line_that_cannot_be_counted_is_named(wrong, why, tmp_path, capsys):
     said = lines(run / "judgments.jsonl")
     write(run / "judgments.jsonl", [{**said[0], **wrong}, *said[1:]])
     assert main(["report", "--judgments", str(run), "--output", str(tmp_path / "page")]) == 2
-    assert f"the line of q0 has {why}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the line of q0 " in said and why in said
 
 
 @pytest.mark.parametrize("label", [3, {"id": "q1", "test_set": "t", "model_a": "filtered",

@@ -194,11 +194,11 @@ def test_a_second_run_at_all_rates_changes_nothing(at_two_rates):
 def judged(folder: Path, wins: int, arms: Sequence[str] = ("filtered",)) -> None:
     "Verdicts of three runs on 80 prompts, of which each arm wins so many against random."
     pair = {"model_b": "random", "test_set": "t", "vote": 0, "status": "ok",
-            "instruction": "i", "input": "", "protocol": "verdict",
+            "input": "", "protocol": "verdict",
             "response_a": "x", "response_b": "y"}  # fmt: skip
     lines = [
-        {**pair, "model_a": arm, "id": str(i), "replicate": k, "first": first,
-         "verdict": "a" if i < wins else "b"}
+        {**pair, "model_a": arm, "id": str(i), "instruction": f"i{i}", "replicate": k,
+         "first": first, "verdict": "a" if i < wins else "b"}
         for arm in arms for i in range(80) for k in range(3) for first in "ab"
     ]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

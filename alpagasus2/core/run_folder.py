@@ -56,7 +56,7 @@ def check_line(
     if wrong := [k for k, v in numbers.items() if not isinstance(v, int | float | None)]:
         raise UserError(f"{path}: {wrong[0]} is {numbers[wrong[0]]!r}, not a number")
     if what := files.unwritable(line):
-        raise UserError(f"{path}: the line of {line.get('id')!r} holds {what}")
+        raise UserError(f"{path}: the line of {line.get('id')} holds {what}")
 
 # %% ../../nbs/core/run_folder.ipynb #3665612f
 def _lines(path: str | Path) -> Iterator[Any]:

@@ -635,7 +635,7 @@ def test_the_page_is_short_as_opened_and_in_its_order(opened):
 def test_a_link_into_a_folded_part_unfolds_it(opened):
     assert not opened.locator("#claim strong").is_visible()
     opened.click("text=Why, in full")
-    assert opened.locator("#claim strong").is_visible()
+    opened.locator("#claim strong").wait_for()  # visible: the page hears of its new hash later
 
 
 def test_every_figure_can_be_read(opened):

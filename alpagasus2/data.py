@@ -179,7 +179,7 @@ def is_learned(
     message: Mapping[str, Any],  # of the assistant
 ) -> bool:
     "Whether an answer is to be learned, and not only read."
-    return not any(message.get(name) in (0, False) for name in _SWITCHES)
+    return not any(message.get(name) == 0 for name in _SWITCHES)  # False is 0, too
 
 
 def _malformed_messages(messages: Any) -> str | None:

@@ -579,6 +579,7 @@ class _Loader(yaml.SafeLoader):
     "As YAML 1.2: 2e-5 and 020 are numbers, a name is text (`no: ...`) and stands once."
 
     def compose_mapping_node(self, anchor: Any) -> Any:
+        "Named values, each name as text and once."
         node, known = super().compose_mapping_node(anchor), set[str]()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":

@@ -119,6 +119,8 @@ def hidden_refusal(
     raw: str,  # the body of an answer with the status 200
 ) -> tuple[int, Any] | None:  # the status and the body of the refusal that it is; None: it is none
     "What a gateway wraps in its own success: the error of the server behind it."
+    if '"error"' not in raw:  # of nearly all replies, which are parsed once
+        return None
     try:
         answer = json.loads(raw)
     except (ValueError, RecursionError):

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import ChainableUndefined, Environment
 from markupsafe import Markup, escape
@@ -684,7 +685,7 @@ def write_report(
     output: str | Path,  # folder: index.html, results.json, results.csv, figures as PNG files
     judgments: Sequence[Judgment] = (),  # lines of judgments.jsonl, model_a as in the results
     responses: Sequence[Mapping] = (),  # lines of responses.jsonl, shown where nothing was judged
-    figures: Mapping[str, Figure] | None = None,  # caption -> figure
+    figures: Mapping[str, Figure] | None = None,  # caption -> figure; closed once it is written
     title: str = "AlpaGasus 2 report",  # the page's heading
     others: Sequence[Judgment] = (),  # verdicts of further judges, shown beside the deciding one's
 ) -> Path:  # the page
@@ -705,6 +706,8 @@ def write_report(
     for d in drawn:
         with atomic(output / d.name) as part:
             part.write_bytes(d.png)
+    for figure in (figures or {}).values():
+        plt.close(figure)  # pyplot keeps what it drew
     write_json(output / "results.json", results)
     write_forms(results, output)
     with atomic(output / "index.html") as part:  # half a character pair in an answer becomes "?"

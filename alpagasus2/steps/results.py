@@ -12,8 +12,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-import matplotlib.pyplot as plt
-
 from .. import judge
 from ..analysis import Results, analyse, checkable, load_judgments
 from ..core import run_folder
@@ -231,8 +229,6 @@ def _write_page(
     beside = [line for lines in others for line in lines]
     responses = run_folder.latest(run.dir / "responses.jsonl")
     write_report(results, output, decides, responses, figures, others=beside)
-    for figure in figures.values():
-        plt.close(figure)  # pyplot keeps what it drew
     made_from = [*_raw_files(run), *further.values()]
     seal(output, made_from, {"command": "run", "price_hour": run.recipe.price_hour})
     return results

@@ -9,7 +9,7 @@ import pytest
 
 from alpagasus2.cli import main
 from alpagasus2.core.files import UserError
-from alpagasus2.data import load_examples, load_questions
+from alpagasus2.data import Examined, load_examples, load_questions
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases" / "data"
 COLOURS = [
@@ -148,3 +148,47 @@ def test_a_question_keeps_its_own_fields(tmp_path):
             (q,) = load_questions(path)
             found = [q[k] for k in ("id", "test_set", "category", "reference")]
             assert found == ["1", "mymath", "math", "4"]
+
+
+ASKED = {"role": "user", "content": "Hi"}
+SAID = {"role": "assistant", "content": "Hello!"}
+KTO = {"prompt": "Hi", "completion": "Go away."}
+WRONGLY_READ = {  # read as something else until each was mended -> how it is read or refused
+    "system_prompt beside messages": ({**talk("Hi", "Hello!"), "system_prompt": "Be brief."}, 3),
+    "two system prompts": ({**talk("Hi", "Yo"), "system": "a", "system_prompt": "b"}, "another"),
+    "system that is a list": ({**talk("Hi", "Yo"), "system": [{"text": "a"}]}, "not text"),
+    "a misspelt assistant": (
+        {"messages": [ASKED, {**SAID, "role": "assitant"}, ASKED, SAID]}, "by 'assitant'",
+    ),
+    "history of turns": ({**COLOURS[0], "history": [ASKED, SAID]}, 4),
+    "history of texts": ({**COLOURS[0], "history": ["Hi", "Hello!"]}, "list of pairs"),
+    "history of a query": ({"query": "a", "response": "b", "history": [["Hi", "Hello!"]]}, 4),
+    "history that is text": ({**COLOURS[0], "history": "Hi"}, "not a list"),
+    "context beside an input": ({**COLOURS[0], "input": "a", "context": "b"}, "both `input`"),
+    "two answers": ({"question": "a", "answer": "4", "response": "Long."}, "both `answer`"),
+    "KTO's label as a number": ({**KTO, "label": 0}, "bad answer"),
+    "LLaMA-Factory's label": ({**COLOURS[0], "kto_tag": False}, "bad answer"),
+    "a thought in a part": (
+        {"messages": [ASKED, {**SAID, "content": [
+            {"type": "reasoning", "text": "Hm."}, {"type": "text", "text": "Hello!"}]}]},
+        "part that is not text",
+    ),
+    "an input that is a number": ({**COLOURS[0], "input": 0}, "`input` is not text"),
+    "NaN where there is no input": ({**COLOURS[0], "input": float("nan")}, "Alpaca"),
+    "no messages": ({**COLOURS[0], "messages": []}, "Alpaca"),
+    "Capybara": ({"conversation": [{"input": "Hi", "output": "Hello!"}] * 2}, 4),
+    "UltraChat": ({"id": "0", "data": ["Hi", "Hello!"]}, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONGLY_READ)
+def test_a_row_is_read_as_it_is_meant_or_refused(kind):
+    row, wanted = WRONGLY_READ[kind]
+    found = Examined()
+    found.add(row)
+    if isinstance(wanted, int):  # so many turns
+        assert [len(r["messages"]) for r in found.rows] == [wanted]
+    elif wanted == "Alpaca":
+        assert list(found.formats) == ["Alpaca"] and found.rows[0]["input"] == ""
+    else:
+        assert not found.rows and wanted in found.problems[0].detail

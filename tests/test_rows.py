@@ -1,5 +1,6 @@
 """Small files of rows and questions that once failed, each standing for a kind."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -192,3 +193,36 @@ def test_a_row_is_read_as_it_is_meant_or_refused(kind):
         assert list(found.formats) == ["Alpaca"] and found.rows[0]["input"] == ""
     else:
         assert not found.rows and wanted in found.problems[0].detail
+
+
+SEMICOLONS = b"instruction;output\nName it, please;It is blue\n"
+FILES = {  # name -> bytes, the instruction of its last row (None: it is refused, and with what)
+    "a null before it.json": (json.dumps([None, COLOURS[1]]).encode(), "row 0"),
+    "packed.jsonl": (gzip.compress(lines(COLOURS[:2])), COLOURS[1]["instruction"]),
+    "unpacked.jsonl.gz": (lines(COLOURS[:2]), COLOURS[1]["instruction"]),
+    "tabs.csv": (SEMICOLONS.replace(b";", b"\t"), "Name it, please"),
+    "bars.csv": (SEMICOLONS.replace(b";", b"|"), "Name it, please"),
+    "commas.tsv": (b"instruction,output\nName it,It is blue\n", "Name it"),
+    "sheet.csv": (b"PK\x03\x04\x14\x00\x06\x00\x08\x00\xff\xfe", "a zip archive or an Excel file"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_read_by_what_is_in_it(name, tmp_path):
+    content, wanted = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    try:
+        assert load_examples(tmp_path / name)[0][-1]["instruction"] == wanted
+    except UserError as e:
+        assert wanted in str(e)
+
+
+def test_the_test_split_beside_a_train_split_is_not_trained_on(tmp_path):
+    for split, rows in (("train", COLOURS[:2]), ("test", COLOURS[2:])):
+        (tmp_path / f"{split}-00000-of-00001.parquet").write_bytes(parquet(rows))
+    assert [r["instruction"] for r in load_examples(tmp_path)[0]] == [
+        r["instruction"] for r in COLOURS[:2]
+    ]
+    (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "dev-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="has no split 'train', but dev, test"):
+        load_examples(tmp_path)

@@ -314,7 +314,7 @@ def _alpaca_and_more(row: Row) -> dict[str, Any]:
 
 def _is_ours(row: Row) -> bool:
     "Whether a row has messages as we have them, the system turn among them."
-    roles, said = {*SPEAKERS.values()}, row.get("messages")
+    roles, said = [*dict.fromkeys(SPEAKERS.values())], row.get("messages")
     known = isinstance(said, list) and all(
         isinstance(m, Mapping) and m.get("role") in roles and "from" not in m for m in said
     )

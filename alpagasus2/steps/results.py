@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from .. import judge
-from ..analysis import Results, analyse, checkable, load_judgments
+from ..analysis import Results, analyse, load_judgments
 from ..core import run_folder
 from ..core.files import UserError, file_sha256, read_json
 from ..core.settings import build
 from ..data import Example
+from ..evidence.answers import checkable
 from ..evidence.claim import fixed_terms, heldout_finding, read_claim
 from ..evidence.doubts import chosen_rows, home_of, known_questions
 

@@ -512,7 +512,7 @@ def _claim(
     named = [c for c in controls if c]
     asked = question(pairs[0]["model_a"], named, margin, equivalence) if pairs and named else ""
     return {**all_must_hold(found, f"{asked} Each must hold."), "question": asked,
-            "margin": margin, "equivalence": equivalence}  # fmt: skip
+            "controls": named, "margin": margin, "equivalence": equivalence}  # fmt: skip
 
 # %% ../nbs/05_analysis.ipynb #2ad766af
 def _evidence(
@@ -566,7 +566,7 @@ def _selector_claims(
 class Results(TypedDict, total=False):
     "The content of results.json; what is not known is absent, None or empty."
 
-    claim: Any  # verdict, one of `VERDICTS`; reason, question, margin, equivalence, heldout
+    claim: Any  # verdict, one of `VERDICTS`; reason, question, controls, margin, heldout
     pairs: list[PairStatistics]  # one a pair of arms and test set
     pooled: list[PairStatistics]  # one a pair of arms
     judge_health: Any  # fit, summary, checks

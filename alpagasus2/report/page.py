@@ -39,6 +39,7 @@ from alpagasus2.evidence.claim import (
     UNLIKE,
     UNTESTED,
     check_value,
+    deciding,
 )
 from ..evidence.length import MORE_TEXT
 from ..evidence.own_rows import decided
@@ -144,12 +145,6 @@ def facts(
     return rows
 
 # %% ../../nbs/report/page.ipynb #6900b5a6
-def _deciding(results: Results) -> Mapping:
-    "The comparison that the claim is about: with the arm called random, else the first."
-    compared = [*(results.get("pooled") or []), *(results.get("pairs") or [])]
-    return next((p for p in compared if p["model_b"] == "random"), compared[0] if compared else {})
-
-
 def _listed(names: Iterable[Any]) -> str:
     "One, two and three."
     *most, last = [str(n) for n in names] or [""]
@@ -266,10 +261,10 @@ def _losses(results: Results) -> dict[str, Mapping[str, Mapping]]:
 
 
 def _compared_arms(results: Results) -> tuple[str, str]:
-    "The arm whose losses the others are held against, and its control;  where there is none."
+    "The arm whose losses the others are held against, and its control; empty where there is none."
     held = next(iter(_losses(results).values()), {})
     arm = next((a for a, h in held.items() if h.get("difference") is None), "")
-    others = (str(_deciding(results).get("model_b")), "random")
+    others = (str(deciding(results).get("model_b")), "random")
     return arm, next((c for c in others if c in held), "")
 
 
@@ -296,7 +291,7 @@ def _loss_cards(results: Results) -> list[dict[str, Any]]:
 # %% ../../nbs/report/page.ipynb #ef24df16
 def _win_cards(results: Results) -> list[dict[str, Any]]:
     "The win rate of the deciding comparison, of a judge that is not unfit."
-    p, aa = _deciding(results), results.get("aa") or {}
+    p, aa = deciding(results), results.get("aa") or {}
     ends = p.get("win_rate_ci95")
     if not ends or (results.get("judge_health") or {}).get("fit") is False:
         return []
@@ -340,7 +335,7 @@ def _judge_cards(results: Results) -> list[dict[str, Any]]:
 
 def _label_cards(results: Results) -> list[dict[str, Any]]:
     "How far a person agrees with the judge, on the deciding comparison where it was labelled."
-    p, labels = _deciding(results), results.get("labels") or []
+    p, labels = deciding(results), results.get("labels") or []
     of = [x for x in labels if (x["model_a"], x["model_b"]) == (p.get("model_a"), p.get("model_b"))]
     for x in (of or labels)[:1]:
         kappa = f"kappa {as_score(x.get('kappa'))} {as_interval(x.get('kappa_ci95'))}"
@@ -499,7 +494,7 @@ def viewer_pairs(
 # %% ../../nbs/report/page.ipynb #da916099
 def _deciding_first(results: Results, pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     "The same entries, those of the deciding models in front."
-    p = _deciding(results)
+    p = deciding(results)
     models = f"{p.get('model_a')} vs {p.get('model_b')}"
     return sorted(pairs, key=lambda x: (not x["verdicts"], x["models"] != models))
 
@@ -564,8 +559,8 @@ def label_samples(
     pairs: Sequence[Mapping],  # from `viewer_pairs`
 ) -> dict[str, dict[str, Any]]:  # the models, as in A vs B -> the sample; the deciding ones first
     "Prompts in random order for each two models, with the answers to be shown."
-    deciding = _deciding(results)
-    first = deciding.get("model_a"), deciding.get("model_b")
+    p = deciding(results)
+    first = p.get("model_a"), p.get("model_b")
     samples = {}
     for models, frame in sorted(_frames(pairs).items(), key=lambda item: item[0] != first):
         order = []

@@ -231,7 +231,7 @@ def rate(
         return
     if not model:
         raise UserError("--model: name the model that rates (with --rater llm)")
-    own = load_prompt(prompt, low, high) if prompt else RatingPrompt()
+    own = load_prompt(prompt, low, high) if prompt else RatingPrompt(low=low, high=high)
     made = partial(rating_plan, config=settings, rater=model, prompt=own)
     who = _Asked(backend, model, base_url, settings, limits, template_options, spread)
 

@@ -167,6 +167,9 @@ WRONGLY_READ = {  # read as something else until each was mended -> how it is re
     "history that is text": ({**COLOURS[0], "history": "Hi"}, "not a list"),
     "context beside an input": ({**COLOURS[0], "input": "a", "context": "b"}, "both `input`"),
     "two answers": ({"question": "a", "answer": "4", "response": "Long."}, "both `answer`"),
+    "an instruction beside a question": (
+        {"instruction": "Solve.", "question": "2+2?", "answer": "4"}, "both `instruction`",
+    ),
     "KTO's label as a number": ({**KTO, "label": 0}, "bad answer"),
     "LLaMA-Factory's label": ({**COLOURS[0], "kto_tag": False}, "bad answer"),
     "a thought in a part": (
@@ -193,6 +196,15 @@ def test_a_row_is_read_as_it_is_meant_or_refused(kind):
         assert list(found.formats) == ["Alpaca"] and found.rows[0]["input"] == ""
     else:
         assert not found.rows and wanted in found.problems[0].detail
+
+
+def test_a_named_column_is_what_is_learned_or_the_row_is_refused():
+    asked = {"prompt": "Hi", "completion": "Go away.", "best": "Hello!"}
+    talk = {**SHAREGPT[0], "best": "Hello!"}
+    for row, says in ((asked, "both `output` and `completion`"), (talk, "has no `instruction`")):
+        found = Examined({"output": "best"})  # the completion was learned in its place
+        found.add(row)
+        assert not found.rows and says in found.problems[0].detail
 
 
 SEMICOLONS = b"instruction;output\nName it, please;It is blue\n"

@@ -129,7 +129,7 @@ def _past(row: Row) -> list[dict[str, Any]]:
     return [t for q, a in history for t in (*_turns(q, "user"), *_turns(a, "assistant"))]
 
 # %% ../../nbs/core/row_formats.ipynb #254da06f
-_TALKS = ("conversations", "conversation", "messages", "data")
+_TALKS = ("conversations", "conversation", "messages")
 
 
 def _talk(row: Row, kind: type) -> str:
@@ -227,6 +227,10 @@ def _context(row: Row) -> str:
 
 def _pair(row: Row, question: str, answer: str) -> dict[str, Any]:
     "A row from its two fields, and its context or system prompt."
+    for ours, theirs in (("instruction", question), ("output", answer)):
+        if ours != theirs and row.get(ours) not in (None, "", row[theirs]):
+            raise UserError(f"has both `{ours}` and `{theirs}`; say which with --columns "
+                            "instruction=NAME,output=NAME")  # fmt: skip
     lists = [n for n in (question, answer) if isinstance(row[n], list)]
     if texts := [n for n in lists if not all(isinstance(t, Mapping) for t in row[n])]:
         raise UserError(f"`{texts[0]}` is a list, but not of turns; give one text")
@@ -342,6 +346,9 @@ FORMATS = (
     RowFormat("query and response", "query, response or answer",
               *_answered("query", "response", "answer")),
     RowFormat("problem and solution", "problem, solution", *_answered("problem", "solution")),
+    RowFormat("UltraChat", "data: texts",
+              lambda r: isinstance(d := r.get("data"), list) and bool(d) and isinstance(d[0], str),
+              lambda r: _lima({**_without(r, "data"), "conversations": r["data"]})),
     RowFormat("FLAN", "inputs, targets",
               lambda r: _has(r, "inputs", "targets") and not r.get("definition"),
               lambda r: _pair(r, "inputs", "targets")),
@@ -372,6 +379,8 @@ def parse_columns(
         if not theirs:
             raise UserError(f"--columns {word}: write OURS=THEIRS, as in instruction=question")
         check_names([ours], OURS, "--columns")
+        if ours in found:
+            raise UserError(f"--columns {word}: {ours} stands here for the second time")
         found[ours] = theirs
     return found
 
@@ -385,7 +394,8 @@ def renamed(
         return row
     if missing := [theirs for theirs in columns.values() if theirs not in row]:
         raise UserError(f"has no `{missing[0]}` (its fields: {', '.join(map(str, row))})")
-    hidden = [n for n, by in (("messages", "instruction"), ("context", "input")) if by in columns]
+    hidden = ("context",) if "input" in columns else ()
+    hidden += _TALKS if {"instruction", "output"} & columns.keys() else ()
     rest = _without(row, *columns.values(), *columns, *hidden)
     return {**rest, **{ours: row[theirs] for ours, theirs in columns.items()}}
 

@@ -258,7 +258,7 @@ def test_tools_are_context_and_parts_are_text():
     assert learned(e, tokenizer) == ["Blue.<|im_end|>"]
     assert "assistant\nf<|im_end|>\n<|im_start|>tool\n42<|im_end|>" in tokenizer.decode(e.ids)
     picture = [{"role": "user", "content": [{"type": "image"}]}, TURNS[3]]
-    assert "lacks a text" in check_rows([{"messages": picture}])[1][0].detail
+    assert "a part that is not text" in check_rows([{"messages": picture}])[1][0].detail
     with pytest.raises(UserError, match="row m: a message has a part that is not text"):
         encode(chat(picture), tokenizer, 256, "chat")
 

@@ -30,7 +30,7 @@ from ..core.settings import nearest
 from ..data import Example, Problem, dropped, load_examples
 
 # %% ../../nbs/commands/options.ipynb #732d4ebd
-_MISTYPED = re.compile(r'Parser key "(?P<name>\w+)": .*?(?:Got|Given) value: (?P<value>.*)$')
+_MISTYPED = re.compile(r'Parser key "(?P<name>\w+)": .*(?:Got|Given) value: (?P<value>.*)$')
 _KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number",
           dict: "a JSON object", list: "a list"}  # fmt: skip
 

@@ -282,7 +282,8 @@ def _refuse_other(base_model: str | Path, model: Any, unexpected: Iterable[str])
     name, why = type(model).__name__, ""
     own = (getattr(model.config, "auto_map", None) or {}).get("AutoModelForCausalLM", name)
     own = own.rpartition(".")[2]
-    if model.get_output_embeddings() is None or not model.can_generate():
+    generates = hasattr(model, "prepare_inputs_for_generation")  # PEFT needs it, too
+    if model.get_output_embeddings() is None or not generates:
         why = f"{name} is no causal language model"
     elif own.lower() != name.lower():
         why = f"it has code of its own ({own}), which is not run here, and {name} is another model"

@@ -30,7 +30,7 @@ from alpagasus2.core.files import (
 from ..core.run_folder import environment
 from . import attention, forward, fused
 from .forward import Encoded, Way, evaluating, plain_lm, run_as
-from ..quant_lora import bnb
+from ..quant_lora import bnb, decoder_of
 
 # %% ../../nbs/model/check.ipynb #1b9eeffc
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
@@ -77,7 +77,7 @@ def _our_losses(lm: Any, rows: Sequence[Encoded]) -> torch.Tensor:
 def _layers(lm: Any) -> torch.nn.ModuleList | None:
     "The blocks of the language model, one for each of the config's `num_hidden_layers`."
     n = getattr(lm.config.get_text_config(), "num_hidden_layers", None)
-    lists = (m for m in lm.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+    lists = (m for m in decoder_of(lm).modules() if isinstance(m, torch.nn.ModuleList))
     return next((m for m in lists if len(m) == n), None)
 
 
@@ -214,6 +214,11 @@ def _with_gradient(
         nll = losses(lm, rows)
     if not trained:
         return nll, None
+    if not nll.requires_grad:
+        raise UserError(
+            "lora_target_modules: the layers that it names take no part in reading text alone, so "
+            "nothing would be learned; name others"
+        )
     parts = torch.autograd.grad(nll.sum(), trained, allow_unused=True, materialize_grads=True)
     return nll.detach(), torch.cat([p.flatten() for p in parts])
 

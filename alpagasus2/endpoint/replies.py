@@ -94,9 +94,9 @@ def _on_scale(text: str, high: float) -> bool:
 # %% ../../nbs/endpoint/replies.ipynb #954d4fd4
 _HEDGE = r"(?:(?:to|and|maybe|perhaps|possibly|probably|even|rather|bis|a)\b[ ,]*)*"
 _TURN = r"(?:but|no|revised|changed|corrected|lowered|raised|adjusted|reduced)\b[^\n]*[0-9]"
-_LONE = rf"(?![ ,;:&(–—~-]*(?:(?:or|oder|ou|o|или)\b|‽|{_TURN}|{_HEDGE}-?[0-9]))"
+_LONE = rf"(?![ ,;:&(–—~-]*(?:(?:or|oder|ou|o|или)\b|‽|{_TURN}|{_HEDGE}-?[0-9]++(?!%)))"
 _WHY = r"(?:because|since|as|due to|while|whereas|compared|respectively|weil|da|car|porque)\b"
-_STOP = rf"(?= ?(?:$|[.!](?: |$)|\)(?:[.,;]|$)|[,;(–—]|- |{_WHY}))"
+_STOP = rf"(?= ?(?:$|[.!](?: |$)|\)(?:[.,;]|$)|[,;(–—|]|- |on an? scale\b|{_WHY}))"
 _UNIT = (
     r"(?: ?(?:points?|stars?|punkten?|sternen?|puntos?|estrellas|étoiles|punti|pontos"
     r"|балл\w{0,2}|бал\w{0,2})\b| ?[点點分점])?(?:です|입니다)?"
@@ -276,7 +276,8 @@ def _side_of(name: str) -> int | None:
     "Whose score a name is: 1 or 2; 0 where it says neither; None: it is no score's name."
     words = _words(name)
     found = _SIDED.findall(words)
-    if _rest(words, _SCORE, _FILLER, rf"\b{_NOUN}\b|{_HAN}", _SIDED.pattern) or len(found) > 1:
+    known = rf"\b(?:{_NOUN}|evaluations?|results?|id)\b|{_HAN}"
+    if _rest(words, _SCORE, _FILLER, known, _SIDED.pattern) or len(found) > 1:
         return None
     return _NTH[found[0]] if found else 0 if re.search(_SCORE, words, re.I) else None
 
@@ -485,6 +486,11 @@ _GIVE = (
 _GAP = r"(?: (?!(?:than|above|below|least|most|between|over|under)\b)[^ .!?\n0-9]+){0,16}?"
 _ITS = r"(?:(?:score|rating) of|(?:it|this|th(?:e|is) (?:response|answer))(?: as)?(?: an?)?)"
 _OPENS = rf"(?:^|(?<=[.!?,] )){_LINK}"  # of a sentence or clause
+_OWN = rf"(?:(?!points)(?:{_SCORE}|{_FILLER}))"  # of the judge; points may be those of a curve
+_ABOVE = (  # a line before the one that states it: a name, or words that end in a colon
+    rf"(?:^(?:(?:{_OWN}|evaluation|assessment) ?)+:?"
+    rf"|(?:(?!points)(?:{_SCORE})|\bmy (?:evaluation|assessment)\b)[^.:\n]{{0,60}}:)\n"
+)
 _LAST = rf"^({_X}){_UNIT}\.?\Z"
 _FIRST = rf"\A(?!{_LISTED})({_X}){_UNIT}{_LONE}(?= ?(?:[.!]?$|[.!] |[:–—-] |because\b))"
 
@@ -500,7 +506,7 @@ def _rating_forms(quality: str) -> list[_Form]:
     return _forms(
         ("first line", _FIRST, _first_group),
         ("last line", _LAST, _first_group),
-        ("line after a colon", rf"(?:{_SCORE})[^.:\n]{{0,60}}:\n({_X}){_UNIT}\.?$", _first_group),
+        ("line below its name", rf"{_ABOVE}({_X}){_UNIT}\.?$", _first_group),
         ("nothing but an answer", rf"\A(?:final )?answer: ({_X})\.?\Z", _first_group),
         ("[[4]]", rf"\[\[ ?({_X}) ?\]\]", _first_group),
         ("label", rf"{_OPENS}{_NAME}{_IS}(?P<x>{_X}){_END}", lambda m: _labelled(m, quality)),
@@ -573,7 +579,7 @@ _CHOICE = (
 # %% ../../nbs/endpoint/replies.ipynb #2c84c01c
 _SIDE = (
     rf"(?:(?<!\w){_NOUN}[ _#(\[]{{0,2}}(?P<side>[12AB]|one|two)\b[)\]]?(?:['’]s)?"
-    rf"|(?:(?<!\w)|(?<=[的は])){_HAN} ?(?P<han>[12AB])(?!\w*[0-9])(?:的?(?:回答|答案))?"
+    rf"|(?:(?<!\w)|(?<=[的は])){_HAN} ?(?P<han>[12AB])(?![0-9A-Za-z])(?:的?(?:回答|答案))?"
     rf"|\b(?P<nth>first|second) {_NOUN}\b(?:['’]s)?)(?: ?\([^()\n0-9]{{1,30}}\))?"
 )
 _MORE = r"(?:(?:slightly|much|clearly|significantly|far|somewhat|etwas|deutlich|klar) ){0,2}"
@@ -656,8 +662,13 @@ _TWO = (
 )
 _PAIR = rf"(?:\((?:({_P}), ?({_P})|{_TWO})\)|\[(?:({_P}), ?({_P})|{_TWO})\]|(?:{_TWO}))"
 _HEAD = (
-    r"(?:(?:the|my|final|overall|output|python|tuple|scores?|ratings?|is|are|here)\b ?){0,6}"
-    r"[:=]? ?"
+    rf"(?:(?:{_OWN}|\b(?:output|python|tuple|evaluation|result|is|are|here)\b)"
+    r" ?){0,6}(?:\((?:out of|max\.?|[01] ?(?:[-–]|to)) ?[0-9]{1,3}\) ?)?[:=]? ?"
+)
+_REMARK = r"(?= ?\((?:out of|max)|(?:: | [–—-] )(?![0-9]))"  # what may follow on the line
+_FOR_BOTH = (
+    rf"(?: (?:for|of) (?:the )?{_NOUN} ?[1A] (?:and|&) (?:{_NOUN} ?)?[2B])?,?(?: respectively)?,?"
+    r"(?: is| are)?"
 )
 
 # %% ../../nbs/endpoint/replies.ipynb #000dd245
@@ -682,7 +693,7 @@ _SIZE = r"an?|overall|final|total|slightly|much|higher|lower|perfect"
 _PAD = rf"(?: |\b(?:{_SIZE}|is|would|gets?|got|answers?|responses?|assistants)\b){{0,12}}"
 _KEY = (  # "Assistant 1's answer is 4": none
     r"(?:\b(?:score[sd]?|rating|receive[sd]?|deserve[sd]?|erhält|bekommt|obtient|recibe"
-    r"|получает)\b|得分|得|获得|は)"
+    r"|получает)\b|的?得分|得|获得|は)"
 )
 _FILL = (
     rf"(?: ?[:=]| [–—-](?= )|{_PAD}{_KEY}"
@@ -702,6 +713,19 @@ def _beside(m: re.Match[str]) -> _Read:
         name = m["side"] or m["han"] or m["nth"]
         yield from ((n, m["score"]) for n in ([_NTH[name.lower()]] if name else [1, 2]))
 
+
+_REVIEW = r"(?:evaluation|assessment|analysis|review|feedback|scores?|ratings?)"
+_TITLE = re.compile(
+    rf"^(?:{_REVIEW} (?:of|for) )?{_SIDE}(?: (?:answer|response|{_REVIEW})){{0,2}}:?$", re.M | re.I
+)
+
+
+def _below(m: re.Match[str]) -> _Read:
+    "A score on a line of its own, in the part that is headed by a name."
+    *_, title = [None, *_TITLE.finditer(m.string, 0, m.start())]
+    if title:
+        yield _NTH[(title["side"] or title["han"] or title["nth"]).lower()], m["x"]
+
 # %% ../../nbs/endpoint/replies.ipynb #5f0545d6
 def _called(group: str) -> str:
     return (
@@ -720,10 +744,10 @@ _GIVEN = (
 )
 
 # %% ../../nbs/endpoint/replies.ipynb #c96d50e1
-_NTHS = "1|2|A|B|first|second"
+_NTHS = rf"(?:(?:{_SCORE}) )?(?:1|2|A|B|first|second)"
 _LIST = (
     rf"^(?P<a>{_NTHS}) ?[:=] ?(?P<x>{_X}){_UNIT}(?:\n|[,;]? )"
-    rf"(?P<b>{_NTHS}) ?[:=] ?(?P<y>{_X}){_UNIT}\.?$"
+    rf"(?P<b>{_NTHS}) ?[:=] ?(?P<y>{_X}){_UNIT}\.?$(?!\n[^\n:=]{{0,20}}\b[3C] ?[:=])"
 )
 
 
@@ -735,12 +759,14 @@ def _turns(m: re.Match[str]) -> _Read:
 
 # %% ../../nbs/endpoint/replies.ipynb #139781bb
 _PAIRS = _forms(
-    ("first line", rf"\A{_HEAD}{_PAIR}\.?$", _both),
+    ("first line", rf"\A{_HEAD}{_PAIR}(?:\.?$|{_REMARK})", _both),
+    ("line below its name", rf"{_ABOVE}{_PAIR}\.?$", _both),
     ("last line", rf"^{_HEAD}{_PAIR}\.?\Z", _both),
     ("8-7 on the first line", rf"\A({_P}) ?[-–—] ?({_P})$", _both),
     ("[[8, 7]]", rf"\[\[ ?({_P}) ?\]?\]?,? ?(?:{_AND} )?\[?\[? ?({_P}) ?\]\]", _both),
-    ("named", rf"\b(?:scores|ratings|tuple|bewertungen)(?: is| are)? ?[:=]? ?{_PAIR}{_END}", _both),
+    ("named", rf"\b(?:scores|ratings|tuple|bewertungen){_FOR_BOTH} ?[:=]? ?{_PAIR}{_END}", _both),
     ("beside a name", _SCORED, _beside),
+    ("score below a name", rf"^(?:{_OWN} ?)+{_IS}(?P<x>{_X}){_END}", _below),
     ("a score of 8 to", rf"\b(?:score|rating) of (?P<score>{_X}) (?:to|for) {_SIDE}", _beside),
     ("I rate both", rf"\b{_I}(?:rate|give|score|award) {_IN_TURN}", _turns),
     ("given to both",
@@ -756,7 +782,7 @@ def parse_pair(
     low: float = 1.0,  # lowest score that was asked for
     high: float = 10.0,  # highest score that was asked for
 ) -> tuple[float, float] | None:  # scores of Assistants 1 and 2, or None for a refusal
-    "The scores of both; each must be stated and in range, and no sentence prefer the lower one."
+    "The scores of both, each in range; no sentence may say otherwise of who is better."
     plain = _own(text, high)
     stated = _statements(plain, _PAIRS)
     first, second = (_in_range(stated, side, low, high) for side in (1, 2))
@@ -764,4 +790,4 @@ def parse_pair(
         return None
     worse = 1 if first < second else 2 if first > second else 0
     preferred = {_choice(s.value) for s in _statements(plain, _CLAUSES)}
-    return None if worse in preferred else (first, second)
+    return None if worse and preferred & {worse, 3} else (first, second)

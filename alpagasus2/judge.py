@@ -39,7 +39,7 @@ from .endpoint.batch_api import announced
 from .endpoint.cache import Ask, Reply, Request, moment
 from .endpoint.client import EndpointConfig
 from .endpoint.parameters import PLAIN, Parameters
-from .endpoint.replies import parse_pair, parse_rating, parse_verdict
+from .endpoint.replies import on_scale, parse_pair, parse_rating, parse_verdict
 from .generate import Response
 
 # %% ../nbs/04_judge.ipynb #b750c6e8
@@ -111,6 +111,9 @@ class RatingPrompt:
             raise UserError(f"a scale from {self.low:g} to {self.high:g}: low must be below high")
 
 # %% ../nbs/04_judge.ipynb #0b97c02a
+_PLACES = ("instruction", "input", "response", "dimension")
+
+
 def load_prompt(
     path: str | Path,  # a text file, UTF-8
     low: float = 0.0,  # lowest score that it asks for
@@ -124,6 +127,11 @@ def load_prompt(
     for field in ("{instruction}", "{response}"):
         if field not in text:
             raise UserError(f"{path}: {field} must stand where the rater is to see it")
+    for name in set(re.findall(r"\{(\w+)\}", text)) - {*_PLACES}:
+        if near := nearest(name, _PLACES, 0.8):
+            raise UserError(f"{path}: {{{name}}} is filled with nothing; did you mean {{{near}}}?")
+    if not on_scale(text, high):
+        raise UserError(f"{path}: it names a scale that is not up to {high:g}; give low and high")
     return RatingPrompt(text, f"own-{_tag(text, digits=8)}", low, high)
 
 # %% ../nbs/04_judge.ipynb #b80b75b1
@@ -162,8 +170,9 @@ def rating_messages(
     response = response_of(row)
     tag = _tag(instruction, context, response)
     framed = f"[Response {tag}]\n{response}\n[End of response {tag}]"
-    values = {"instruction": instruction, "input": context, "dimension": dimension}
-    values["response"] = framed
+    if "{input}" not in prompt.text:  # the whole question stands where there is a place for one
+        instruction, context = "\n\n".join(filter(None, (instruction, context))), ""
+    values = dict(zip(_PLACES, (instruction, context, framed, dimension), strict=True))
     filled = re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), prompt.text)
     system = [{"role": "system", "content": _RATE_SYSTEM}] if prompt.text == _RATE else []
     return [*system, {"role": "user", "content": filled}]

@@ -316,6 +316,17 @@ def _refuse_other_answers(lines: Iterable[Mapping], journal: Journal) -> None:
             where = f"{journal.path}: {line['id']}"
             raise UserError(f"{where} was judged with other answers; choose another output")
 
+# %% ../nbs/04_judge.ipynb #2959155d
+_BLIND = 50  # replies of which none says what was asked for, after which one is shown
+
+
+def _say_unread(came: Counter[str], line: Mapping[str, Any]) -> None:
+    "Warn once where nothing that is paid for can be read; `line` is the one that came last."
+    if came.total() == _BLIND and not came["ok"]:
+        said = " ".join(str(line["review"]).split())[:80]
+        say(f"none of the first {_BLIND} replies states what was asked for (the last: {said!r}); "
+            "to stop here loses nothing")  # fmt: skip
+
 # %% ../nbs/04_judge.ipynb #2b2fa9d4
 def carry_out(
     plan: Plan,  # from `rating_plan` or `comparison_plan`
@@ -326,7 +337,7 @@ def carry_out(
 ) -> list[Any]:  # all lines of the file
     "Ask what is open, append each answer, resume where the file stops."
     since = asked_since(output, retry)
-    note = {"retry": since} if since else {}
+    note, came = {"retry": since} if since else {}, Counter[str]()
     with resumed(output, plan.settings, plan.unit, progress, **note) as step:
         _refuse_other_answers(plan.lines, step.journal)
         _reread(plan, step.journal)
@@ -337,7 +348,10 @@ def carry_out(
         for i, reply in ask(plan.request(x, step.journal.get(x), since) for x in todo):
             said = {"review": reply.error or reply.text, "usage": dict(reply.usage or {})}
             said |= {"served": reply.model} if reply.model and not reply.error else {}
-            step.append({**todo[i], **plan.read(todo[i], reply), **said, **plan.who})
+            line = {**todo[i], **plan.read(todo[i], reply), **said, **plan.who}
+            step.append(line)
+            came[line["status"]] += 1
+            _say_unread(came, line)
         step.entry |= {"retry": None} if since else {}  # the next one begins anew
         return step.journal.rows()
 

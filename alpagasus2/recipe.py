@@ -34,7 +34,7 @@ from .endpoint.client import EndpointConfig, address_of
 from .endpoint.parameters import Parameters
 from .evidence.claim import check_margin, question
 from .generate import GenerateConfig
-from .judge import check_dimension, file_name
+from .judge import NOT_DIGITS, RatingPrompt, check_dimension, file_name
 from .quant_lora import QuantLoraConfig
 from .selection import BY_SCORE, load_scores
 from .train import TrainConfig, held_out, preset_configs
@@ -80,12 +80,10 @@ class Rater(EndpointConfig, Parameters):
         if (self.kind == "file") != bool(self.scores):
             raise UserError("rater: kind file and a file of `scores` go together")
         check_dimension(self.dimension)
-        if self.low >= self.high:
-            raise UserError(f"rater: low={self.low:g}, high={self.high:g}: low must be below high")
-        if (self.low, self.high) != (0, 5) and not self.prompt:
-            raise UserError(
-                "rater: low and high are those of a `prompt` of your own; name its file"
-            )
+        asked = {"text": self.prompt} if self.prompt else {}
+        digits = RatingPrompt(low=self.low, high=self.high, **asked).digits
+        if (self.kind, self.backend) == ("llm", "local") and not digits:
+            raise UserError(f"rater: {NOT_DIGITS}")
         _check_unused("rater", self, _UNUSED[self.kind])
         _check_unused("rater", self, ("base_url",) if self.backend == "local" else ())
 

@@ -217,7 +217,6 @@ def rate(
     reading = {"--template": template, "--merge_system": merge_system}
     scale = {"--low": low != 0, "--high": high != 5}
     _check_given(f"--rater {rater}", reading if rater == "llm" else {**asking, **scale})
-    _check_given("AlpaGasus's prompt", {} if prompt else scale)
     settings, limits, spread = _sorted_out(config, JudgeConfig, EndpointConfig, Spread)
     in_blocks = bool(spread.engine) and not dry_run
     given = data, columns, preferred, limit
@@ -233,7 +232,7 @@ def rate(
         return
     if not model:
         raise UserError("--model: name the model that rates (with --rater llm)")
-    own = load_prompt(prompt, low, high) if prompt else RatingPrompt()
+    own = load_prompt(prompt, low, high) if prompt else RatingPrompt(low=low, high=high)
     made = partial(rating_plan, config=settings, rater=model, prompt=own)
     who = _Asked(backend, model, base_url, settings, limits, template_options, spread)
 

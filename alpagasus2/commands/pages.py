@@ -123,8 +123,9 @@ def _analysed(
     lines: Sequence[Any], judgments: str, model_a: str | None, margin: float | None, **more: Any
 ) -> tuple[Any, list[list[Any]]]:
     "The results by the fixed terms, or else by the given ones; the verdicts to show, by judge."
-    from alpagasus2.analysis import analyse, orient
+    from alpagasus2.analysis import analyse
     from alpagasus2.evidence.claim import without_claim
+    from alpagasus2.evidence.verdicts import orient
     from alpagasus2.report.judges import named_verdicts
     from alpagasus2.report.run_claim import decide_run, fixed_run, folder_of
 

@@ -110,6 +110,9 @@ def read_refusal(
     fields = body if isinstance(body, Mapping) else {"message": body}
     message = next((fields[k] for k in ("message", "msg", "reason") if fields.get(k)), "")
     words = message if isinstance(message, str) else json.dumps(message)
+    more = fields.get("metadata")
+    if behind := _named(more.get("raw")) if isinstance(more, Mapping) else "":  # of OpenRouter
+        words = f"{words}: {behind}"
     where = fields.get("loc")
     place = str(where[-1]) if isinstance(where, Sequence) and where else ""
     code = _named(fields.get("code")) or _named(fields.get("type"))
@@ -132,8 +135,8 @@ def hidden_refusal(
     error = told.get("error") if isinstance(told, dict) else None
     if not error:
         return None
-    code = error.get("code") if isinstance(error, dict) else None
-    return (code if isinstance(code, int) and 400 <= code < 600 else 502), told
+    code = _count(error.get("code")) if isinstance(error, dict) else 0
+    return (code if 400 <= code < 600 else 502), told
 
 # %% ../../nbs/endpoint/completion.ipynb #26db2186
 _ENDS = {"length": r"length|max_?tokens", "content_filter": r"content_filter|safety|prohibited"}

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..analysis import Results, analyse, canary_outcomes, hold_without, load_judgments
+from ..analysis import Results, analyse, hold_without, load_judgments
 from ..core.files import UserError
 from ..core.run_folder import latest, manifest_entry
 from alpagasus2.evidence.claim import (
@@ -30,6 +30,7 @@ from alpagasus2.evidence.doubts import (
     unequal_text,
     unlike_claim,
 )
+from ..evidence.health import canary_outcomes
 from ..judge import Judgment, canaries_path
 from .judges import add_judges
 

@@ -528,6 +528,7 @@ _EVERY = {401: "refuses the key in OPENAI_API_KEY", 402: "wants to be paid",
           404: "knows no such model or address", 405: "is no such address",
           407: "is behind a proxy that wants a password"}  # fmt: skip
 _PASSING = (408, 409, 425, 429)
+_NEVER = "request too large"  # for the limit of a minute: to wait is of no use
 _NO_MONEY = re.compile(
     r"insufficient[_ ](?:quota|balance|credits)|billing_hard_limit_reached|"
     r"credit balance is too low|budget has been exceeded", re.I,
@@ -567,7 +568,7 @@ def failure(
     field = None if of_one else blamed(told, list(endpoint.sending.fields))
     if field and (status in (400, 422) or (field == "system" and status == 500)):
         return Unsupported(reason, field)
-    if status in _PASSING or status >= 500:
+    if (status in _PASSING and _NEVER not in reason.lower()) or status >= 500:
         return Transient(reason, retry_after(headers), limited=status == 429)
     if not answered and status in _EVERY:
         return UserError(f"{who} {_EVERY[status]}: {reason}")
@@ -776,9 +777,9 @@ class _Asking:
 
     def given_up(self, reason: str, alone: bool = False) -> Reply:
         "A request without an answer; when none at all gets one any more, the run ends."
-        self.lost += not alone
         known = self.connection and self.connection.answered
-        if self.lost >= (_LOST if known else _LOST_FIRST):
+        self.lost += not (alone and known)
+        if self.lost >= (_LOST if known or alone else _LOST_FIRST):
             raise UserError(f"{self.endpoint.base_url}, model {self.endpoint.model}: {self.lost} "
                             f"requests in a row failed, the last: {reason}")  # fmt: skip
         return Reply("", "error", self.endpoint.model, error=reason)

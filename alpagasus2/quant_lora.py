@@ -623,7 +623,7 @@ def load_adapters(
         except KeyError as e:
             raise UserError(f"adapter {name}: {path} lacks {e.args[0]}, or cannot have it") from e
         except (OSError, ValueError, TypeError, SafetensorError) as e:
-            raise UserError(f"adapter {name}: {path}: {str(e).splitlines()[0]}") from e
+            raise UserError(f"adapter {name}: {path}: {(str(e) or repr(e)).splitlines()[0]}") from e
     return quick_layers(wrapped)
 
 # %% ../nbs/01_quant_lora.ipynb #136294c6

@@ -127,7 +127,7 @@ def _as_typed() -> str:
         return "alpagasus2"
     return os.path.relpath(script)
 
-
+# %% ../../nbs/commands/experiment.ipynb #30e24cbd
 def quickstart(
     data: str = "sample",  # rows of your own: a file, a catalogued name or a hub id
     output_dir: str | None = None,  # default: runs/quickstart, or runs/ and the file's name

@@ -101,7 +101,7 @@ def _judged(lines: Sequence[Any], judgments: str) -> tuple[dict[str, list[Any]],
     first, *others = files
     return {first: [*lines]} | {name: latest(files[name]) for name in others}, files
 
-
+# %% ../../nbs/commands/pages.ipynb #8bf683f2
 def _post_hoc(
     run: Any, claim: Any, lines: Sequence[Any], terms: Mapping[str, Any], asked: Mapping[str, Any],
     control: str | None, **more: Any,
@@ -120,7 +120,7 @@ def _post_hoc(
     later = claim_by(run, found, lines, more.get("canaries"), other)
     return with_post_hoc(claim, later, " and ".join(f"{k} {v}" for k, v in asked.items()))
 
-
+# %% ../../nbs/commands/pages.ipynb #d3a133f3
 def _analysed(
     lines: Sequence[Any], judgments: str, model_a: str | None, margin: float | None, **more: Any
 ) -> tuple[Any, list[list[Any]]]:

@@ -221,12 +221,9 @@ def _usage() -> str:
     ]
     return USAGE.format(commands="\n".join(groups))
 
-# %% ../nbs/07_cli.ipynb #9e6a55b6
-def main(
-    argv: Sequence[str] | None = None,  # default: the command line
-) -> int:  # exit status: 0, or 2 after a user's mistake
-    "Run one sub-command."
-    words = list(sys.argv[1:] if argv is None else argv)
+# %% ../nbs/07_cli.ipynb #65ec556c
+def _status(words: list[str]) -> int:
+    "Carry out what a command line says."
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0
@@ -237,3 +234,20 @@ def main(
     carry_out = partial(_carry_out, words[0], words[1:])
     with quiet() if "--quiet" in words and "--json" not in words else contextlib.nullcontext():
         return as_json(words[0], carry_out) if "--json" in words else exit_status(carry_out)
+
+# %% ../nbs/07_cli.ipynb #9e6a55b6
+def main(
+    argv: Sequence[str] | None = None,  # default: the command line
+) -> int:  # exit status: 0, 2 after a user's mistake, 128 + its number after a signal
+    "Run one sub-command."
+    for stream in (sys.stdout, sys.stderr):  # a character that it cannot show ends no work
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = _status(list(sys.argv[1:] if argv is None else argv))
+        if sys.stdout:  # None: it was closed from the start
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # nobody reads any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as if by SIGPIPE

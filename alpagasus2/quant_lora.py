@@ -148,7 +148,12 @@ SMALL_MODEL = "smollm2-135m"
 def small_model() -> Path:  # a folder for `from_pretrained`
     "SmolLM2-135M-Instruct as an ordinary checkpoint, converted on first use (about 20 seconds)."
     target = cache_dir() / "models" / SMALL_MODEL
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(
+            f"{target}: {e.strerror}; set ALPAGASUS2_CACHE to a folder for models"
+        ) from None
     with FileLock(f"{target}.lock"):  # two processes may meet here; one converts, the other waits
         if not target.exists():
             _convert_gguf(_packaged_gguf(), target)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPACA_INPUT', 'ALPACA_NO_INPUT', 'Template', 'AnyTemplate', 'ANSWER_TYPES', 'iter_rows', 'read_rows', 'Message',
            'Asked', 'Example', 'Question', 'Problem', 'row_id', 'message_text', 'is_learned', 'Examined', 'check_rows',
-           'grouped', 'dropped', 'examine', 'refusal', 'load_examples', 'question_of', 'response_of', 'before_response',
+           'grouped', 'dropped', 'examine', 'refusal', 'load_examples', 'before_response', 'question_of', 'response_of',
            'prompt', 'ChatTemplate', 'template_of', 'template_settings', 'last_turn', 'asked_of', 'load_questions',
            'load_test_sets']
 
@@ -461,17 +461,24 @@ def load_examples(
     return found.rows, found.problems
 
 # %% ../nbs/00_data.ipynb #376a6fad
+def before_response(
+    messages: Sequence[Any],  # at least one
+) -> list[Any]:
+    "A conversation without the response at its end, if there is one."
+    return [*messages[:-1]] if messages[-1]["role"] == "assistant" else [*messages]
+
+
 def question_of(
     row: Asked,  # an example or a question
 ) -> tuple[str, str]:  # instruction, input
     "The instruction and input of a row; a conversation of several turns has none: `UserError`."
     if "messages" not in row:
         return row["instruction"], row.get("input") or ""
-    asked = [m["content"] for m in row["messages"] if m["role"] != "assistant"]
+    asked = before_response(row["messages"])
     if len(asked) != 1:
         where = f"row {row.get('id')}"
         raise UserError(f"{where}: {len(asked)} messages before the answer; use template=chat")
-    return asked[0], ""
+    return asked[0]["content"], ""
 
 
 def response_of(
@@ -495,13 +502,6 @@ ALPACA_NO_INPUT = (
 )
 
 # %% ../nbs/00_data.ipynb #c3a05738
-def before_response(
-    messages: Sequence[Any],  # at least one
-) -> list[Any]:
-    "A conversation without the response at its end, if there is one."
-    return [*messages[:-1]] if messages[-1]["role"] == "assistant" else [*messages]
-
-
 def prompt(
     row: Asked,  # an example or a question
 ) -> str:  # everything before the response

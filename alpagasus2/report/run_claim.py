@@ -14,7 +14,7 @@ from typing import Any
 
 from ..analysis import Results, analyse, hold_without, load_judgments
 from ..core.files import UserError
-from ..core.run_folder import latest, manifest_entry
+from ..core.run_folder import manifest_entry
 from alpagasus2.evidence.claim import (
     NO_CONTROL,
     at_every_rate,
@@ -65,7 +65,7 @@ def run_canaries(
     path = run_canaries_path(judgments)
     if manifest_entry(path) and not path.exists():
         raise UserError(f"{path}: it is gone, and manifest.json names it; put it back")
-    found = latest(path)
+    found = load_judgments(path)[0] if path.exists() else []
     judges, asked = _judges_of(lines), _judges_of(found)
     if judges and (other := asked - judges):
         raise UserError(f"{path}: these sanity checks are of {min(map(str, other))}, and "

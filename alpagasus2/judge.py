@@ -39,7 +39,7 @@ from .endpoint.batch_api import announced
 from .endpoint.cache import Ask, Reply, Request, moment
 from .endpoint.client import EndpointConfig
 from .endpoint.parameters import PLAIN, Parameters
-from .endpoint.replies import parse_pair, parse_rating, parse_verdict
+from .endpoint.replies import on_scale, parse_pair, parse_rating, parse_verdict
 from .generate import Response
 
 # %% ../nbs/04_judge.ipynb #b750c6e8
@@ -125,6 +125,9 @@ class RatingPrompt:
         return "".join(map(str, range(int(self.low), int(self.high) + 1))) if one_each else ""
 
 # %% ../nbs/04_judge.ipynb #0b97c02a
+_PLACES = ("instruction", "input", "response", "dimension")
+
+
 def load_prompt(
     path: str | Path,  # a text file, UTF-8
     low: float = 0.0,  # lowest score that it asks for
@@ -138,6 +141,11 @@ def load_prompt(
     for field in ("{instruction}", "{response}"):
         if field not in text:
             raise UserError(f"{path}: {field} must stand where the rater is to see it")
+    for name in set(re.findall(r"\{(\w+)\}", text)) - {*_PLACES}:
+        if near := nearest(name, _PLACES, 0.8):
+            raise UserError(f"{path}: {{{name}}} is filled with nothing; did you mean {{{near}}}?")
+    if not on_scale(text, high):
+        raise UserError(f"{path}: it names a scale that is not up to {high:g}; give low and high")
     return RatingPrompt(text, f"own-{_tag(text, digits=8)}", low, high)
 
 # %% ../nbs/04_judge.ipynb #b80b75b1
@@ -176,8 +184,9 @@ def rating_messages(
     response = response_of(row)
     tag = _tag(instruction, context, response)
     framed = f"[Response {tag}]\n{response}\n[End of response {tag}]"
-    values = {"instruction": instruction, "input": context, "dimension": dimension}
-    values["response"] = framed
+    if "{input}" not in prompt.text:  # the whole question stands where there is a place for one
+        instruction, context = "\n\n".join(filter(None, (instruction, context))), ""
+    values = dict(zip(_PLACES, (instruction, context, framed, dimension), strict=True))
     filled = re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), prompt.text)
     system = [{"role": "system", "content": _RATE_SYSTEM}] if prompt.text == _RATE else []
     return [*system, {"role": "user", "content": filled}]
@@ -323,6 +332,17 @@ def _refuse_other_answers(lines: Iterable[Mapping], journal: Journal) -> None:
             where = f"{journal.path}: {line['id']}"
             raise UserError(f"{where} was judged with other answers; choose another output")
 
+# %% ../nbs/04_judge.ipynb #2959155d
+_BLIND = 50  # replies of which none says what was asked for, after which one is shown
+
+
+def _say_unread(came: Counter[str], line: Mapping[str, Any]) -> None:
+    "Warn once where nothing that is paid for can be read; `line` is the one that came last."
+    if came.total() == _BLIND and not came["ok"]:
+        said = " ".join(str(line["review"]).split())[:80]
+        say(f"none of the first {_BLIND} replies states what was asked for (the last: {said!r}); "
+            "to stop here loses nothing")  # fmt: skip
+
 # %% ../nbs/04_judge.ipynb #2b2fa9d4
 def carry_out(
     plan: Plan,  # from `rating_plan` or `comparison_plan`
@@ -333,7 +353,7 @@ def carry_out(
 ) -> list[Any]:  # all lines of the file
     "Ask what is open, append each answer, resume where the file stops."
     since = asked_since(output, retry)
-    note = {"retry": since} if since else {}
+    note, came = {"retry": since} if since else {}, Counter[str]()
     with resumed(output, plan.settings, plan.unit, progress, **note) as step:
         _refuse_other_answers(plan.lines, step.journal)
         _reread(plan, step.journal)
@@ -344,7 +364,10 @@ def carry_out(
         for i, reply in ask(plan.request(x, step.journal.get(x), since) for x in todo):
             said = {"review": reply.error or reply.text, "usage": dict(reply.usage or {})}
             said |= {"served": reply.model} if reply.model and not reply.error else {}
-            step.append({**todo[i], **plan.read(todo[i], reply), **said, **plan.who})
+            line = {**todo[i], **plan.read(todo[i], reply), **said, **plan.who}
+            step.append(line)
+            came[line["status"]] += 1
+            _say_unread(came, line)
         step.entry |= {"retry": None} if since else {}  # the next one begins anew
         return step.journal.rows()
 

@@ -308,16 +308,15 @@ def claim(
     pair = deciding["model_a"], control
     label = next((x for x in labels if (x["model_a"], x["model_b"]) == pair), None)
     bound, upper = 0.5 - (margin or 0), 0.5 + (margin or 0) if equivalence else 1.1
-    labelled = _labels_sentence(label, bound, upper)
-    if verdict == "supported" and "contradict" in labelled:
+    labelled, of_aa = _labels_sentence(label, bound, upper), _aa_sentence(deciding, aa)
+    if verdict == "supported" and ("contradict" in labelled or "no chance" in of_aa):
         verdict = "within noise"
     of_length = _length_sentence(deciding, bound, upper)
     if verdict == "supported" and of_length:
         verdict = UNEQUAL
     said = [
         _finding(deciding, verdict, margin, equivalence), _noise_sentence(deciding),
-        _aa_sentence(deciding, aa), _missing_sentence(deciding, verdict, margin), of_length,
-        labelled,
+        of_aa, _missing_sentence(deciding, verdict, margin), of_length, labelled,
     ]  # fmt: skip
     if verdict == "within noise" and not equivalence and deciding.get("detectable_effect"):
         size = deciding["detectable_effect"]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from itertools import count
+from itertools import chain, count
 from typing import Any, Self
 from unittest.mock import patch
 
@@ -175,9 +175,22 @@ class _Turn:
         return alone and self.text.endswith(self.behind) and len(self.text) > n
 
 # %% ../../nbs/model/chat.ipynb #16b79241
-def _unused(text: str) -> str:
-    "A letter that is not in a text."
-    return next(c for c in map(chr, count(ord("A"))) if c.isalpha() and c not in text)
+@lru_cache(maxsize=8)
+def _letters(tokenizer: Any) -> str:
+    "Letters that a tokenizer knows and tells apart; unknown ones are all the same token."
+    letters = [c for c in map(chr, range(ord("A"), ord("A") + 1000)) if c.isalpha()]
+    ids = tokenizer(letters, add_special_tokens=False)["input_ids"]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    first = {tuple(i): c for c, i in zip(letters[::-1], ids[::-1], strict=True)}  # of each tokens
+    return "".join(sorted(c for i, c in first.items() if unknown not in i))
+
+
+def _unused(text: str, tokenizer: Any) -> str:
+    "A letter that is not in a text, nor one with the same token; a known one, if any is left."
+    known = _letters(tokenizer)
+    free = (c for c in known if c not in text and (c.lower() in known or c.lower() not in text))
+    others = (c for c in map(chr, count(ord("A"))) if c.isalpha() and c not in text)
+    return next(chain(free, others))
 
 # %% ../../nbs/model/chat.ipynb #19c1b101
 def _opening(row: Asked, before: Sequence[Mapping], tokenizer: Any, template: ChatTemplate) -> str:
@@ -226,7 +239,7 @@ def _turn(
     row: Asked, messages: list[dict], k: int, text: str, tokenizer: Any, template: ChatTemplate
 ) -> _Turn:
     "Answer k of a conversation; `UserError` where it cannot be told from the rest."
-    letter = _unused(text)
+    letter = _unused(text, tokenizer)
     answer = {"role": "assistant", "content": letter}
     others = [*messages[:k], answer, *messages[k + 1 :]]
     turn = _Turn(text, _written(row, others, tokenizer, template, False), letter)
@@ -359,7 +372,8 @@ def prompt_ids(
     if not chat:
         return [*_first(tokenizer), *text_ids(prompt(row), tokenizer)]
     messages = before_response(_marked_messages(row, tokenizer, chat))
-    answered = ([*messages, {"role": "assistant", "content": letter}] for letter in "AB")
+    letters = (_letters(tokenizer) + "AB")[:2]
+    answered = ([*messages, {"role": "assistant", "content": letter}] for letter in letters)
     a, b = (_ids(_written(row, m, tokenizer, chat, False), tokenizer) for m in answered)
     if chat.thinking and thought:
         b = _ids(_written(row, messages, tokenizer, chat, True), tokenizer)

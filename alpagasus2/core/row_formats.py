@@ -394,7 +394,7 @@ def renamed(
         return row
     if missing := [theirs for theirs in columns.values() if theirs not in row]:
         raise UserError(f"has no `{missing[0]}` (its fields: {', '.join(map(str, row))})")
-    hidden = ("context",) if "input" in columns else ()
+    hidden = ["context"] if "input" in columns else []
     hidden += _TALKS if {"instruction", "output"} & columns.keys() else ()
     rest = _without(row, *columns.values(), *columns, *hidden)
     return {**rest, **{ours: row[theirs] for ours, theirs in columns.items()}}

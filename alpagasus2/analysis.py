@@ -593,6 +593,33 @@ class Results(TypedDict, total=False):
     cost: Any  # training_seconds, rating_seconds, endpoint
     manifest: Any  # of the run's folder
 
+# %% ../nbs/05_analysis.ipynb #900c92b3
+_FAILED = ("id", "test_set", "model_a", "model_b", "replicate", "vote", "first", "status",
+           "review")  # fmt: skip
+
+
+def _given(judgments: Sequence[Judgment]) -> list[Judgment]:
+    "What a judge said: not the stand-in of another order, nor of an answer that is not there."
+    return [x for x in judgments if not x.get("copied") and x.get("status") != UNANSWERED]
+
+
+def _health(
+    prompts: pd.DataFrame, given: Sequence[Judgment], model_a: str | None,
+    controls: Sequence[str | None], canaries: Mapping[str, Sequence[float]] | None,
+) -> dict[str, Any]:  # fmt: skip
+    "Of the comparisons that decide, or of all where there is none."
+    deciding = prompts[prompts["model_b"].isin(controls) & (prompts["model_a"] == model_a)]
+    unread = [float(x["verdict"] is None) for x in given]
+    return judge_health(deciding if len(deciding) else prompts, canaries, unread)
+
+
+def _candidates(
+    pooled: Sequence[PairStatistics], model_a: str | None, aa: Sequence[str] | None
+) -> list[PairStatistics]:
+    "The comparisons that a claim may rest on."
+    others = [p for p in pooled if {p["model_a"], p["model_b"]} != set(aa or ())]
+    return [p for p in others if p["model_a"] == (model_a or p["model_a"])]
+
 # %% ../nbs/05_analysis.ipynb #5b384ce3
 def analyse(
     judgments: Sequence[Judgment] = (),
@@ -614,24 +641,16 @@ def analyse(
     prompts = prompt_table(judgments)
     _refuse_unplanned(prompts, planned)
     pairs, pooled = _pairs_and_pooled(prompts, planned)
-    asked = [x for x in judgments if not x.get("copied")]  # not the other order's stand-in
-    asked = [x for x in asked if x.get("status") != UNANSWERED]
-    same_rule = _aa_pair(pooled, aa)
-    others = [p for p in pooled if {p["model_a"], p["model_b"]} != set(aa or ())]
-    candidates = [p for p in others if p["model_a"] == (model_a or p["model_a"])]
+    given, same_rule = _given(judgments), _aa_pair(pooled, aa)
     controls = [control] if isinstance(control, str) or control is None else [*control]
-    deciding = prompts[prompts["model_b"].isin(controls) & (prompts["model_a"] == model_a)]
-    unread = [float(x["verdict"] is None) for x in asked]
-    health = judge_health(deciding if len(deciding) else prompts, canaries, unread)
+    health = _health(prompts, given, model_a, controls, canaries)
     persons = label_statistics(prompts, labels) if labels else None
-    said = persons or ()
+    candidates, said = _candidates(pooled, model_a, aa), persons or ()
     claimed = _claim(candidates, health, controls, margin, equivalence, same_rule, said)
     if selectors:
         terms = {"margin": margin, "equivalence": equivalence, "planned": planned}
         each = _selector_claims(judgments, selectors, claimed, canaries, labels, **terms)
         claimed = {**next(iter(each.values())), "selectors": each}
-    fields = ("id", "test_set", "model_a", "model_b", "replicate", "vote", "first", "status",
-              "review")  # fmt: skip
     return {
         "claim": claimed,
         "pairs": pairs,
@@ -641,13 +660,10 @@ def analyse(
         "ranking": None if claimed["verdict"] == NO_CLAIM else _rank_models(prompts),
         "aa": same_rule,
         "labels": persons,
-        "warnings": [
-            *_warnings(pairs, pooled),
-            *_line_warnings(asked, prompts),
-            *_label_warnings(persons or ()),
-        ],
-        "failures": [{f: x.get(f) for f in fields} for x in asked if x["verdict"] is None],
-    }
+        "warnings": [*_warnings(pairs, pooled), *_line_warnings(given, prompts),
+                     *_label_warnings(said)],
+        "failures": [{f: x.get(f) for f in _FAILED} for x in given if x["verdict"] is None],
+    }  # fmt: skip
 
 # %% ../nbs/05_analysis.ipynb #50b188f4
 def hold_without(

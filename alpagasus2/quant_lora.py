@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALL_MODEL', 'QuantLoraConfig', 'pick_device', 'compute_dtype', 'free_memory', 'small_model', 'resolve_model',
-           'load_tokenizer', 'keep_trainable', 'load_config', 'expert_weights', 'load_base', 'weight_count',
-           'weights_held', 'adapter_parameters', 'linear_layers', 'add_lora', 'base_sha256', 'check_adapters',
-           'load_adapters', 'as_arm']
+           'load_tokenizer', 'keep_trainable', 'load_config', 'decoder_of', 'expert_weights', 'load_base',
+           'weight_count', 'weights_held', 'adapter_parameters', 'linear_layers', 'add_lora', 'base_sha256',
+           'check_adapters', 'load_adapters', 'as_arm']
 
 # %% ../nbs/01_quant_lora.ipynb #77de68da
 import copy
@@ -148,7 +148,12 @@ SMALL_MODEL = "smollm2-135m"
 def small_model() -> Path:  # a folder for `from_pretrained`
     "SmolLM2-135M-Instruct as an ordinary checkpoint, converted on first use (about 20 seconds)."
     target = cache_dir() / "models" / SMALL_MODEL
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(
+            f"{target}: {e.strerror}; set ALPAGASUS2_CACHE to a folder for models"
+        ) from None
     with FileLock(f"{target}.lock"):  # two processes may meet here; one converts, the other waits
         if not target.exists():
             _convert_gguf(_packaged_gguf(), target)
@@ -178,9 +183,13 @@ def _pretrained(auto: Any, name: str | Path, **options: Any) -> Any:
     path = resolve_model(name)
     try:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError) as e:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # whatever the authors of a hundred models and formats raise
         where = "the folder" if Path(path).is_dir() else "no local folder, and the hub"
-        why = str(e).splitlines()[0]
+        why = (str(e).splitlines() or [""])[0]
+        if not isinstance(e, OSError | ValueError):
+            why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise UserError(f"{name}: {where} did not give a model: {why}{_nearest(name)}") from e
 
 
@@ -253,6 +262,42 @@ def _refuse_parts(base_model: str | Path, missing: Iterable[str]) -> None:
             "it is no whole causal language model; choose another base"
         )
 
+# %% ../nbs/01_quant_lora.ipynb #ded201d2
+def _left_over(
+    model: Any,
+    unexpected: Iterable[str],  # names in its checkpoint
+) -> list[str]:
+    "Those within a block of the model, or of one block more than it has."
+    modules, found = dict(model.named_modules()), []
+    more = any(re.search("nextn|mtp", n) and v for n, v in vars(model.config).items())
+    for key in sorted(unexpected):
+        parts = key.split(".")
+        if parts[0] not in modules:
+            parts.insert(0, model.base_model_prefix)
+        starts = (".".join(parts[:n]) for n in range(1, len(parts)))
+        owners = [modules[s] for s in starts if s in modules]
+        lists = [isinstance(m, torch.nn.ModuleList) for m in owners]
+        if any(lists) and not (more and lists[-1]):  # blocks that guess more than one token
+            found.append(key)
+    return found
+
+# %% ../nbs/01_quant_lora.ipynb #35d70e1e
+def _refuse_other(base_model: str | Path, model: Any, unexpected: Iterable[str]) -> None:
+    "`UserError` where a checkpoint is of another model than Transformers made of its config."
+    name, why = type(model).__name__, ""
+    own = (getattr(model.config, "auto_map", None) or {}).get("AutoModelForCausalLM", name)
+    own = own.rpartition(".")[2]
+    generates = hasattr(model, "prepare_inputs_for_generation")  # PEFT needs it, too
+    if model.get_output_embeddings() is None or not generates:
+        why = f"{name} is no causal language model"
+    elif own.lower() != name.lower():
+        why = f"it has code of its own ({own}), which is not run here, and {name} is another model"
+    elif names := _left_over(model, unexpected):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        why = f"its checkpoint has {names[0]}{more}, for which {name} by its config has no place"
+    if why:
+        raise UserError(f"{base_model}: {why}; choose another base")
+
 # %% ../nbs/01_quant_lora.ipynb #3ad50f5d
 def _settle(
     model: Any,  # a causal LM
@@ -266,12 +311,20 @@ def _settle(
             owner.p = 0.0
     return model
 
+# %% ../nbs/01_quant_lora.ipynb #eb994e27
+def decoder_of(
+    model: Any,  # a causal LM
+) -> Any:  # a module
+    "The language model behind the output layer; of some families that layer is called decoder."
+    found = model.get_decoder()
+    return model.base_model if isinstance(found, torch.nn.Linear) else found
+
 # %% ../nbs/01_quant_lora.ipynb #7e15774a
 def expert_weights(
     model: Any,  # a causal LM
 ) -> int:
     "How many weights lie in fused experts, tensors (experts, in, out) that are no layer."
-    modules = (m for m in model.get_decoder().modules() if not isinstance(m, torch.nn.Conv1d))
+    modules = (m for m in decoder_of(model).modules() if not isinstance(m, torch.nn.Conv1d))
     found = (p for m in modules for p in m.parameters(recurse=False))
     return sum(p.numel() for p in found if p.dim() == 3 and len(p) > 1)
 
@@ -286,6 +339,39 @@ def _say_share(base_model: str | Path, model: Any) -> None:
         share = small / (small + others)
         say(f"{base_model}: {share:.0%} of the weights are quantised; experts stay in 16 bits")
 
+# %% ../nbs/01_quant_lora.ipynb #82b78cab
+def _refuse_quantised(base_model: str | Path, config: QuantLoraConfig) -> None:
+    "`UserError` where a checkpoint is quantised, in a format that cannot be quantised again."
+    kept = getattr(load_config(base_model), "quantization_config", None) or {}
+    kind = (kept if isinstance(kept, dict) else kept.to_dict()).get("quant_method")
+    wanted = config.load_in_4bit or config.load_in_8bit
+    if (
+        wanted
+        and str(kind) in transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING
+        and not (str(kind).startswith("bitsandbytes"))
+    ):
+        raise UserError(
+            f"{base_model}: its weights are quantised already ({kind}); name the base in 16 bits, "
+            "or set load_in_4bit to false to take them as they are"
+        )
+
+# %% ../nbs/01_quant_lora.ipynb #f9aed9e9
+def _dequantised(
+    model: Any,  # whose layers are quantised, by us or as they were saved
+) -> Any:  # the same
+    "Its layers as plain ones of its type; saved ones may remember another."
+    kinds = bnb.nn.Linear4bit | bnb.nn.Linear8bitLt
+    names = [n for n, m in model.named_modules() if isinstance(m, kinds)]
+    with quiet_libraries():
+        model.dequantize()
+    for name in names:
+        model.get_submodule(name).to(model.dtype)
+    if made := getattr(model, "_weight_conversions", None):  # are undone when a merge is saved
+        ours = [any("bitsandbytes" in type(op).__module__ for op in getattr(c, "operations", ()))
+                for c in made]  # fmt: skip
+        model._weight_conversions = [c for c, no in zip(made, ours, strict=True) if not no]
+    return model.requires_grad_(False)
+
 # %% ../nbs/01_quant_lora.ipynb #1574bddb
 def load_base(
     base_model: str | Path,  # a local folder, a hub id, or smollm2-135m
@@ -293,6 +379,7 @@ def load_base(
     in_parts: bool = False,  # it will be split over processes: it stays in the CPU's memory
 ) -> Any:  # a frozen causal LM in training mode without dropout
     "Load a base model, quantised and frozen."
+    _refuse_quantised(base_model, config or QuantLoraConfig())
     config, device = config or QuantLoraConfig(), pick_device()
     place = "cpu" if in_parts else device
     dtype = compute_dtype(device)
@@ -302,13 +389,13 @@ def load_base(
         output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
     _refuse_parts(base_model, [*found["missing_keys"], *(n for n, *_ in found["mismatched_keys"])])
+    _refuse_other(base_model, model, found["unexpected_keys"])
     _settle(model.requires_grad_(False))
     _say_share(base_model, model)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     unpacked = device == "cpu" if config.unpacked is None else config.unpacked
     if unpacked and getattr(model, "is_quantized", False):
-        with quiet_libraries():
-            return model.dequantize().requires_grad_(False)
+        return _dequantised(model)
     return keep_trainable(model)
 
 # %% ../nbs/01_quant_lora.ipynb #8eaa54c1
@@ -350,8 +437,11 @@ def linear_layers(
     model: Any,  # from `load_base`
 ) -> list[str]:  # full names
     "The layers beside which LoRA can stand."
-    inside = {*model.get_decoder().modules()} - {model.get_output_embeddings()}
-    family = model.config.get_text_config().model_type
+    decoder, family = decoder_of(model), model.config.get_text_config().model_type
+    inside = {*decoder.modules()} - {model.get_output_embeddings()}
+    for part in decoder.modules():  # a picture tower may lie within
+        if isinstance(part, transformers.PreTrainedModel) and part.config.model_type != family:
+            inside -= set() if part is decoder else {*part.modules()}
     names = [n for n, m in model.named_modules() if _is_linear(m) and m in inside]
     return [n for n in names if families.takes_lora(family, n)]
 
@@ -455,6 +545,17 @@ def base_sha256(
             found |= {n: _first_values(file, n) for n in file.keys() if "lm_head" not in n}
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:16] if found else None
 
+# %% ../nbs/01_quant_lora.ipynb #ad80dacc
+def _sha256_of_named(base_model: str | None) -> str | None:
+    "Of the base that another tool's adapter names; None where it is not here, or is quantised."
+    if not base_model:
+        return None
+    with suppress(UserError):  # it is misspelt, or no JSON
+        folder = _folder_of(base_model)
+        config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        return None if "quantization_config" in config else base_sha256(base_model)
+    return None
+
 # %% ../nbs/01_quant_lora.ipynb #c1ec0cc2
 def _check_adapter(name: str, path: Path, base: str | None) -> None:
     "As far as its training recorded it."
@@ -471,8 +572,9 @@ def _check_adapter(name: str, path: Path, base: str | None) -> None:
                 f"adapter {name}: {path} is damaged, its {what} differ from those that were "
                 "trained; train it again, or copy it anew"
             )
-    if base and result.get("base_sha256") not in (None, base):
-        trained = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    config = read_json(path / "adapter_config.json")
+    trained = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if base and (result.get("base_sha256") or _sha256_of_named(trained)) not in (None, base):
         raise UserError(f"adapter {name}: {path} was trained on another base ({trained}); name it")
 
 # %% ../nbs/01_quant_lora.ipynb #efc428dd
@@ -487,9 +589,15 @@ def check_adapters(
             _check_adapter(name, Path(path), base)
 
 # %% ../nbs/01_quant_lora.ipynb #d60d5f8f
-def _check_layers(model: Any, name: str, path: str | Path) -> None:
-    "Raise `ValueError` unless an adapter and the layers made for it are the same."
-    if model.peft_config[name].layer_replication:
+def _check_layers(model: Any, name: str, path: str | Path, alone: bool) -> None:
+    "Raise `ValueError` unless an adapter is LoRA, and the same as the layers made for it."
+    config = model.peft_config[name]
+    if config.peft_type != peft.PeftType.LORA or config.alora_invocation_tokens:
+        kind = "aLoRA" if config.peft_type == peft.PeftType.LORA else config.peft_type.value
+        raise ValueError(f"it is of the kind {kind}, and only LoRA is read here")
+    if config.trainable_token_indices and not alone:
+        raise ValueError("PEFT holds one that trains single tokens by itself alone; ask it alone")
+    if config.layer_replication:
         raise ValueError("it repeats layers of the base, which would be another for all adapters")
     weights = peft.utils.load_peft_weights(str(path), device="cpu")
     found = peft.set_peft_model_state_dict(model, weights, adapter_name=name)
@@ -513,12 +621,14 @@ def load_adapters(
                 wrapped = peft.PeftModel.from_pretrained(model, str(path), adapter_name=name)
             else:
                 wrapped.load_adapter(str(path), adapter_name=name)
-            _check_layers(wrapped, name, path)
+            _check_layers(wrapped, name, path, len(adapters) == 1)
         except RuntimeError as e:
             reason = str(e).split("\n")[-1].strip()
             raise UserError(f"adapter {name}: {path} does not fit the base: {reason}") from e
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as e:
-            raise UserError(f"adapter {name}: {path}: {str(e).splitlines()[0]}") from e
+        except KeyError as e:
+            raise UserError(f"adapter {name}: {path} lacks {e.args[0]}, or cannot have it") from e
+        except (OSError, ValueError, TypeError, SafetensorError) as e:
+            raise UserError(f"adapter {name}: {path}: {(str(e) or repr(e)).splitlines()[0]}") from e
     return quick_layers(wrapped)
 
 # %% ../nbs/01_quant_lora.ipynb #136294c6
@@ -534,7 +644,7 @@ def as_arm(
     elif biased := [name for name, adapter in adapters.items() if adapter.bias != "none"]:
         raise UserError(
             f"adapter {biased[0]} trained biases of the base, which are not switched off with it; "
-            f"ask {arm} without adapters"
+            f"ask {arm or 'the base'} without adapters"
         )
     with model.disable_adapter() if adapters and arm not in adapters else nullcontext():
         yield model

@@ -9,8 +9,10 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from alpagasus2.core.files import UserError
+from alpagasus2.extras.merge import merge
 from alpagasus2.model.check import check
 from alpagasus2.model.forward import Encoded, encode, micro_batches, target_nll
 from alpagasus2.model.likelihood import row_nll
@@ -226,3 +228,61 @@ def test_half_of_an_encoder_with_a_decoder_is_no_base(tmp_path: Path) -> None:
     transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="bart is an encoder with a decoder"):
         load_base(tmp_path)
+
+
+def edited(folder: Path, **changes: Any) -> Path:
+    "A base whose config says something else."
+    tiny("llama").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_checkpoint_of_another_model_is_no_base(tmp_path: Path) -> None:
+    "Its weights would be left out, or its code, without a word."
+    auto_map = {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    kinds: dict[str, dict[str, Any]] = {
+        r"has model\.layers\.1\.input_layernorm\.weight and 8 more": {"num_hidden_layers": 1},
+        r"code of its own \(MineForCausalLM\), which is not run here": {"auto_map": auto_map},
+        r"quantised already \(gptq\); name the base in 16 bits": {
+            "quantization_config": {"quant_method": "gptq", "bits": 4}
+        },
+        "did not give a model: KeyError: 'nonesuch'": {"hidden_act": "nonesuch"},
+        "not a multiple of the number of attention heads": {"num_attention_heads": 5},
+    }
+    for n, (said, changes) in enumerate(kinds.items()):
+        with pytest.raises(UserError, match=said):
+            load_base(edited(tmp_path / str(n), **changes))
+    weights = load_file(tmp_path / "0" / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+    save_file(weights, edited(tmp_path / "bias") / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"has model\.layers\.0\.self_attn\.q_proj\.bias, for"):
+        load_base(tmp_path / "bias")
+    cut = edited(tmp_path / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:9999])
+    with pytest.raises(UserError, match="did not give a model: SafetensorError"):
+        load_base(tmp_path / "cut")
+    same = {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}
+    assert load_base(edited(tmp_path / "same", auto_map=same, num_nextn_predict_layers=1))
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_base_that_was_saved_quantised_trains_answers_and_merges(
+    bits: str, encoded: list[Encoded], tmp_path: Path
+) -> None:
+    "Whatever type its weights had before."
+    tiny("llama").save_pretrained(tmp_path / "plain")
+    how = transformers.BitsAndBytesConfig(**{bits: True})
+    lm = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", dtype=torch.float16, quantization_config=how
+    )
+    lm.save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    config = TrainConfig(batch_size=3, num_epochs=1)
+    result = train(tmp_path / "base", ROWS, tmp_path / "adapter", config, progress=False)
+    base = load_base(tmp_path / "base")
+    with torch.no_grad():
+        own = torch.cat([own_nll(base, e) for e in encoded]).mean()
+    assert result["loss"][0] == pytest.approx(float(own), abs=1e-2)
+    merged = merge(tmp_path / "adapter", tmp_path / "merged", encoded)
+    assert merged["kinds"]["dequantised"]["kl"] < 1e-2

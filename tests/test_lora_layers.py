@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from alpagasus2.core.files import UserError
 from alpagasus2.extras.merge import merged_model
@@ -196,3 +197,64 @@ def test_biases_are_trained_where_a_layer_is_one_step(saved: Any) -> None:
     training_step(model, rows, TrainConfig())
     biases = [p for n, p in model.named_parameters() if "bias" in n and p.requires_grad]
     assert biases and all(p.grad is not None and p.grad.any() for p in biases)
+
+
+KINDS: list[tuple[Any, str]] = [
+    (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "IA3"),
+    (peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "PREFIX_TUNING"),
+    (peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "PROMPT_TUNING"),
+    (peft.LoHaConfig(target_modules=["q_proj"]), "LOHA"),
+    (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), "ADALORA"),
+    (LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[9]), "aLoRA"),
+]
+
+
+@pytest.mark.parametrize(("config", "kind"), KINDS, ids=[kind for _, kind in KINDS])
+def test_an_adapter_that_is_no_lora_is_refused(
+    config: Any, kind: str, saved: Any, tmp_path: Path
+) -> None:
+    "An aLoRA would answer as the base: what switches it on is a wrapper that is not asked here."
+    base = saved(text("llama"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, config).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=f"adapter x: .* of the kind {kind}, and only LoRA"):
+        load_adapters(load_base(base), {"x": tmp_path / "other"})
+
+
+def test_an_adapter_of_another_tool_stands_on_the_base_that_it_names(
+    saved: Any, tmp_path: Path
+) -> None:
+    base = saved(text("llama"))
+    of_another_tool(base, tmp_path / "a", trainable_token_indices=[7])
+    of_another_tool(base, tmp_path / "b", modules_to_save=["lm_head"])
+    for names in ("ab", "ba"):
+        with pytest.raises(UserError, match=r"adapter a: .* trains single tokens .* ask it alone"):
+            load_adapters(load_base(base), {n: tmp_path / n for n in names})
+    weights = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    left = {n: w for n, w in weights.items() if "lm_head" not in n}
+    save_file(left, tmp_path / "b" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"b lacks base_model\.model\.lm_head\.weight"):
+        load_adapters(load_base(base), {"b": tmp_path / "b"})
+    load_adapters(load_base(base), {"a": tmp_path / "a"})
+    other = transformers.AutoModelForCausalLM.from_config(text("llama"))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"adapter a: .* trained on another base"):
+        load_adapters(load_base(tmp_path / "other"), {"a": tmp_path / "a"})
+
+
+def test_lora_stands_where_text_is_read(saved: Any) -> None:
+    "Not in a tower that lies within the language model, nor where the output layer is a decoder."
+    git = transformers.GitConfig(
+        vision_config=EYES, vocab_size=500, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=64,
+    )  # fmt: skip
+    modern = transformers.ModernBertDecoderConfig(**{**TEXT, "vocab_size": 500})
+    for config, wanted in ((git, ["query", "value"]), (modern, "all-linear")):
+        quant = QuantLoraConfig(lora_target_modules=wanted, lora_dropout=0.0)
+        model = add_lora(load_base(saved(config)), quant)
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert names and not any("vision" in n for n in names)
+        assert checked(model, gradient=True).is_right
+    quant = QuantLoraConfig(lora_target_modules=["visual_projection.0"])
+    with pytest.raises(UserError, match="take no part in reading text alone"):
+        checked(add_lora(load_base(saved(git)), quant), gradient=True)

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from alpagasus2.analysis import analyse
-from alpagasus2.cli import report
+from alpagasus2.commands.pages import report
 from alpagasus2.evidence.labels import load_labels
 from alpagasus2.evidence.sampling import is_random_sample
 from alpagasus2.report.page import write_report

@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from alpagasus2.core.files import UserError
 from alpagasus2.extras.preview import preview
@@ -113,3 +118,25 @@ def test_a_tokenizer_without_a_chat_template_is_one_sentence(make):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template; use template=alpaca"):
         encode(ROW, tokenizer, 256, "chat")
+
+
+@pytest.mark.parametrize(("output", "known"), [("ME. *", "b"), ("A.", "ab"), ("* *", "abc")])
+def test_an_answer_of_unknown_characters_is_learned_to_its_end(output: str, known: str) -> None:
+    "Two unknown characters are the same token, as are a large and a small letter in some."
+    vocabulary = {
+        t: n for n, t in enumerate(["<unk>", START, END, "user", "assistant", ".", *known])
+    }
+    rust = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    rust.normalizer, rust.pre_tokenizer = Lowercase(), BertPreTokenizer()
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=rust, unk_token="<unk>", bos_token=START, eos_token=END
+    )
+    tokenizer.chat_template = template
+    e = encode({**ROW, "output": output}, tokenizer, 256, "chat")
+    asked = encode_prompts([ROW], tokenizer, 500, GenerateConfig(template="chat"))[0]
+    answer = tokenizer(output, add_special_tokens=False)["input_ids"]
+    assert asked == e.ids[: e.n_prompt] and e.ids[e.n_prompt :] == [*answer, vocabulary[END]]

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from itertools import count
+from itertools import chain, count
 from typing import Any, Self
 from unittest.mock import patch
 
-from ..core.files import UserError
+from ..core.files import UserError, say_once
 from alpagasus2.data import (
     AnyTemplate,
     Asked,
@@ -175,9 +175,22 @@ class _Turn:
         return alone and self.text.endswith(self.behind) and len(self.text) > n
 
 # %% ../../nbs/model/chat.ipynb #16b79241
-def _unused(text: str) -> str:
-    "A letter that is not in a text."
-    return next(c for c in map(chr, count(ord("A"))) if c.isalpha() and c not in text)
+@lru_cache(maxsize=8)
+def _letters(tokenizer: Any) -> str:
+    "Letters that a tokenizer knows and tells apart; unknown ones are all the same token."
+    letters = [c for c in map(chr, range(ord("A"), ord("A") + 1000)) if c.isalpha()]
+    ids = tokenizer(letters, add_special_tokens=False)["input_ids"]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    first = {tuple(i): c for c, i in zip(letters[::-1], ids[::-1], strict=True)}  # of each tokens
+    return "".join(sorted(c for i, c in first.items() if unknown not in i))
+
+
+def _unused(text: str, tokenizer: Any) -> str:
+    "A letter that is not in a text, nor one with the same token; a known one, if any is left."
+    known = _letters(tokenizer)
+    free = (c for c in known if c not in text and (c.lower() in known or c.lower() not in text))
+    others = (c for c in map(chr, count(ord("A"))) if c.isalpha() and c not in text)
+    return next(chain(free, others))
 
 # %% ../../nbs/model/chat.ipynb #19c1b101
 def _opening(row: Asked, before: Sequence[Mapping], tokenizer: Any, template: ChatTemplate) -> str:
@@ -226,7 +239,7 @@ def _turn(
     row: Asked, messages: list[dict], k: int, text: str, tokenizer: Any, template: ChatTemplate
 ) -> _Turn:
     "Answer k of a conversation; `UserError` where it cannot be told from the rest."
-    letter = _unused(text)
+    letter = _unused(text, tokenizer)
     answer = {"role": "assistant", "content": letter}
     others = [*messages[:k], answer, *messages[k + 1 :]]
     turn = _Turn(text, _written(row, others, tokenizer, template, False), letter)
@@ -270,12 +283,24 @@ def _marked_messages(row: Asked, tokenizer: Any, template: ChatTemplate) -> list
     messages = messages_of(row, template.merge_system)
     return [_all_marked({"content": "", **m}, tokenizer) for m in messages]
 
+# %% ../../nbs/model/chat.ipynb #0da5bc76
+def _say_lost_thoughts(answers: Sequence[Mapping], text: str) -> None:
+    "Say that thoughts of these answers are not in the text that is learned."
+    names = ("reasoning_content", "reasoning", "thinking")
+    thoughts = [str(m.get(name) or "").strip() for m in answers for name in names]
+    if any(thought not in text for thought in thoughts):
+        say_once(
+            "thoughts of the rows (reasoning_content) are not learned: this template does not "
+            "write them; put them into the text of the answer to have them learned"
+        )
+
 # %% ../../nbs/model/chat.ipynb #faa58e92
 def _spans(
     row: Asked, messages: list[dict], wanted: list[int], tokenizer: Any, template: ChatTemplate
 ) -> tuple[list[int], list[tuple[int, int]]]:
     "The tokens of a conversation that ends in an answer; where the wanted answers are in them."
     text = _written(row, messages, tokenizer, template, False)
+    _say_lost_thoughts([messages[k] for k in wanted], text)
     turns = [_turn(row, messages, k, text, tokenizer, template) for k in wanted]
     ids, spans, floor = _ids(text, tokenizer), list[tuple[int, int]](), 0
     ending = _ending(turns[-1].behind, tokenizer)
@@ -311,6 +336,7 @@ def _first(tokenizer: Any) -> list[int]:
 def _instruction(row: Any, tokenizer: Any) -> Tokenised:
     "A row in Alpaca's text."
     before, answer = (_marked(text, tokenizer) for text in (prompt(row), response_of(row)))
+    _say_lost_thoughts(row.get("messages", [])[-1:], "")
     front, ids = _first(tokenizer), _ids(before + answer, tokenizer)
     n_prompt = len(front) + common_start(_ids(before, tokenizer), ids)
     whole = [*front, *ids, tokenizer.eos_token_id]
@@ -346,7 +372,8 @@ def prompt_ids(
     if not chat:
         return [*_first(tokenizer), *text_ids(prompt(row), tokenizer)]
     messages = before_response(_marked_messages(row, tokenizer, chat))
-    answered = ([*messages, {"role": "assistant", "content": letter}] for letter in "AB")
+    letters = (_letters(tokenizer) + "AB")[:2]
+    answered = ([*messages, {"role": "assistant", "content": letter}] for letter in letters)
     a, b = (_ids(_written(row, m, tokenizer, chat, False), tokenizer) for m in answered)
     if chat.thinking and thought:
         b = _ids(_written(row, messages, tokenizer, chat, True), tokenizer)

@@ -10,6 +10,7 @@ __all__ = ['WINDOW', 'LOSS', 'GRADIENT', 'NOISE', 'WAYS', 'check_rows', 'own_nll
 import copy
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any, cast, get_args
@@ -30,7 +31,7 @@ from alpagasus2.core.files import (
 from ..core.run_folder import environment
 from . import attention, forward, fused
 from .forward import Encoded, Way, evaluating, plain_lm, run_as
-from ..quant_lora import bnb
+from ..quant_lora import bnb, decoder_of
 
 # %% ../../nbs/model/check.ipynb #1b9eeffc
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
@@ -77,7 +78,7 @@ def _our_losses(lm: Any, rows: Sequence[Encoded]) -> torch.Tensor:
 def _layers(lm: Any) -> torch.nn.ModuleList | None:
     "The blocks of the language model, one for each of the config's `num_hidden_layers`."
     n = getattr(lm.config.get_text_config(), "num_hidden_layers", None)
-    lists = (m for m in lm.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+    lists = (m for m in decoder_of(lm).modules() if isinstance(m, torch.nn.ModuleList))
     return next((m for m in lists if len(m) == n), None)
 
 
@@ -214,6 +215,11 @@ def _with_gradient(
         nll = losses(lm, rows)
     if not trained:
         return nll, None
+    if not nll.requires_grad:
+        raise UserError(
+            "lora_target_modules: the layers that it names take no part in reading text alone, so "
+            "nothing would be learned; name others"
+        )
     parts = torch.autograd.grad(nll.sum(), trained, allow_unused=True, materialize_grads=True)
     return nll.detach(), torch.cat([p.flatten() for p in parts])
 
@@ -399,7 +405,8 @@ def _remembered(lm: Any, gradient: bool) -> Check:
     if path.exists():
         return Check(**read_json(path))
     found = check(lm, gradient)
-    write_json(path, asdict(found))
+    with suppress(OSError):  # a folder that is not ours; the next run measures again
+        write_json(path, asdict(found))
     return found
 
 

@@ -205,7 +205,7 @@ def output_head(
 ) -> Callable[[torch.Tensor], torch.Tensor]:  # (n, width) -> (n, vocabulary)
     "The output layer, then the factor and the soft cap that some families put on their logits."
     layer, config = lm.get_output_embeddings(), lm.config.get_text_config()
-    if any(p.requires_grad for p in layer.parameters()):
+    if torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
         raise UserError("lora_target_modules names the output layer, which is not trained here")
     factor, cap = families.logit_factor(config), families.logit_cap(config)
 

@@ -113,7 +113,7 @@ def _saved(name: str, found: Mapping[str, Mapping], *notes: str) -> dict[str, An
     value = f"Loss {_by_how_much(first['difference'])}" if decided(found.values()) else value
     return _card(name, value, *measured, *notes)
 
-
+# %% ../../nbs/report/cards.ipynb #43851a58
 def _noise_note(aa: Mapping) -> str:
     "What two draws of one rule differ by, or that nothing measures it."
     if aa.get("heldout_difference") is None:
@@ -154,7 +154,7 @@ def _against(results: Results, other: str) -> dict[str, Mapping]:
     found = {where: losses.get(other) or {} for where, losses in _losses(results).items()}
     return {where: x for where, x in found.items() if x.get("difference") is not None}
 
-
+# %% ../../nbs/report/cards.ipynb #ed25a9b1
 def _loss_cards(results: Results) -> list[dict[str, Any]]:
     "What tuning and what selecting brought, by the losses."
     (arm, control), shown = _compared_arms(results), []

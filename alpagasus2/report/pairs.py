@@ -93,7 +93,7 @@ def _by_pair(judgments: Sequence[Judgment]) -> dict[tuple, list[Mapping]]:
         found.setdefault(key, {})[judge, x["first"], x.get("vote", 0)] = x
     return {key: list(lines.values()) for key, lines in found.items()}
 
-
+# %% ../../nbs/report/pairs.ipynb #4f22e6c3
 def viewer_pairs(
     judgments: Sequence[Judgment] = (),  # lines of judgments.jsonl; the last of a key counts
     responses: Sequence[Mapping] = (),  # lines of responses.jsonl
@@ -178,7 +178,7 @@ def _needed(results: Results, models: tuple, prompts: int) -> int | None:
     sd = prompt_sd(p["tie"] / p["n"])
     return labels_needed(prompts, abs(p["win_rate"] - 0.5), sd)
 
-
+# %% ../../nbs/report/pairs.ipynb #5e0537ca
 def label_samples(
     results: Results,  # results.json's content
     pairs: Sequence[Mapping],  # from `viewer_pairs`

@@ -42,7 +42,7 @@ def folder_of(
     path = Path(judgments).resolve()
     return path if path.is_dir() else path.parent
 
-
+# %% ../../nbs/report/run_claim.ipynb #086fef28
 def run_canaries_path(
     judgments: str | Path,  # a folder, or a file in it
 ) -> Path:
@@ -138,7 +138,7 @@ def _weakened(run: FixedRun) -> list[str]:
         return []
     return [*doubts(run.claim, run.trained), *unequal_text(run.folder, run.claim)]
 
-
+# %% ../../nbs/report/run_claim.ipynb #ae3f0a26
 def claim_by(
     run: FixedRun,
     results: Results,  # from `analyse` of these judgments, by these terms
@@ -150,7 +150,7 @@ def claim_by(
     results["claim"] = _held(run, run.folder, results, judgments, canaries, terms)
     return _at_all(_at_rates(run, results, terms))
 
-
+# %% ../../nbs/report/run_claim.ipynb #90eb78e5
 def decide_run(
     run: FixedRun,
     results: Results,  # from `analyse` of the deciding judge's verdicts, by the fixed terms

@@ -208,7 +208,7 @@ def _read_list(endpoint: Address) -> tuple[int, bytes]:
     where = {"url": f"{to['base_url']}/models", "params": to["default_query"]}
     try:
         with (
-            httpx2.Client(timeout=10, **endpoint.transport) as client,
+            endpoint.http_client(httpx2.Client, timeout=10) as client,
             client.stream("GET", headers=headers, **where) as answer,
         ):
             for part in answer.iter_bytes():

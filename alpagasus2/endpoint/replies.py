@@ -113,6 +113,7 @@ class _Object(list[tuple[str, Any]]):
     "A JSON object with all its keys, a repeated one too."
 
 
+_WHY_KEYS = re.compile(r"reasons?|explanation|rationale|justification|comments?|feedback", re.I)
 _ABOUT = ("criterion", "dimension", "assistant", "model", "answer", "response", "name", "id")
 
 
@@ -121,7 +122,8 @@ def _fields(value: Any, name: str = "", listed: bool = False) -> Iterator[str]:
     if isinstance(value, _Object):
         about = {k: v for k, v in value if k.lower() in (_ABOUT if listed else _ABOUT[:2])}
         own = [f"{k} {v}" if len(str(v)) < 2 else str(v) for k, v in about.items()][:1]
-        prose = [v for _, v in value if isinstance(v, str) and (len(v) > 40 or "\n" in v)]
+        texts = ((k, v) for k, v in value if isinstance(v, str))
+        prose = [v for k, v in texts if len(v) > 40 or "\n" in v or _WHY_KEYS.fullmatch(k)]
         yield from (f"\n{text}\n" for text in prose)
         for key, v in value:
             if v not in prose:
@@ -625,6 +627,7 @@ def _verdict_field(m: re.Match[str]) -> _Read:
 
 # %% ../../nbs/endpoint/replies.ipynb #a282103d
 _PICKED = rf"(?-i:[123AB])|{_TIES}|(?-i:[AB]) ?[<>]{{1,2}} ?[AB]|A ?= ?B"
+_DECIDED = r"(?:verdict|choice|decision|winner|judge?ment|preference|(?:best|better) answer)"
 _SHORT = rf"[\[(]*({_PICKED})[\])]*(?: \([^()0-9]*\))?\.?"
 _CLAUSES = _forms(
     ("choice", _CHOICE, _first_group),
@@ -640,6 +643,8 @@ _CLAUSES = _forms(
 _VERDICTS = _CLAUSES + _forms(
     ("[[1]]", r"\[\[ ?([123]) ?\]\]", _first_group),
     ("first line", rf"\A{_SHORT}$", _first_group),
+    ("line below its name", rf"^(?:(?:my|the|final|overall) )*{_DECIDED}:?\n{_SHORT}$",
+     _first_group),
     ("last line", rf"^{_SHORT}\Z", _first_group),
     ("nothing but a name", rf"\A(?:the )?(?:{_ONE}|{_HAN}) ?[(\[]?([12AB])[)\]]?\.?\Z",
      _first_group),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPACA_INPUT', 'ALPACA_NO_INPUT', 'Template', 'AnyTemplate', 'ANSWER_TYPES', 'iter_rows', 'read_rows', 'Message',
            'Asked', 'Example', 'Question', 'Problem', 'row_id', 'message_text', 'is_learned', 'Examined', 'check_rows',
-           'grouped', 'dropped', 'examine', 'refusal', 'load_examples', 'question_of', 'response_of', 'before_response',
+           'grouped', 'dropped', 'examine', 'refusal', 'load_examples', 'before_response', 'question_of', 'response_of',
            'prompt', 'ChatTemplate', 'template_of', 'template_settings', 'last_turn', 'asked_of', 'load_questions',
            'load_test_sets']
 
@@ -34,10 +34,11 @@ from alpagasus2.core.row_formats import (
     FORMATS,
     QUESTION_FORMATS,
     assembled,
+    bad_by,
     format_of,
-    is_bad,
     is_preference,
     parse_columns,
+    present,
     renamed,
 )
 from .core.settings import did_you_mean
@@ -63,7 +64,8 @@ def iter_rows(
     "The rows of `read_rows` one at a time, so that they need not all be held."
     if not isinstance(source, str | Path) or not str(source).strip():
         what = repr(source) if isinstance(source, str) else f"a {type(source).__name__}"
-        raise UserError(f"{what} is no file and no data set; `check_rows` takes rows at hand")
+        raise UserError(f"{what} is no file and no data set; `check_rows` takes rows at hand, "
+                        "`select` a mapping of scores")  # fmt: skip
     path, empty = locate(source), True
     is_data = ending_of(path) or any(p.suffix in (".json", ".parquet") for p in path.glob("*"))
     is_hub = path.is_dir() and str(source).count("/") == 1 and not is_data
@@ -72,7 +74,7 @@ def iter_rows(
             empty = False
             yield row
         if empty:
-            raise UserError(f"{path}: the file is empty")
+            raise UserError(f"{path}: it is empty, there is no row in it")
         return
     if ending_of(path) or path.is_absolute() or str(source).count("/") != 1:
         near = did_you_mean(source, [*catalog(), *files_beside(source)])
@@ -160,6 +162,7 @@ def row_id(
 
 # %% ../nbs/00_data.ipynb #b3f0c7f6
 _SWITCHES = ("weight", "train", "loss")  # of OpenAI, Axolotl, ms-swift
+_TEXTS = (None, "text", "input_text", "output_text")  # types of a part; not `reasoning`, say
 
 
 def message_text(
@@ -171,7 +174,8 @@ def message_text(
         return ""
     if not isinstance(content, list):
         return content if isinstance(content, str) else None
-    parts = [p.get("text") if isinstance(p, Mapping) else None for p in content]
+    parts = [p.get("text") if isinstance(p, Mapping) and p.get("type") in _TEXTS else None
+             for p in content]  # fmt: skip
     return "".join(map(str, parts)) if all(isinstance(p, str) for p in parts) else None
 
 
@@ -189,7 +193,9 @@ def _malformed_messages(messages: Any) -> str | None:
         if not isinstance(m, dict) or not isinstance(m.get("role"), str):
             return "a message lacks a text `role` or `content`"
         if message_text(m) is None:
-            return f"the {m['role']}'s message lacks a text `content`"
+            lacks = "has a part that is not text" if isinstance(m.get("content"), list) else (
+                "lacks a text `content`")  # fmt: skip
+            return f"the {m['role']}'s message {lacks}"
         if odd := [k for k in _SWITCHES if m.get(k) not in (None, 0, 1)]:
             return f"a message has {odd[0]}={m[odd[0]]!r}: it is learned (1) or not (0)"
     if messages[-1]["role"] != "assistant":
@@ -216,7 +222,7 @@ def _malformed(row: Mapping[str, Any]) -> str | None:
             return f"has no `{field}` (its fields: {fields}); name it with --columns {field}=NAME"
         if not isinstance(row[field], str):
             return f"`{field}` is not text but {type(row[field]).__name__}"
-    if not isinstance(row.get("input") or "", str):
+    if not isinstance(row.get("input"), str | None):
         return f"`input` is not text but {type(row['input']).__name__}"
     return None
 
@@ -231,7 +237,8 @@ def _empty(row: Example) -> str | None:
 
 def _is_blank(text: str) -> bool:
     "Whether nobody would see anything of a text."
-    return not any(c.isprintable() and not c.isspace() for c in text)
+    blank = "\u115f\u1160\u2800\u3164\uffa0"  # fillers of Hangul and Braille
+    return not any(c.isprintable() and not c.isspace() and c not in blank for c in text)
 
 # %% ../nbs/00_data.ipynb #90543ec9
 _ROW_FIELDS = ("instruction", "input", "output")
@@ -264,13 +271,13 @@ def _in_our_fields(given: Any, columns: Mapping[str, str], preferred: bool) -> t
     if not isinstance(given, Mapping):
         raise _Unusable("malformed", f"is a {type(given).__name__}, not an object with fields")
     try:
-        given = renamed(given, columns)
-        form = format_of(given)
+        given = present(renamed(given, columns))
+        form, label = format_of(given), bad_by(given)
         if is_preference(given) and not preferred:
-            bad = "its `label` is false: a bad answer" if is_bad(given) else "has `rejected`, too"
+            bad = f"its `{label}` is false: a bad answer" if label else "has `rejected`, too"
             raise _Unusable("preference", bad)
-        if is_bad(given):
-            raise _Unusable("unwanted", "its `label` is false")
+        if label:
+            raise _Unusable("unwanted", f"its `{label}` is false")
         row = form.read(given) if form else given
     except UserError as e:
         raise _Unusable("malformed", str(e)) from None
@@ -342,13 +349,30 @@ class Examined:
         ]
         return "; ".join(found)
 
+# %% ../nbs/00_data.ipynb #5b0ab412
+def _own(value: Any) -> Any:
+    "A value as Python's own: arrays and tuples are lists."
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {k: _own(v) for k, v in value.items()}
+    return [*map(_own, value)] if isinstance(value, list | tuple) else value
+
+
+def _at_hand(rows: Any) -> Iterator[Any]:
+    "Rows that are in memory, one at a time; `UserError` where they are something else."
+    if hasattr(rows, "to_dict") and hasattr(rows, "notna"):  # a DataFrame
+        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    if isinstance(rows, str | bytes | Path | Mapping) or not isinstance(rows, Iterable):
+        raise UserError(f"a {type(rows).__name__} is no list of rows; `load_examples` reads files")
+    yield from (_own(row.to_dict() if hasattr(row, "to_dict") else row) for row in rows)
+
 # %% ../nbs/00_data.ipynb #5454a3c5
 def check_rows(
-    rows: Iterable[Any],  # as `read_rows` gives them
+    rows: Iterable[Any],  # as `read_rows` gives them, a Dataset, or a DataFrame of pandas
 ) -> tuple[list[Example], list[Problem]]:  # good rows with ids; what is wrong with the others
-    "Split rows into good ones and problems; raises nothing."
+    "Split rows into good ones and problems; raises `UserError` only where these are no rows."
     found = Examined()
-    for row in rows:
+    for row in assembled(_at_hand(rows)):
         found.add(row)
     return found.rows, found.problems
 
@@ -437,17 +461,24 @@ def load_examples(
     return found.rows, found.problems
 
 # %% ../nbs/00_data.ipynb #376a6fad
+def before_response(
+    messages: Sequence[Any],  # at least one
+) -> list[Any]:
+    "A conversation without the response at its end, if there is one."
+    return [*messages[:-1]] if messages[-1]["role"] == "assistant" else [*messages]
+
+
 def question_of(
     row: Asked,  # an example or a question
 ) -> tuple[str, str]:  # instruction, input
     "The instruction and input of a row; a conversation of several turns has none: `UserError`."
     if "messages" not in row:
         return row["instruction"], row.get("input") or ""
-    asked = [m["content"] for m in row["messages"] if m["role"] != "assistant"]
+    asked = before_response(row["messages"])
     if len(asked) != 1:
         where = f"row {row.get('id')}"
         raise UserError(f"{where}: {len(asked)} messages before the answer; use template=chat")
-    return asked[0], ""
+    return asked[0]["content"], ""
 
 
 def response_of(
@@ -471,13 +502,6 @@ ALPACA_NO_INPUT = (
 )
 
 # %% ../nbs/00_data.ipynb #c3a05738
-def before_response(
-    messages: Sequence[Any],  # at least one
-) -> list[Any]:
-    "A conversation without the response at its end, if there is one."
-    return [*messages[:-1]] if messages[-1]["role"] == "assistant" else [*messages]
-
-
 def prompt(
     row: Asked,  # an example or a question
 ) -> str:  # everything before the response
@@ -657,10 +681,11 @@ def load_questions(
 
 # %% ../nbs/00_data.ipynb #12fa1ee0
 def load_test_sets(
-    sources: Iterable[str | Path],  # as `load_questions` takes them
+    sources: str | Path | Iterable[str | Path],  # as `load_questions` takes them; one or more
     limit: int | None = None,  # only the first so many of each
 ) -> list[Question]:  # each once
     "Read several files of questions; an id with two texts is a `UserError`."
+    sources = [sources] if isinstance(sources, str | Path) else sources
     asked: dict[tuple, Question] = {}
     for q in (q for source in sources for q in load_questions(source)[:limit]):
         if asked.setdefault((q["test_set"], q["id"]), q) != q:

@@ -71,7 +71,7 @@ def _say_inputs(run: Run) -> None:
         run.say(f"{n} of {of} questions ha{'s' if n == 1 else 've'} an input: a server gets it "
                 "behind the instruction, not in the training's own place for it")  # fmt: skip
 
-
+# %% ../nbs/06a_experiment.ipynb #5cf21d84
 def answer_questions(
     run: Run,
     replicate: int,  # counts from 0

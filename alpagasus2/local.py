@@ -20,7 +20,7 @@ from .core.run_folder import Journal, finder, open_lines, resumed
 from .data import AnyTemplate, ChatTemplate, Example, Question, template_settings
 from .endpoint.cache import Ask, Reply, Request
 from .generate import Answers, Backend, GenerateConfig, local_answers
-from .judge import Plan
+from .judge import NOT_DIGITS, Plan
 from .model.chat import prompt_ids
 from .model.check import checked
 from .model.decode import for_answers
@@ -125,12 +125,13 @@ def _choice_prompt(request: Request, tokenizer: Any, options: Mapping[str, Any] 
 # %% ../nbs/04a_local.ipynb #91ad4be1
 def local_ask(
     models: Models,  # the model that is asked
-    plans: Iterable[Plan],  # what it is asked: verdicts of 1, 2 or 3, or scores from 0 to 5
+    plans: Iterable[Plan],  # what it is asked; all of one kind, with one set of choices
     options: Mapping[str, Any] | None = None,  # for its chat template
 ) -> Ask:
     "Make a function that answers requests from a local model's probabilities."
-    rates = any("rater" in plan.who for plan in plans)
-    choices = "012345" if rates else "123"
+    kind = next(iter(plans))
+    if not kind.choices:
+        raise UserError(NOT_DIGITS)
 
     def ask(requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]:
         "One reply for each request, with the probabilities that it stands on."
@@ -139,9 +140,10 @@ def local_ask(
             return
         model, tokenizer = models.load()
         prompts = [_choice_prompt(r, tokenizer, options) for r in asked]
-        for i, logprobs in choice_logprobs(model, tokenizer, prompts, choices):
+        for i, logprobs in choice_logprobs(model, tokenizer, prompts, kind.choices):
             p = np.exp(logprobs)
-            said = f"{p @ np.arange(6):.2f}" if rates else choices[p.argmax()]
+            mean = p @ np.array([*map(int, kind.choices)])
+            said = f"{mean:.2f}" if kind.mean else kind.choices[p.argmax()]
             yield i, Reply(said, usage={"choice_probabilities": [round(x, 4) for x in p.tolist()]})
 
     return ask

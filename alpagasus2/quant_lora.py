@@ -148,7 +148,12 @@ SMALL_MODEL = "smollm2-135m"
 def small_model() -> Path:  # a folder for `from_pretrained`
     "SmolLM2-135M-Instruct as an ordinary checkpoint, converted on first use (about 20 seconds)."
     target = cache_dir() / "models" / SMALL_MODEL
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(
+            f"{target}: {e.strerror}; set ALPAGASUS2_CACHE to a folder for models"
+        ) from None
     with FileLock(f"{target}.lock"):  # two processes may meet here; one converts, the other waits
         if not target.exists():
             _convert_gguf(_packaged_gguf(), target)
@@ -632,7 +637,7 @@ def load_adapters(
         except KeyError as e:
             raise UserError(f"adapter {name}: {path} lacks {e.args[0]}, or cannot have it") from e
         except (OSError, ValueError, TypeError, SafetensorError) as e:
-            raise UserError(f"adapter {name}: {path}: {str(e).splitlines()[0]}") from e
+            raise UserError(f"adapter {name}: {path}: {(str(e) or repr(e)).splitlines()[0]}") from e
     return quick_layers(wrapped)
 
 # %% ../nbs/01_quant_lora.ipynb #136294c6

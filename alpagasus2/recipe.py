@@ -21,7 +21,14 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
 from .core.files import UserError, unwritable
-from .core.settings import build, check_names, nearest, settings, wrong_text
+from alpagasus2.core.settings import (
+    SettingError,
+    build,
+    check_names,
+    nearest,
+    settings,
+    wrong_text,
+)
 from .core.tables import encoding_of
 from alpagasus2.data import (
     AnyTemplate,
@@ -34,7 +41,7 @@ from .endpoint.client import EndpointConfig, address_of
 from .endpoint.parameters import Parameters
 from .evidence.claim import check_margin, question
 from .generate import GenerateConfig
-from .judge import check_dimension, file_name
+from .judge import NOT_DIGITS, RatingPrompt, check_dimension, file_name
 from .quant_lora import QuantLoraConfig
 from .selection import BY_SCORE, load_scores
 from .train import TrainConfig, held_out, preset_configs
@@ -80,12 +87,10 @@ class Rater(EndpointConfig, Parameters):
         if (self.kind == "file") != bool(self.scores):
             raise UserError("rater: kind file and a file of `scores` go together")
         check_dimension(self.dimension)
-        if self.low >= self.high:
-            raise UserError(f"rater: low={self.low:g}, high={self.high:g}: low must be below high")
-        if (self.low, self.high) != (0, 5) and not self.prompt:
-            raise UserError(
-                "rater: low and high are those of a `prompt` of your own; name its file"
-            )
+        asked = {"text": self.prompt} if self.prompt else {}
+        digits = RatingPrompt(low=self.low, high=self.high, **asked).digits
+        if (self.kind, self.backend) == ("llm", "local") and not digits:
+            raise UserError(f"rater: {NOT_DIGITS}")
         _check_unused("rater", self, _UNUSED[self.kind])
         _check_unused("rater", self, ("base_url",) if self.backend == "local" else ())
 
@@ -139,27 +144,31 @@ class Arm:
         if self.matched:
             return self._check_matched()
         if self.to:
-            raise UserError(f"to={self.to}: only {' and '.join(MATCHED)} are equal to another arm")
+            raise SettingError(
+                f"to={self.to}: only {' and '.join(MATCHED)} are equal to another arm"
+            )
         if (self.select is None) == (self.data is None) or self.rows < 1:
-            raise UserError("an arm needs `rows` above 0 and either `select` or `data`")
+            raise SettingError("an arm needs `rows` above 0 and either `select` or `data`")
         if (self.select in ("threshold", "quantile")) != (self.value is not None):
             given = f"select={self.select}, value={self.value}"
-            raise UserError(f"{given}: threshold and quantile need a value, the others take none")
+            raise SettingError(
+                f"{given}: threshold and quantile need a value, the others take none"
+            )
         if self.select == "quantile" and not 0 <= (self.value or 0) < 1:
-            raise UserError(
+            raise SettingError(
                 f"value={self.value}: a quantile is at least 0 and below 1, such as 0.9"
             )
         if self.seed and self.select in ("top_k", "longest_k"):
-            raise UserError(f"seed={self.seed}: {self.select} draws nothing, so it has no seed")
+            raise SettingError(f"seed={self.seed}: {self.select} draws nothing, so it has no seed")
         if self.quota == {}:
-            raise UserError("quota={}: give `pool`, or a share for each category named")
+            raise SettingError("quota={}: give `pool`, or a share for each category named")
         if isinstance(self.quota, dict) and sum(self.quota.values()) > 1 + 1e-9:
-            raise UserError(f"quota={self.quota}: the shares come to more than 1")
+            raise SettingError(f"quota={self.quota}: the shares come to more than 1")
 
     def _check_matched(self) -> None:
         given = {k: v for k in ("rows", "value", "data", "quota") if (v := getattr(self, k))}
         if given:
-            raise UserError(
+            raise SettingError(
                 f"{self.select}: its rows follow from another arm: no {min(given)} fits"
             )
 
@@ -425,6 +434,8 @@ class Recipe:
         self.sizes = _checked_sizes(self.sizes, rows)
         _check_lists(self)
         _check_served(self)
+        if "seed" in self.train:
+            raise UserError("train: the recipe's own `seed` decides; leave that of train out")
         _ = self.training(0), self.generation, served_as(self, "base", 0)  # refused before any work
         _ = [self.steps(k) for k in (rows, *self.sizes)]
 
@@ -613,6 +624,8 @@ def load_recipe(
             values = yaml.load(f.read(), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except RecursionError:
+        raise UserError(f"{path}: it is nested too deeply to be read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:  # a compressed one has no encoding
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if found := unwritable(values):  # the claim could not hold it

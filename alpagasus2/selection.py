@@ -10,7 +10,7 @@ __all__ = ['BY_SCORE', 'OF_ROW', 'score_lines', 'load_scores', 'category_of', 'r
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +22,16 @@ from .core.text import NearDuplicates, category_by_rules
 from .data import Example, Problem, asked_of, iter_rows, response_of
 
 # %% ../nbs/00b_selection.ipynb #f1f836cb
+_STATUSES = ("ok", "unparsed", "refused", "length", "error")  # of our ratings
+
+
 def _score(line: Mapping, where: str) -> float | None:
     if "score" not in line:
         raise UserError(f"{where} has no `score` (its fields: {', '.join(map(str, line))})")
-    if line.get("status", "ok") != "ok" or line["score"] in (None, ""):
+    if (status := line.get("status") or "ok") not in _STATUSES:
+        raise UserError(f"{where}: status {status!r} is none of {', '.join(_STATUSES)}; leave the "
+                        "column out where it says something else")  # fmt: skip
+    if status != "ok" or line["score"] in (None, ""):
         return None
     given = line["score"]
     try:
@@ -62,10 +68,19 @@ def _named_part(line: Any, where: str) -> tuple[str | None, int]:
     "The dimension and the vote that a line is of."
     if not isinstance(line, Mapping):
         raise UserError(f"{where} is a {type(line).__name__}, not an object with a `score`")
-    dimension, vote = line.get("dimension"), str(line.get("vote") or 0)
-    if not isinstance(dimension, str | None) or not vote.isdecimal():
-        raise UserError(f"{where}: dimension {dimension!r} and vote {vote}: a name and a number")
+    dimension, vote = line.get("dimension") or None, str(line.get("vote") or 0)
+    if not isinstance(dimension, str | None):
+        raise UserError(f"{where}: dimension {dimension!r} is not a name")
+    if not vote.isdecimal():
+        raise UserError(f"{where}: vote {vote!r} is not a whole number, counted from 0")
     return dimension, int(vote)
+
+
+def _check_rater(line: Mapping, raters: dict[tuple, Any], part: tuple, where: str) -> None:
+    "Refuse a second rater of one dimension and vote: the files of two were joined."
+    if (first := raters.setdefault(part, line.get("rater"))) != line.get("rater"):
+        raise UserError(f"{where} is by the rater {line.get('rater')}, and a line before it by "
+                        f"{first}; keep the lines of one")  # fmt: skip
 
 # %% ../nbs/00b_selection.ipynb #9092a278
 def score_lines(
@@ -74,13 +89,14 @@ def score_lines(
     dimension: str | None = None,  # which one, when the file holds several
 ) -> Iterator[tuple[tuple, str, float]]:  # (dimension and vote, row id, score), line by line
     "The scores of a file as they stand; at its end, `UserError` where it is not clear which count."
-    found, table = Counter[str](), dict[tuple, float]()
+    found, table, raters = Counter[str](), dict[tuple, float](), dict[tuple, Any]()
     for n, line in enumerate(iter_rows(path)):
         where = f"{path}: line {n}"
         part = _named_part(line, where)
-        found.update([part[0]] if part[0] else [])
+        found.update([part[0] or ""])
         if dimension and part[0] not in (None, dimension):
             continue
+        _check_rater(line, raters, part, where)
         score = _score(line, where)
         if score is None or (key := _scored_id(line, where, by_row)) is None:
             continue
@@ -88,9 +104,11 @@ def score_lines(
             raise UserError(f"{where} gives row {key!r} the score {score:g}, and a line before it "
                             f"{first:g}; keep one, or number them in a column `vote`")  # fmt: skip
         yield part, key, score
+    if "" in found and len(found) > 1:
+        raise UserError(f"{path}: some lines name a `dimension`, others do not; keep one kind")
     if dimension is None and len(found) > 1:
         raise UserError(f"{path}: holds several dimensions ({', '.join(sorted(found))}); name one")
-    if dimension and found and dimension not in found:
+    if dimension and not {"", dimension} & {*found}:
         raise UserError(f"{path}: no score for {dimension!r}, only for {', '.join(sorted(found))}")
 
 # %% ../nbs/00b_selection.ipynb #1ca09b59
@@ -155,7 +173,8 @@ def rows_kept(
     elif value != int(value):
         raise UserError(f"{rule}={value}: a whole number of rows is wanted")
     elif not 1 <= value <= n:
-        raise UserError(f"{rule}={round(value)}, but between 1 and {n} rows can be kept")
+        rows = "rows with a score" if rule in BY_SCORE else "rows"
+        raise UserError(f"{rule}={round(value)}, but between 1 and {n} {rows} can be kept")
     return int(count)
 
 
@@ -169,6 +188,10 @@ def _ranking(
     return (None, ranking[:k]) if rule in ("threshold", "quantile") else (k, ranking)
 
 # %% ../nbs/00b_selection.ipynb #d0c7344e
+def _is_share(share: Any) -> bool:
+    return isinstance(share, Real) and 0 <= float(share) <= 1
+
+
 def _seats(counts: Mapping[str, int], k: int | None, quota: Any) -> dict[str | None, int]:
     "How many rows each category gets, by largest remainder; None stands for all others."
     if k is None:
@@ -176,12 +199,15 @@ def _seats(counts: Mapping[str, int], k: int | None, quota: Any) -> dict[str | N
     if quota == "pool":
         shares: dict[str | None, float] = {c: n / sum(counts.values()) for c, n in counts.items()}
     else:
+        says = f"quota: {quota!r}: shares are fractions, 1 at most in all; or give `pool`"
+        if not isinstance(quota, Mapping) or not all(map(_is_share, quota.values())):
+            raise UserError(says)
         shares = {**quota, None: 1 - sum(quota.values())}
         if unknown := [c for c in quota if c not in counts]:
             there = ", ".join(sorted(counts))
             raise UserError(f"quota: no row is of category {unknown[0]!r}; there are {there}")
         if min(shares.values()) < -1e-9:
-            raise UserError(f"quota: {dict(quota)}: shares are fractions, 1 at most in all")
+            raise UserError(says)
     exact = {c: max(0.0, share * k) for c, share in shares.items()}
     seats = {c: math.floor(x + 1e-9) for c, x in exact.items()}
     fullest = sorted(exact, key=lambda c: (round(seats[c] - exact[c], 9), c is None, str(c)))
@@ -235,11 +261,13 @@ def only_rule(
     rules: Mapping[str, float | None],  # of `select`, by name; None: not given
 ) -> tuple[str, float]:  # its name and its value
     "The one rule that is given."
-    given = {name: float(value) for name, value in rules.items() if value is not None}
+    given = {name: value for name, value in rules.items() if value is not None}
     if len(given) != 1:
         raise UserError(f"give exactly one of {', '.join(rules)}; got {', '.join(given) or 'none'}")
     ((rule, value),) = given.items()
-    return rule, value
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise UserError(f"{rule}={value!r}: a finite number is wanted")
+    return rule, float(value)
 
 # %% ../nbs/00b_selection.ipynb #88e254d2
 def _scores_of(
@@ -248,6 +276,9 @@ def _scores_of(
     "The scores of the rows that have one."
     if scores is None:
         raise UserError(f"{rule}: no row has a score; name a file of them with --scores")
+    if not hasattr(scores, "keys"):
+        raise UserError(f"{rule}: a {type(scores).__name__} does not say which row has which score"
+                        "; `load_scores` reads a file")  # fmt: skip
     keyed = {r["id"]: scores[r["id"]] for r in rows if r["id"] in scores}
     if not keyed:
         raise UserError(f"{rule}: none of the {len(rows)} rows has a score; scores go by the rows' "
@@ -257,6 +288,17 @@ def _scores_of(
             raise UserError(f"{rule}: row {key!r} has the score {score!r}; give a finite number, "
                             "or none")  # fmt: skip
     return keyed
+
+
+def _with_ids(rows: Iterable[Example]) -> list[Example]:
+    "The rows, of which each has an id of its own."
+    rows = [*rows]
+    if any(not isinstance(r, Mapping) or "id" not in r for r in rows):
+        raise UserError("a row has no `id`; `load_examples` and `check_rows` give rows with ids, "
+                        "and apart from these what is wrong with others")  # fmt: skip
+    if twice := [key for key, n in Counter(r["id"] for r in rows).items() if n > 1]:
+        raise UserError(f"two rows have the id {twice[0]!r}; keep one of them")
+    return rows
 
 # %% ../nbs/00b_selection.ipynb #222fdae5
 def select(
@@ -276,8 +318,7 @@ def select(
         threshold=threshold, top_k=top_k, quantile=quantile, random_k=random_k, longest_k=longest_k
     )
     rule, value = only_rule(rules)
-    if any("id" not in r for r in rows):
-        raise UserError("a row has no `id`; `load_examples` and `check_rows` give ids")
+    rows = _with_ids(rows)
     if rule in OF_ROW:
         keyed = {r["id"]: OF_ROW[rule](r) for r in rows}
     else:

@@ -10,7 +10,7 @@ import torch
 from stand_ins import tiny_llama
 
 from alpagasus2.cli import main
-from alpagasus2.core.files import UserError
+from alpagasus2.core.files import UserError, say_once
 from alpagasus2.data import ChatTemplate, check_rows
 from alpagasus2.generate import GenerateConfig, encode_prompts, local_answers
 from alpagasus2.model.forward import Encoded, encode
@@ -258,7 +258,7 @@ def test_tools_are_context_and_parts_are_text():
     assert learned(e, tokenizer) == ["Blue.<|im_end|>"]
     assert "assistant\nf<|im_end|>\n<|im_start|>tool\n42<|im_end|>" in tokenizer.decode(e.ids)
     picture = [{"role": "user", "content": [{"type": "image"}]}, TURNS[3]]
-    assert "lacks a text" in check_rows([{"messages": picture}])[1][0].detail
+    assert "a part that is not text" in check_rows([{"messages": picture}])[1][0].detail
     with pytest.raises(UserError, match="row m: a message has a part that is not text"):
         encode(chat(picture), tokenizer, 256, "chat")
 
@@ -316,3 +316,14 @@ def test_an_adapter_of_two_turn_rows_answers_behind_the_think_block(tmp_path: Pa
     answers = dict(local_answers(tuned, tokenizer, questions, told))
     assert [answers[i]["response"] for i in range(2)] == ["Hello.", "Blue."]
     assert {a["finish_reason"] for a in answers.values()} == {"stop"}
+
+
+def test_what_of_a_row_is_not_learned_is_said_or_refused(capsys):
+    tokenizer = with_template(CHATML)
+    thought = {**TURNS[3], "reasoning_content": "The sky."}
+    for template in ("chat", "alpaca"):
+        say_once.cache_clear()
+        encode(chat([TURNS[2], thought]), tokenizer, 256, template)
+        assert "thoughts of the rows (reasoning_content) are not learned" in capsys.readouterr().err
+    with pytest.raises(UserError, match="2 messages before the answer"):  # "Hello." was left out
+        encode(chat([TURNS[2], TURNS[1], TURNS[3]]), tokenizer, 256, "alpaca")

@@ -19,7 +19,7 @@ import yaml
 from stand_ins import without
 
 from alpagasus2.catalog import dataset_path, describe_data
-from alpagasus2.cli import COMMANDS, EXAMPLES, FIELDS, build_parser, main
+from alpagasus2.cli import COMMANDS, build_parser, main
 from alpagasus2.core.files import dumps
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -294,10 +294,10 @@ def test_kept_rows_carry_the_licence_of_their_set(tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_takes_quiet_and_json_and_its_example_parses(command):
     parser = build_parser(command)
-    found = parser.parse_args([*shlex.split(EXAMPLES[command]), "--quiet", "--json"])
+    found = parser.parse_args([*shlex.split(COMMANDS[command].example), "--quiet", "--json"])
     assert found.quiet and found.json
     text = parser.format_help()
-    assert f"alpagasus2 {command} {EXAMPLES[command]}"[:60] in " ".join(text.split())
+    assert f"alpagasus2 {command} {COMMANDS[command].example}"[:60] in " ".join(text.split())
 
 
 def _misplaced(path: Path) -> Iterator[str]:
@@ -353,8 +353,8 @@ def test_json_is_one_object_with_the_documented_fields_and_quiet_says_nothing(
         found = json.loads(capsys.readouterr().out)  # nothing stands beside the object
         assert list(found) == ["command", "status", "error", "result", "printed"]
         assert (found["command"], found["status"], found["error"]) == (command, 0, None)
-        assert set(found["result"]) <= set(FIELDS[command]), command
-        if FIELDS[command] and "--dry_run" not in words:
+        assert set(found["result"]) <= set(COMMANDS[command].result), command
+        if COMMANDS[command].result and "--dry_run" not in words:
             assert found["result"], command
         assert main([command, *words.split(), "--quiet"]) == 0
         assert capsys.readouterr().out == "", command

@@ -539,7 +539,7 @@ def test_no_proxy_stands_before_this_machine(tmp_path, monkeypatch):
 def test_rows_are_not_sent_on(tmp_path):
     with serving() as other, serving(redirect=other) as address:
         with pytest.raises(
-            UserError, match=r"sends us to 127\.0\.0\.1, and rows go to base_url alone"
+            UserError, match=r"sends us to http://127\.0\.0\.1:.*, and rows go to base_url alone"
         ):
             ask_here(f"{address}/v1", tmp_path)
         assert read(other)["requests"] == 0

@@ -11,6 +11,7 @@ import pytest
 from stand_ins import tiny_llama
 
 from alpagasus2 import cli
+from alpagasus2.commands import pages
 from alpagasus2.core.files import UserError, json_sha256, read_json, write_json
 from alpagasus2.core.run_folder import annotate, latest
 from alpagasus2.data import Example
@@ -168,7 +169,7 @@ def test_a_page_of_one_rate_is_checked_with_the_rows_of_the_run(at_two_rates, ca
 
 def test_a_report_leaves_locks_alone(at_two_rates, tmp_path, capsys):
     _, folder, _ = at_two_rates
-    cli.report(str(tmp_path / "page"), str(folder))
+    pages.report(str(tmp_path / "page"), str(folder))
     assert "lock" not in capsys.readouterr().err
     sealed = read_json(tmp_path / "page/manifest.json")["outputs"]["index.html"]["inputs"]
     assert sealed and not [p for p in sealed if "lock" in p]
@@ -213,7 +214,7 @@ def claimed(path: Path) -> dict:
 
 
 def report(folder: Path, where: Path) -> dict:
-    cli.report(str(where), str(folder))
+    pages.report(str(where), str(folder))
     return read_json(where / "results.json")["claim"]
 
 

@@ -23,10 +23,10 @@ from typing import Any
 import pytest
 
 from alpagasus2 import cli
-from alpagasus2.analysis import is_right
 from alpagasus2.cli import main
 from alpagasus2.core.files import read_jsonl
 from alpagasus2.data import load_examples, load_questions
+from alpagasus2.evidence.answers import is_right
 from alpagasus2.scale import rows
 from alpagasus2.scale.engine import Blocks
 

@@ -11,10 +11,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from alpagasus2.analysis import analyse
-from alpagasus2.cli import report
+from alpagasus2.commands.pages import report
 from alpagasus2.evidence.labels import load_labels
 from alpagasus2.evidence.sampling import is_random_sample
-from alpagasus2.report.page import pair_name, write_report
+from alpagasus2.report.page import write_report
+from alpagasus2.report.pairs import pair_name
 
 CHROMIUM = Path("/usr/bin/chromium")
 OWNED = "</script><script>document.title='owned'</script>"

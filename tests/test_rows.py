@@ -1,5 +1,6 @@
 """Small files of rows and questions that once failed, each standing for a kind."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from alpagasus2.cli import main
 from alpagasus2.core.files import UserError
-from alpagasus2.data import load_examples, load_questions
+from alpagasus2.data import Examined, load_examples, load_questions
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases" / "data"
 COLOURS = [
@@ -148,3 +149,80 @@ def test_a_question_keeps_its_own_fields(tmp_path):
             (q,) = load_questions(path)
             found = [q[k] for k in ("id", "test_set", "category", "reference")]
             assert found == ["1", "mymath", "math", "4"]
+
+
+ASKED = {"role": "user", "content": "Hi"}
+SAID = {"role": "assistant", "content": "Hello!"}
+KTO = {"prompt": "Hi", "completion": "Go away."}
+WRONGLY_READ = {  # read as something else until each was mended -> how it is read or refused
+    "system_prompt beside messages": ({**talk("Hi", "Hello!"), "system_prompt": "Be brief."}, 3),
+    "two system prompts": ({**talk("Hi", "Yo"), "system": "a", "system_prompt": "b"}, "another"),
+    "system that is a list": ({**talk("Hi", "Yo"), "system": [{"text": "a"}]}, "not text"),
+    "a misspelt assistant": (
+        {"messages": [ASKED, {**SAID, "role": "assitant"}, ASKED, SAID]}, "by 'assitant'",
+    ),
+    "history of turns": ({**COLOURS[0], "history": [ASKED, SAID]}, 4),
+    "history of texts": ({**COLOURS[0], "history": ["Hi", "Hello!"]}, "list of pairs"),
+    "history of a query": ({"query": "a", "response": "b", "history": [["Hi", "Hello!"]]}, 4),
+    "history that is text": ({**COLOURS[0], "history": "Hi"}, "not a list"),
+    "context beside an input": ({**COLOURS[0], "input": "a", "context": "b"}, "both `input`"),
+    "two answers": ({"question": "a", "answer": "4", "response": "Long."}, "both `answer`"),
+    "KTO's label as a number": ({**KTO, "label": 0}, "bad answer"),
+    "LLaMA-Factory's label": ({**COLOURS[0], "kto_tag": False}, "bad answer"),
+    "a thought in a part": (
+        {"messages": [ASKED, {**SAID, "content": [
+            {"type": "reasoning", "text": "Hm."}, {"type": "text", "text": "Hello!"}]}]},
+        "part that is not text",
+    ),
+    "an input that is a number": ({**COLOURS[0], "input": 0}, "`input` is not text"),
+    "NaN where there is no input": ({**COLOURS[0], "input": float("nan")}, "Alpaca"),
+    "no messages": ({**COLOURS[0], "messages": []}, "Alpaca"),
+    "Capybara": ({"conversation": [{"input": "Hi", "output": "Hello!"}] * 2}, 4),
+    "UltraChat": ({"id": "0", "data": ["Hi", "Hello!"]}, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONGLY_READ)
+def test_a_row_is_read_as_it_is_meant_or_refused(kind):
+    row, wanted = WRONGLY_READ[kind]
+    found = Examined()
+    found.add(row)
+    if isinstance(wanted, int):  # so many turns
+        assert [len(r["messages"]) for r in found.rows] == [wanted]
+    elif wanted == "Alpaca":
+        assert list(found.formats) == ["Alpaca"] and found.rows[0]["input"] == ""
+    else:
+        assert not found.rows and wanted in found.problems[0].detail
+
+
+SEMICOLONS = b"instruction;output\nName it, please;It is blue\n"
+FILES = {  # name -> bytes, the instruction of its last row (None: it is refused, and with what)
+    "a null before it.json": (json.dumps([None, COLOURS[1]]).encode(), "row 0"),
+    "packed.jsonl": (gzip.compress(lines(COLOURS[:2])), COLOURS[1]["instruction"]),
+    "unpacked.jsonl.gz": (lines(COLOURS[:2]), COLOURS[1]["instruction"]),
+    "tabs.csv": (SEMICOLONS.replace(b";", b"\t"), "Name it, please"),
+    "bars.csv": (SEMICOLONS.replace(b";", b"|"), "Name it, please"),
+    "commas.tsv": (b"instruction,output\nName it,It is blue\n", "Name it"),
+    "sheet.csv": (b"PK\x03\x04\x14\x00\x06\x00\x08\x00\xff\xfe", "a zip archive or an Excel file"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_read_by_what_is_in_it(name, tmp_path):
+    content, wanted = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    try:
+        assert load_examples(tmp_path / name)[0][-1]["instruction"] == wanted
+    except UserError as e:
+        assert wanted in str(e)
+
+
+def test_the_test_split_beside_a_train_split_is_not_trained_on(tmp_path):
+    for split, rows in (("train", COLOURS[:2]), ("test", COLOURS[2:])):
+        (tmp_path / f"{split}-00000-of-00001.parquet").write_bytes(parquet(rows))
+    assert [r["instruction"] for r in load_examples(tmp_path)[0]] == [
+        r["instruction"] for r in COLOURS[:2]
+    ]
+    (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "dev-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="has no split 'train', but dev, test"):
+        load_examples(tmp_path)

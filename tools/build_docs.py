@@ -245,12 +245,11 @@ def example_report() -> None:
     from alpagasus2.analysis import load_judgments
     from alpagasus2.core.files import read_json
     from alpagasus2.report.page import write_report
-    from alpagasus2.report.plots import plot_heldout, plot_outcomes, plot_slots
+    from alpagasus2.report.plots import plot_outcomes, plot_slots
 
     data = NBS / "pages" / "example"
     results = read_json(data / "results.json")
     figures = {
-        "Held-out loss by arm": plot_heldout(results["heldout"]),
         "Verdicts in both orders": plot_outcomes(results["pairs"]),
         "Slot preference of the judge": plot_slots(results["judge_health"]),
     }

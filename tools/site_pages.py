@@ -95,7 +95,7 @@ def option_entries(
 
 def commands_page() -> str:
     "The command reference, from the parsers themselves."
-    from alpagasus2.cli import COMMANDS, EXAMPLES, FIELDS, POSITIONAL, build_parser
+    from alpagasus2.cli import COMMANDS, build_parser
 
     page = [
         "---\nsearch:\n  boost: 2\n---\n",
@@ -108,15 +108,15 @@ def commands_page() -> str:
         "null), the `result`, and the lines `printed` otherwise. The fields of `result` are "
         "named below; a command that fails has those that it had found by then.\n",
     ]
-    for name, (function, _) in COMMANDS.items():
-        first = f" {POSITIONAL[name].upper()}" if name in POSITIONAL else ""
+    for name, command in COMMANDS.items():
+        first = f" {command.first.upper()}" if command.first else ""
         entries = list(option_entries(name, build_parser(name)))
-        page.append(f"## alpagasus2 {name} {{#{name}}}\n\n{function.__doc__}\n")
+        page.append(f"## alpagasus2 {name} {{#{name}}}\n\n{command.function.__doc__}\n")
         page.append(
-            f"```\nalpagasus2 {name}{first} [options]\nalpagasus2 {name} {EXAMPLES[name]}\n```\n"
+            f"```\nalpagasus2 {name}{first} [options]\nalpagasus2 {name} {command.example}\n```\n"
         )
-        if FIELDS[name]:
-            page.append(f"`result` of `--json`: {', '.join(f'`{f}`' for f in FIELDS[name])}.\n")
+        if command.result:
+            page.append(f"`result` of `--json`: {', '.join(f'`{f}`' for f in command.result)}.\n")
         page.append("\n".join(entries) or "It has no options.\n")
     return "\n".join(page)
 

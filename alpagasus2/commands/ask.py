@@ -215,7 +215,8 @@ def rate(
 
     asking = {"--prompt": prompt, "--base_url": base_url}
     reading = {"--template": template, "--merge_system": merge_system}
-    _check_given(f"--rater {rater}", reading if rater == "llm" else asking)
+    scale = {"--low": low != 0, "--high": high != 5}
+    _check_given(f"--rater {rater}", reading if rater == "llm" else {**asking, **scale})
     settings, limits, spread = _sorted_out(config, JudgeConfig, EndpointConfig, Spread)
     in_blocks = bool(spread.engine) and not dry_run
     given = data, columns, preferred, limit
@@ -231,7 +232,7 @@ def rate(
         return
     if not model:
         raise UserError("--model: name the model that rates (with --rater llm)")
-    own = load_prompt(prompt, low, high) if prompt else RatingPrompt()
+    own = load_prompt(prompt, low, high) if prompt else RatingPrompt(low=low, high=high)
     made = partial(rating_plan, config=settings, rater=model, prompt=own)
     who = _Asked(backend, model, base_url, settings, limits, template_options, spread)
 

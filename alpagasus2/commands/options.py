@@ -8,12 +8,16 @@ __all__ = ['COMMON', 'kind_text', 'complaint', 'config_class', 'option_help', 'c
 
 # %% ../../nbs/commands/options.ipynb #4f8f5c9a
 import contextlib
+import errno
 import importlib
 import inspect
 import io
+import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -25,12 +29,12 @@ from unittest.mock import patch
 
 from fastcore.docments import docments
 
-from ..core.files import UserError, dumps, printable
+from ..core.files import UserError, end_signals, printable
 from ..core.settings import nearest
 from ..data import Example, Problem, dropped, load_examples
 
 # %% ../../nbs/commands/options.ipynb #732d4ebd
-_MISTYPED = re.compile(r'Parser key "(?P<name>\w+)": .*?(?:Got|Given) value: (?P<value>.*)$')
+_MISTYPED = re.compile(r'Parser key "(?P<name>\w+)": .*(?:Got|Given) value: (?P<value>.*)$')
 _KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number",
           dict: "a JSON object", list: "a list"}  # fmt: skip
 
@@ -250,7 +254,8 @@ def config_text(
     "The text of the files given with --config, as far as they can be read."
     paths = [w.partition("=")[2] or n for w, n in zip(argv, [*argv, ""][1:], strict=True)
              if w.partition("=")[0] == "--config"]  # fmt: skip
-    return " ".join(Path(p).read_text() for p in paths if Path(p).is_file())
+    files = [Path(p) for p in paths if Path(p).is_file()]
+    return " ".join(p.read_text(encoding="utf-8", errors="replace") for p in files)
 
 # %% ../../nbs/commands/options.ipynb #3ee9a97a
 def rows_of(
@@ -264,6 +269,40 @@ def rows_of(
         print(dropped(problems), file=sys.stderr)
     return rows, problems
 
+# %% ../../nbs/commands/options.ipynb #44e35ade
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _refused(e: OSError) -> str:
+    "What the system did not do, and for a full disk how to go on."
+    said = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e.strerror or str(e)
+    more = "; make room, and run the same command again to go on"
+    return said + more if e.errno in _FULL else said
+
+# %% ../../nbs/commands/options.ipynb #2537941a
+class _Stopped(KeyboardInterrupt):
+    "SIGTERM, or a terminal that was closed."
+
+    def __init__(self, number: int, _frame: Any = None):
+        super().__init__()
+        self.number = number
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise _Stopped(number)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    "Be asked to stop as Ctrl-C asks: what was paid for still comes in, and is kept."
+    in_main = threading.current_thread() is threading.main_thread()
+    usual = {n: signal.signal(n, _stop) for n in (end_signals() if in_main else ())}
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
 # %% ../../nbs/commands/options.ipynb #426db47f
 _LONGEST = 2000  # characters of a sentence; what is quoted in it may be a whole row
 
@@ -271,23 +310,29 @@ _LONGEST = 2000  # characters of a sentence; what is quoted in it may be a whole
 def exit_status(
     carry_out: Callable[[], None],  # the sub-command, with its options
     tell: Callable[[str], Any] | None = None,  # what else the sentence is given to
-) -> int:  # 0; 2 after a user's mistake; 130 after Ctrl-C
+) -> int:  # 0; 2 after a user's mistake; 128 + its number after a signal, so 130 after Ctrl-C
     "Carry out, and say in one sentence on standard error what went wrong."
     try:
-        carry_out()
+        with _stoppable():
+            carry_out()
         return 0
     except UserError as e:
         said, status = str(e), 2
+    except BrokenPipeError:  # see `main`
+        raise
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("alpagasus2"):
             raise
         said, status = f"{e.name} is not installed: pip install 'alpagasus2[train]'", 2
-    except (OSError, FloatingPointError) as e:  # a full disk; a loss that is not finite
+    except OSError as e:
+        said, status = _refused(e), 2
+    except FloatingPointError as e:  # a loss that is not finite
         said, status = str(e), 2
     except UnicodeEncodeError as e:
         said, status = f"{e.object[e.start : e.end]!r}: no file can hold this character", 2
     except KeyboardInterrupt as e:
-        said, status = str(e) or "stopped; run the same command again to go on", 130
+        said = str(e) or "stopped; run the same command again to go on"
+        status = 128 + getattr(e, "number", signal.SIGINT)
     said = (
         said if len(said) <= _LONGEST else f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
     )
@@ -324,8 +369,11 @@ def as_json(
     finally:
         _RESULT.reset(token)
     if os.environ.get("RANK", "0") == "0":
-        print(dumps({"command": command, "status": status, "error": errors[0], "result": found,
-                     "printed": printed.getvalue().splitlines()}))  # fmt: skip
+        lines = printed.getvalue().splitlines()
+        what = {"command": command, "status": status, "error": errors[0], "result": found}
+        print(
+            json.dumps({**what, "printed": lines}, allow_nan=False)
+        )  # in ASCII: any stream takes it
     return status
 
 # %% ../../nbs/commands/options.ipynb #e5fe8299

@@ -118,9 +118,11 @@ def _shares(quota: Sequence[str] | None) -> Any:
     "The quota of `select`, from the words of the command line."
     if not quota or list(quota) == ["pool"]:
         return "pool" if quota else None
-    shares = {}
+    shares: dict[str, float] = {}
     for word in quota:
         name, _, share = word.rpartition("=")
+        if name in shares:
+            raise UserError(f"--quota {word}: {name} stands here for the second time")
         try:
             shares[name] = float(share)
         except ValueError:

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -28,7 +28,10 @@ _CHUNK = 1 << 20  # characters or bytes read at a time
 
 
 def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+    "The bytes of a file, unpacked where gzip packed it, whatever a browser made of its name."
+    with path.open("rb") as f:
+        packed = f.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if packed else path.open("rb")  # type: ignore[return-value]
 
 
 def _decodes(path: Path, encoding: str) -> bool:
@@ -71,13 +74,23 @@ def _fitting(sample: bytes) -> list[str]:
     return list(texts.values())
 
 # %% ../../nbs/core/tables.ipynb #bc977469
+_NO_TEXT = {  # how files begin that are not text, and what they are
+    b"PK\x03\x04": "a zip archive or an Excel file", b"\x28\xb5\x2f\xfd": "packed by zstd",
+    b"\xfd7zXZ": "packed by xz", b"BZh91AY&": "packed by bzip2", b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file", b"SQLite f": "a database of SQLite",
+}  # fmt: skip
+
+
 def encoding_of(
     path: str | Path,  # a text file, perhaps compressed
 ) -> str:  # a name that Python knows
     "By its byte-order mark, else UTF-8, else what is detected without doubt; or `UserError`."
     path = Path(path)
     with _opened(path) as f:
-        encoding = json.detect_encoding(f.read(4))
+        start = f.read(8)
+    if kind := next((kind for mark, kind in _NO_TEXT.items() if start.startswith(mark)), ""):
+        raise UserError(f"{path}: it is {kind}, whatever its name; unpack it, or save it as text")
+    encoding = json.detect_encoding(start[:4])
     if _decodes(path, encoding):
         return encoding
     if encoding != "utf-8":
@@ -189,15 +202,13 @@ def _text(path: Path, newline: str) -> Iterator[TextIO]:
 def _json(path: Path) -> Iterator[Any]:
     "The records of JSON or JSON Lines."
     values = _values(path)
-    first = next(values, None)
-    inside = first.get("data") if isinstance(first, Mapping) else None
-    if isinstance(inside, list):
+    first = [*islice(values, 1)]
+    inside = first[0].get("data") if first and isinstance(first[0], Mapping) else None
+    if isinstance(inside, list) and inside and not isinstance(inside[0], str):
         others = list(values)
-        yield from inside if not others else [first, *others]
+        yield from [*first, *others] if others else inside
         return
-    if first is not None:
-        yield first
-    yield from values
+    yield from chain(first, values)
 
 # %% ../../nbs/core/tables.ipynb #183ced52
 @contextmanager
@@ -213,8 +224,8 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[dict]:
     with _text(path, "") as f, _large_cells():
         header = f.readline()
         f.seek(0)
-        semicolons = ";" in header and delimiter not in header
-        reader = csv.DictReader(f, delimiter=";" if semicolons else delimiter, strict=True)
+        found = next((d for d in (delimiter, *";\t|,") if d in header), delimiter)
+        reader = csv.DictReader(f, delimiter=found, strict=True)
         try:
             names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             if twice := [n for n in names if names.count(n) > 1]:
@@ -294,7 +305,15 @@ def _arrow(path: Path, batches: Callable[[], Iterator[Any]]) -> Iterator[dict]:
 def _stream(path: Path) -> Iterator[Any]:
     import pyarrow.ipc
 
-    return iter(pyarrow.ipc.open_stream(path.read_bytes()))
+    whole = path.read_bytes()
+    if not whole.startswith(b"ARROW1"):
+        return iter(pyarrow.ipc.open_stream(whole))
+    file = pyarrow.ipc.open_file(whole)
+    return map(file.get_batch, range(file.num_record_batches))
+
+
+def _arrow_file(path: Path) -> Iterator[dict]:
+    return _arrow(path, partial(_stream, path))
 
 
 def _parquet(path: Path) -> Iterator[dict]:
@@ -310,6 +329,31 @@ def parts_of(
     done = sorted(Path(folder).glob("*.parquet"))
     growing = sorted(Path(folder).glob("_part-*.jsonl"))
     return done + [p for p in growing if p.with_name(f"{p.stem[1:]}.parquet") not in done]
+
+# %% ../../nbs/core/tables.ipynb #fc1f5a5c
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+
+
+def _split_of(path: Path) -> str:
+    "The split that a file's name begins with; empty where it names none."
+    shard = re.match(r"(.+)-\d+-of-\d+", path.stem)
+    word = re.split("[-_.]", path.name.lower())[0]
+    return shard[1] if shard else word if word in _SPLITS else ""
+
+
+def _of_split(folder: Path, parts: Sequence[Path], split: str) -> list[Path]:
+    "The parts of a split, where their names say that there are several."
+    names = {part: _split_of(part) for part in parts}
+    splits = sorted({*names.values()} - {""})
+    if len(splits) > 1 and split not in splits:
+        there = ", ".join(splits)
+        raise UserError(f"{folder}: has no split {split!r}, but {there}; name a file, or give one "
+                        "of them a folder of its own")  # fmt: skip
+    if len(splits) < 2:
+        return [*parts]
+    others = ", ".join(name for name in splits if name != split)
+    say_once(f"{folder}: the split {split} is read, {others} are not")
+    return [part for part, name in names.items() if name == split]
 
 # %% ../../nbs/core/tables.ipynb #09589a63
 def _saved(folder: Path, split: str) -> Iterator[dict]:
@@ -327,8 +371,7 @@ def _saved(folder: Path, split: str) -> Iterator[dict]:
             "datasets wrote"
         )
     for part in read_json(folder / "state.json")["_data_files"]:
-        path = folder / Path(part["filename"]).name
-        yield from _arrow(path, partial(_stream, path))
+        yield from _arrow_file(folder / Path(part["filename"]).name)
 
 # %% ../../nbs/core/tables.ipynb #cec14c61
 READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
@@ -338,6 +381,7 @@ READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
     ".csv": _csv,
     ".tsv": partial(_csv, delimiter="\t"),
     ".parquet": _parquet,
+    ".arrow": _arrow_file,
 }
 
 
@@ -357,7 +401,7 @@ def records(
     "Read a table one record at a time; `UserError` names file and place."
     path = Path(path)
     if path.is_dir() and (parts := parts_of(path)):
-        for part in parts:
+        for part in _of_split(path, parts, split):
             yield from READERS[part.suffix](part)
         return
     if path.is_dir():
@@ -373,12 +417,20 @@ def records(
         raise UserError(f"{path}: not a whole .gz file: {e}") from None
 
 # %% ../../nbs/core/tables.ipynb #f66f79d4
+def _objects(path: str | Path, rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+    "The rows; a table of pandas, say, gives the names of its columns in their place."
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise UserError(f"{path}: a {type(row).__name__} is no row; give a list of objects")
+        yield row
+
+
 def write_rows(
     path: str | Path,  # .json (a list), .jsonl or .ndjson (one a line), .parquet
     rows: Iterable[Mapping[str, Any]],  # JSON objects, which are not held
 ) -> None:
     "Write rows atomically, a list as `write_json` has it."
-    ending = Path(path).suffix.lower()
+    ending, rows = Path(path).suffix.lower(), _objects(path, rows)
     if ending == ".parquet":
         return write_parquet(path, rows)
     if ending in (".jsonl", ".ndjson"):

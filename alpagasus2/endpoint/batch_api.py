@@ -88,7 +88,7 @@ class BatchServer:
         "An `openai.OpenAI`."
         import openai
 
-        http = openai.DefaultHttpxClient(**self.endpoint.transport)
+        http = self.endpoint.http_client(openai.DefaultHttpxClient)
         return openai.OpenAI(**self.endpoint.connection(), timeout=600.0, http_client=http)
 
     def call(

@@ -68,7 +68,12 @@ def check_address(
     base_url: str,  # the endpoint
 ) -> str:  # without a slash at its end
     "Raise `UserError` unless it can be asked and recorded."
-    parts = urlsplit(base_url)
+    base_url = base_url.strip()
+    try:
+        parts = urlsplit(base_url)
+        _ = parts.port
+    except ValueError:  # half a bracket, a port that is none
+        parts = urlsplit("")
     asks = parts.query and not re.fullmatch(r"api-version=[\w.-]+", parts.query)
     if parts.username or parts.password or asks or "#" in base_url:
         raise UserError("base_url: no password, query or # in it (but for Azure's "
@@ -307,6 +312,18 @@ class Address:
         "Rows go to the address alone: no redirect is followed, and to this machine leads no proxy."
         return {"follow_redirects": False, "trust_env": not is_loopback(self.base_url)}
 
+    def http_client(
+        self,
+        make: Callable[..., Any],  # a class of httpx
+        **options: Any,  # of it
+    ) -> Any:
+        "A client that goes by `transport`; `UserError` where proxies or certificates do not do."
+        try:
+            return make(**self.transport, **options)
+        except (ImportError, OSError, ValueError) as e:
+            raise UserError(f"{self.base_url}: a proxy or the certificates that the environment "
+                            f"names cannot be used: {e}") from None  # fmt: skip
+
     def connection(self) -> dict[str, Any]:  # base_url, api_key, headers, query, max_retries
         "What openai's clients are made with: the retries are ours. Raises as `check_reachable`."
         check_reachable(self.base_url)
@@ -528,6 +545,7 @@ _EVERY = {401: "refuses the key in OPENAI_API_KEY", 402: "wants to be paid",
           404: "knows no such model or address", 405: "is no such address",
           407: "is behind a proxy that wants a password"}  # fmt: skip
 _PASSING = (408, 409, 425, 429)
+_NEVER = "request too large"  # for the limit of a minute: to wait is of no use
 _NO_MONEY = re.compile(
     r"insufficient[_ ](?:quota|balance|credits)|billing_hard_limit_reached|"
     r"credit balance is too low|budget has been exceeded", re.I,
@@ -555,7 +573,7 @@ def failure(
     reason = endpoint.masked(f"HTTP {status}: {told.message.strip() or 'no reason given'}")
     who = f"{endpoint.base_url}, asked for model {endpoint.model},"
     if 300 <= status < 400:
-        place = urlsplit(headers.get("location") or "").hostname or "another address"
+        place = (headers.get("location") or "another address").partition("?")[0]
         reason = f"HTTP {status}: it sends us to {place}, and rows go to base_url alone"
         return Refused(reason) if answered else UserError(f"{who} does not answer: {reason}")
     if _NO_MONEY.search(f"{told.code} {told.message}"):
@@ -567,7 +585,7 @@ def failure(
     field = None if of_one else blamed(told, list(endpoint.sending.fields))
     if field and (status in (400, 422) or (field == "system" and status == 500)):
         return Unsupported(reason, field)
-    if status in _PASSING or status >= 500:
+    if (status in _PASSING and _NEVER not in reason.lower()) or status >= 500:
         return Transient(reason, retry_after(headers), limited=status == 429)
     if not answered and status in _EVERY:
         return UserError(f"{who} {_EVERY[status]}: {reason}")
@@ -644,7 +662,7 @@ class _Connection:
         self.answered = endpoint.cache.means(endpoint.base_url, endpoint.model)[0] > 0
         self.limits = endpoint.limits()
         hooks = {"response": [_bound]}
-        http = openai.DefaultAsyncHttpxClient(**endpoint.transport, event_hooks=hooks)
+        http = endpoint.http_client(openai.DefaultAsyncHttpxClient, event_hooks=hooks)
         own = {**endpoint.connection(), "timeout": config.timeout, "http_client": http}
         self.client = openai.AsyncOpenAI(**own)
         pool.exits.push_async_callback(self.client.close)
@@ -776,9 +794,9 @@ class _Asking:
 
     def given_up(self, reason: str, alone: bool = False) -> Reply:
         "A request without an answer; when none at all gets one any more, the run ends."
-        self.lost += not alone
         known = self.connection and self.connection.answered
-        if self.lost >= (_LOST if known else _LOST_FIRST):
+        self.lost += not (alone and known)
+        if self.lost >= (_LOST if known or alone else _LOST_FIRST):
             raise UserError(f"{self.endpoint.base_url}, model {self.endpoint.model}: {self.lost} "
                             f"requests in a row failed, the last: {reason}")  # fmt: skip
         return Reply("", "error", self.endpoint.model, error=reason)
@@ -800,6 +818,7 @@ class _Asking:
         while not budget.reserve(usd):
             await self.pool.sleep(0.05)
         try:
+            self.endpoint.cache.check_room()
             raw, seconds = await connection.send(request)
             reply = commit(self.endpoint, key, raw, seconds, most=usd)
         except Transient as e:

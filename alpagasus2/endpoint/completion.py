@@ -49,10 +49,12 @@ def _joined(content: Any) -> str | None:
     parts = [content] if isinstance(content, dict) else content
     if not isinstance(parts, list):
         return None
-    given = [
-        p.get("text") for p in parts if isinstance(p, dict) and "think" not in str(p.get("type"))
-    ]
+    given = [p.get("text") for p in parts if isinstance(p, dict) and not _is_thought(p)]
     return "".join(t for t in given if isinstance(t, str))
+
+
+def _is_thought(part: Mapping[str, Any]) -> bool:
+    return str(part.get("type")).startswith(("think", "reason"))
 
 # %% ../../nbs/endpoint/completion.ipynb #fef9dba3
 _MOST = 1e9  # tokens that no call can have; a count above it is none
@@ -108,6 +110,9 @@ def read_refusal(
     fields = body if isinstance(body, Mapping) else {"message": body}
     message = next((fields[k] for k in ("message", "msg", "reason") if fields.get(k)), "")
     words = message if isinstance(message, str) else json.dumps(message)
+    more = fields.get("metadata")
+    if behind := _named(more.get("raw")) if isinstance(more, Mapping) else "":  # of OpenRouter
+        words = f"{words}: {behind}"
     where = fields.get("loc")
     place = str(where[-1]) if isinstance(where, Sequence) and where else ""
     code = _named(fields.get("code")) or _named(fields.get("type"))
@@ -125,11 +130,13 @@ def hidden_refusal(
         answer = json.loads(raw)
     except (ValueError, RecursionError):
         return None  # no JSON: `read_completion` says so
-    error = answer.get("error") if isinstance(answer, dict) else None
-    if not error or answer.get("choices"):
+    given = answer.get("choices") if isinstance(answer, dict) else None
+    told = given[0] if isinstance(given, list) and given else given or answer
+    error = told.get("error") if isinstance(told, dict) else None
+    if not error:
         return None
-    code = error.get("code") if isinstance(error, dict) else None
-    return (code if isinstance(code, int) and 400 <= code < 600 else 502), answer
+    code = _count(error.get("code")) if isinstance(error, dict) else 0
+    return (code if 400 <= code < 600 else 502), told
 
 # %% ../../nbs/endpoint/completion.ipynb #26db2186
 _ENDS = {"length": r"length|max_?tokens", "content_filter": r"content_filter|safety|prohibited"}

@@ -185,7 +185,7 @@ _VALUE = re.compile(
 )
 _SYSTEM = re.compile(
     r"system.{0,20}(?:role|message|prompt|instruction)|developer instruction|"
-    r"roles?\b.{0,60}(?:user.{0,9}assistant|alternat)", re.I,
+    r"roles?\b.{0,60}(?:user.{0,9}assistant|alternat)|role\b.{0,20}support.{0,5}system", re.I,
 )  # fmt: skip
 
 

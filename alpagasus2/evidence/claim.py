@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Number', 'UNTESTED', 'UNDECIDED', 'UNEQUAL', 'NO_CONTROL', 'NO_CLAIM', 'UNLIKE', 'VERDICTS', 'ONE_SIDED',
            'PairStatistics', 'noise_floor', 'apart', 'check_margin', 'decide', 'check_value', 'claim', 'question',
-           'all_must_hold', 'at_every_rate', 'at_one_rate', 'after_holm', 'with_post_hoc', 'without_claim',
+           'deciding', 'all_must_hold', 'at_every_rate', 'at_one_rate', 'after_holm', 'with_post_hoc', 'without_claim',
            'unlike_fixed', 'without_seen', 'without_questions', 'loss_gap', 'heldout_finding', 'read_claim',
            'write_claim', 'claim_beside', 'is_measured', 'set_aside', 'fixed_terms']
 
@@ -83,8 +83,10 @@ UNEQUAL = "length not ruled out: no claim"  # what is left at equal length suppo
 NO_CONTROL = "no control arm: no claim"
 NO_CLAIM = "judge unfit: no claim"  # whatever the win rate
 UNLIKE = "not as fixed: no claim"  # an arm was trained on other rows or steps than were fixed
-VERDICTS = ("supported", "not supported", "within noise", UNTESTED, UNDECIDED, UNEQUAL, NO_CONTROL,
-            NO_CLAIM, UNLIKE)  # fmt: skip
+VERDICTS = (  # the weakest first
+    UNLIKE, NO_CLAIM, NO_CONTROL, UNTESTED, "not supported", "within noise", UNDECIDED, UNEQUAL,
+    "supported",
+)  # fmt: skip
 
 # %% ../../nbs/evidence/claim.ipynb #cc2f3651
 def apart(
@@ -306,16 +308,15 @@ def claim(
     pair = deciding["model_a"], control
     label = next((x for x in labels if (x["model_a"], x["model_b"]) == pair), None)
     bound, upper = 0.5 - (margin or 0), 0.5 + (margin or 0) if equivalence else 1.1
-    labelled = _labels_sentence(label, bound, upper)
-    if verdict == "supported" and "contradict" in labelled:
+    labelled, of_aa = _labels_sentence(label, bound, upper), _aa_sentence(deciding, aa)
+    if verdict == "supported" and ("contradict" in labelled or "no chance" in of_aa):
         verdict = "within noise"
     of_length = _length_sentence(deciding, bound, upper)
     if verdict == "supported" and of_length:
         verdict = UNEQUAL
     said = [
         _finding(deciding, verdict, margin, equivalence), _noise_sentence(deciding),
-        _aa_sentence(deciding, aa), _missing_sentence(deciding, verdict, margin), of_length,
-        labelled,
+        of_aa, _missing_sentence(deciding, verdict, margin), of_length, labelled,
     ]  # fmt: skip
     if verdict == "within noise" and not equivalence and deciding.get("detectable_effect"):
         size = deciding["detectable_effect"]
@@ -327,12 +328,6 @@ def claim(
     return {"verdict": verdict, "reason": " ".join(filter(None, said))}
 
 # %% ../../nbs/evidence/claim.ipynb #962fc7dd
-_WEAKEST_FIRST = (
-    UNLIKE, NO_CLAIM, NO_CONTROL, UNTESTED, "not supported", "within noise", UNDECIDED, UNEQUAL,
-    "supported",
-)  # fmt: skip
-
-
 def question(
     model_a: str,  # the arm that the claim is about
     controls: Sequence[str],  # the arms that it is held against
@@ -349,6 +344,16 @@ def question(
         return f"Is {model_a} not worse than {all_of_them} by more than {points}?"
     return f"Is {model_a} better than {all_of_them}?"
 
+# %% ../../nbs/evidence/claim.ipynb #b3c7db97
+def deciding(
+    results: Mapping[str, Any],  # results.json's content
+) -> Mapping[str, Any]:  # one of its pooled comparisons, or of its pairs; empty where none was made
+    "The comparison that the claim is about, with its first control; without a claim the first."
+    compared = [*(results.get("pooled") or []), *(results.get("pairs") or [])]
+    controls = (results.get("claim") or {}).get("controls") or ["random"]  # none before 0.1
+    held = (p for c in controls for p in compared if p["model_b"] == c)
+    return next(held, compared[0] if compared else {})
+
 # %% ../../nbs/evidence/claim.ipynb #0349e0d5
 def all_must_hold(
     found: Mapping[str, Mapping[str, Any]],  # what each is ("Against random") -> from `claim`
@@ -362,7 +367,7 @@ def all_must_hold(
     if all(x["reason"] == first["reason"] for x in others):  # of the judge, not of a comparison
         said = [first["reason"]]
     parts = {name: x["verdict"] for name, x in found.items()}
-    verdict = min(parts.values(), key=_WEAKEST_FIRST.index)
+    verdict = min(parts.values(), key=VERDICTS.index)
     return {"verdict": verdict, "reason": " ".join(filter(None, (opening, *said))), "parts": parts}
 
 # %% ../../nbs/evidence/claim.ipynb #a31f4114

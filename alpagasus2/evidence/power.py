@@ -224,7 +224,7 @@ def _promised(design: Design, effect: float, equivalence: bool) -> tuple[float, 
         return equivalence_power(design, effect), smallest_margin(design)
     return power(design, effect), smallest_effect(design)
 
-
+# %% ../../nbs/evidence/power.ipynb #67dd46df
 def plan(
     effect: float,  # true win rate less one half that should be found
     spread: float,  # between runs, in standard deviations between prompts

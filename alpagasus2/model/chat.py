@@ -17,7 +17,7 @@ from itertools import chain, count
 from typing import Any, Self
 from unittest.mock import patch
 
-from ..core.files import UserError
+from ..core.files import UserError, say_once
 from alpagasus2.data import (
     AnyTemplate,
     Asked,
@@ -283,12 +283,24 @@ def _marked_messages(row: Asked, tokenizer: Any, template: ChatTemplate) -> list
     messages = messages_of(row, template.merge_system)
     return [_all_marked({"content": "", **m}, tokenizer) for m in messages]
 
+# %% ../../nbs/model/chat.ipynb #0da5bc76
+def _say_lost_thoughts(answers: Sequence[Mapping], text: str) -> None:
+    "Say that thoughts of these answers are not in the text that is learned."
+    names = ("reasoning_content", "reasoning", "thinking")
+    thoughts = [str(m.get(name) or "").strip() for m in answers for name in names]
+    if any(thought not in text for thought in thoughts):
+        say_once(
+            "thoughts of the rows (reasoning_content) are not learned: this template does not "
+            "write them; put them into the text of the answer to have them learned"
+        )
+
 # %% ../../nbs/model/chat.ipynb #faa58e92
 def _spans(
     row: Asked, messages: list[dict], wanted: list[int], tokenizer: Any, template: ChatTemplate
 ) -> tuple[list[int], list[tuple[int, int]]]:
     "The tokens of a conversation that ends in an answer; where the wanted answers are in them."
     text = _written(row, messages, tokenizer, template, False)
+    _say_lost_thoughts([messages[k] for k in wanted], text)
     turns = [_turn(row, messages, k, text, tokenizer, template) for k in wanted]
     ids, spans, floor = _ids(text, tokenizer), list[tuple[int, int]](), 0
     ending = _ending(turns[-1].behind, tokenizer)
@@ -324,6 +336,7 @@ def _first(tokenizer: Any) -> list[int]:
 def _instruction(row: Any, tokenizer: Any) -> Tokenised:
     "A row in Alpaca's text."
     before, answer = (_marked(text, tokenizer) for text in (prompt(row), response_of(row)))
+    _say_lost_thoughts(row.get("messages", [])[-1:], "")
     front, ids = _first(tokenizer), _ids(before + answer, tokenizer)
     n_prompt = len(front) + common_start(_ids(before, tokenizer), ids)
     whole = [*front, *ids, tokenizer.eos_token_id]

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..core.files import UserError
+from ..core.files import UserError, end_signals
 
 # %% ../../nbs/model/checkpoint.ipynb #25fc2f6e
 def _flatten(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict, dict]:
@@ -134,13 +134,13 @@ class Checkpoint:
 # %% ../../nbs/model/checkpoint.ipynb #17ba0791
 @dataclass
 class StopRequest:
-    "SIGTERM and Ctrl-C are noted during a block; `leave` ends the program accordingly."
+    "Ctrl-C and `end_signals` are noted during a block; `leave` ends the program accordingly."
 
     signal: int = 0  # the first one that arrived; 0: none
 
     def __enter__(self) -> Self:
         in_main = threading.current_thread() is threading.main_thread()
-        signals = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+        signals = [*end_signals(), signal.SIGINT] if in_main else []
         self._usual = {n: signal.signal(n, self.note) for n in signals}
         return self
 

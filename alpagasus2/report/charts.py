@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
 
 from ..analysis import Results
+from ..evidence.claim import deciding
 
 # %% ../../nbs/report/charts.ipynb #e6a898b1
 class Effect(NamedTuple):
@@ -160,10 +161,9 @@ def effects_chart(
 def categories_chart(
     results: Results,  # results.json's content
 ) -> Figure | None:
-    "Win rate by category against the arm called random, else of the first comparison."
+    "Win rate by category of the deciding comparison, else of the first that has categories."
     compared = [*(results.get("pooled") or []), *(results.get("pairs") or [])]
-    compared.sort(key=lambda p: p["model_b"] != "random")
-    for p in (p for p in compared if len(p.get("categories") or []) > 1):
+    for p in (p for p in (deciding(results), *compared) if len(p.get("categories") or []) > 1):
         rows = sorted(p["categories"], key=lambda c: -c["n"])[:_MOST]
         named = [(f"{c.get('category') or 'no category'}, n = {c['n']:,}", c) for c in rows]
         effects = list(filter(None, (effect(name, c, "win_rate") for name, c in named)))

@@ -11,10 +11,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
-from ..analysis import Results, analyse, canary_outcomes, orient, prompt_table
+from ..analysis import Results, analyse
 from ..core.run_folder import cost_of, latest
 from ..evidence import intervals
-from ..evidence.verdicts import PAIR
+from ..evidence.health import canary_outcomes
+from ..evidence.verdicts import PAIR, orient, prompt_table
 from ..judge import Judgment, canaries_path
 
 # %% ../../nbs/report/judges.ipynb #0d09005f

@@ -80,7 +80,7 @@ def _samples(path: Path, task: str) -> Path:
         raise UserError(f"{path}: no {samples.name} beside it; run lm-eval with --log_samples")
     return samples
 
-
+# %% ../../nbs/report/outside.ipynb #41d835a7
 def read_lm_eval(
     path: str | Path,  # results_DATE.json
     content: Mapping[str, Any] | None = None,  # of it, where it is known
@@ -139,7 +139,7 @@ def _asked(sample: Mapping[str, Any]) -> str:
         given = [[m.get("role"), m.get("content")] for m in given]
     return json_sha256([given, sample.get("target")])
 
-
+# %% ../../nbs/report/outside.ipynb #44a4ab77
 def read_inspect(
     path: str | Path,  # a log, .json or .eval
     content: Mapping[str, Any] | None = None,  # of it, where it is known
@@ -220,7 +220,7 @@ def _csv_lines(path: Path) -> tuple[list[str], list[list[str]]]:
             raise UserError(f"{path}: line {n} has {len(line)} cells, the head {len(head)}")
     return head, lines
 
-
+# %% ../../nbs/report/outside.ipynb #d79c9838
 def read_score_csv(
     path: str | Path,  # with a head: item, model, score; perhaps the others of `COLUMNS`, and text
 ) -> pd.DataFrame:  # with `COLUMNS` and text
@@ -276,7 +276,7 @@ def _read_file(path: Path) -> Found | None:
             return read_leaderboard(path)
     return None
 
-
+# %% ../../nbs/report/outside.ipynb #18d03d1a
 def _files(source: Path) -> list[Path]:
     "The files of a source that may hold scores."
     if not source.exists():
@@ -357,7 +357,7 @@ def _less_is_better(rows: pd.DataFrame, lower: Sequence[str]) -> set[tuple[str, 
             )
     return {key for key, own in names.items() if own & set(lower)}
 
-
+# %% ../../nbs/report/outside.ipynb #07bcf715
 def read_scores(
     sources: Sequence[str | Path],  # files and folders
     metrics: Sequence[str] = (),  # to compare; default: each task's first one

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..analysis import Results, analyse, canary_outcomes, hold_without, load_judgments
+from ..analysis import Results, analyse, hold_without, load_judgments
 from ..core.files import UserError
-from ..core.run_folder import latest, manifest_entry
+from ..core.run_folder import manifest_entry
 from alpagasus2.evidence.claim import (
     NO_CONTROL,
     at_every_rate,
@@ -30,6 +30,7 @@ from alpagasus2.evidence.doubts import (
     unequal_text,
     unlike_claim,
 )
+from ..evidence.health import canary_outcomes
 from ..judge import Judgment, canaries_path
 from .judges import add_judges
 
@@ -41,7 +42,7 @@ def folder_of(
     path = Path(judgments).resolve()
     return path if path.is_dir() else path.parent
 
-
+# %% ../../nbs/report/run_claim.ipynb #086fef28
 def run_canaries_path(
     judgments: str | Path,  # a folder, or a file in it
 ) -> Path:
@@ -64,7 +65,7 @@ def run_canaries(
     path = run_canaries_path(judgments)
     if manifest_entry(path) and not path.exists():
         raise UserError(f"{path}: it is gone, and manifest.json names it; put it back")
-    found = latest(path)
+    found = load_judgments(path)[0] if path.exists() else []
     judges, asked = _judges_of(lines), _judges_of(found)
     if judges and (other := asked - judges):
         raise UserError(f"{path}: these sanity checks are of {min(map(str, other))}, and "
@@ -137,7 +138,7 @@ def _weakened(run: FixedRun) -> list[str]:
         return []
     return [*doubts(run.claim, run.trained), *unequal_text(run.folder, run.claim)]
 
-
+# %% ../../nbs/report/run_claim.ipynb #ae3f0a26
 def claim_by(
     run: FixedRun,
     results: Results,  # from `analyse` of these judgments, by these terms
@@ -149,7 +150,7 @@ def claim_by(
     results["claim"] = _held(run, run.folder, results, judgments, canaries, terms)
     return _at_all(_at_rates(run, results, terms))
 
-
+# %% ../../nbs/report/run_claim.ipynb #90eb78e5
 def decide_run(
     run: FixedRun,
     results: Results,  # from `analyse` of the deciding judge's verdicts, by the fixed terms

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from ..analysis import Results
-from ..evidence.claim import loss_gap
+from ..evidence.claim import deciding, loss_gap
 from ..evidence.own_rows import decided
 from .judges import agreement_line
 
@@ -62,7 +62,7 @@ def _of_losses(results: Results, a: str, control: str | None) -> Iterator[tuple[
     own = results.get("heldout_own") or {}
     both = {"reference answers from elsewhere": results["heldout"],
             "held-out rows of the pool": own.get("arms") or {}}  # fmt: skip
-    for arm in ("base", control):
+    for arm in dict.fromkeys(("base", control)):
         name = "tuning brought" if arm == "base" else f"selecting brought ({a} against {arm})"
         gaps = {where: losses[arm] for where, losses in both.items() if losses.get(arm or "")}
         sure = decided(gap for gap in gaps.values() if gap.get("holds_run_noise"))
@@ -99,7 +99,7 @@ def lessons(
     "What was learnt, and what was not."
     pooled = results["pooled"]
     a = pooled[0]["model_a"] if pooled else next(iter(results["heldout"]))
-    control = next((p["model_b"] for p in pooled if p["model_b"] == "random"), None)
+    control = deciding(results).get("model_b")
     told = [*_of_losses(results, a, control), *_of_filter(results), _of_judge(results)]
     learnt, open_ = ([text for sure, text in told if sure == kept] for kept in (True, False))
     rows = next((x["rows"] for x in results["arms"] if x["arm"] == a), None)

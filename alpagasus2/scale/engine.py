@@ -76,7 +76,7 @@ def _started(ray: Any, spread: Spread, tries: int = 3) -> None:
             raise UserError("Ray did not start: this machine is too busy; try again") from None
         _started(ray, spread, tries - 1)
 
-
+# %% ../../nbs/scale/engine.ipynb #014e95b4
 @contextmanager
 def cluster(
     spread: Spread,  # its address
@@ -458,7 +458,7 @@ def _results(ray: Any, done: Any) -> Iterator[str]:
             "alpagasus2, with the same extras, on each"
         ) from None
 
-
+# %% ../../nbs/scale/engine.ipynb #8da7aecb
 def spread_over(
     blocks: Blocks,  # what is open
     make: Callable[[Any], Work],  # called in every actor, with the desk

@@ -375,7 +375,7 @@ def _announced(endpoint: Endpoint, calls: int, tokens: int) -> str:
     named = endpoint.model, endpoint.base_url
     return str(Estimate(*named, calls, 0, tokens, calls * longest, usd, usd, seconds))
 
-
+# %% ../../nbs/scale/rows.ipynb #0bcf50b5
 def by_endpoint(
     model: str,  # the name that the endpoint knows
     base_url: str | None,  # default: OPENAI_BASE_URL, else OpenAI's

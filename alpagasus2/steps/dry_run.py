@@ -44,7 +44,6 @@ from alpagasus2.recipe import (
     Recipe,
     Server,
     check_rating_price,
-    comparisons,
     is_rated,
     other_scores,
     served_as,
@@ -52,6 +51,7 @@ from alpagasus2.recipe import (
 from ..selection import load_scores, select
 from .fix_claim import changes
 from .pool import check_pool, check_sizes, drawn_pool, hold_out
+from .work import pairs_asked
 from ..train import encode_each, misfit_of
 
 # %% ../../nbs/steps/dry_run.ipynb #9130dc4b
@@ -208,7 +208,7 @@ def _read_list(endpoint: Address) -> tuple[int, bytes]:
     where = {"url": f"{to['base_url']}/models", "params": to["default_query"]}
     try:
         with (
-            httpx2.Client(timeout=10, **endpoint.transport) as client,
+            endpoint.http_client(httpx2.Client, timeout=10) as client,
             client.stream("GET", headers=headers, **where) as answer,
         ):
             for part in answer.iter_bytes():
@@ -416,18 +416,11 @@ def _rating(known: Known) -> tuple[str, ...]:
     return (*line, f"{len(rows):,}", _most(known, rater, len(rows), tokens), "-", "-")
 
 # %% ../../nbs/steps/dry_run.ipynb #e1aa0e56
-def _judged(recipe: Recipe, who: Judge, sets: Sequence[Sequence[Question]]) -> tuple[int, int]:
-    "Pairs of answers that a judge compares, and its calls: both orders, the sanity checks too."
-    n = sum(len(q[: recipe.limit][: who.questions]) for q in sets)
-    pairs = n * sum(len(others) for _, others in comparisons(recipe)) * recipe.replicates
-    known = len(judge.canary_pairs([], "")) + 2 * min(30, n) + min(6, n)
-    return pairs, 2 * (pairs + known) if who.backend == "endpoint" else 0
-
-
 def _judging(known: Known, name: str, who: Judge, rates: int) -> tuple[str, ...]:
     "The line of one judge."
     recipe = known.recipe
-    pairs, calls = _judged(recipe, who, known.sets)
+    pairs, checks = pairs_asked(recipe, who, known.sets)
+    calls = 2 * (pairs + checks) if who.backend == "endpoint" else 0
     asked = [q for x in known.sets for q in x[: who.questions]]
     shown = [prompt_tokens(judge.comparison_messages(q, "", "", who.protocol)) for q in asked]
     each = sum(shown) / max(1, len(shown)) + 2 * recipe.generation.max_new_tokens

@@ -164,6 +164,17 @@ def same_fit(
     same = all(before.get(k) == now.get(k) for k in (*_OF_RATINGS[1:], "keep_cut"))
     return same and claim["pool"]["sha256"] == _pool_hash(Path(recipe.data), rows)
 
+# %% ../../nbs/steps/fix_claim.ipynb #a15baeb2
+def _words(old: Mapping[str, Any], plan: Mapping[str, Any], changed: str) -> str:
+    "What a claim says otherwise; of a recipe, which setting."
+    if changed != "recipe":
+        return f"`{changed}`"
+    name = changes(old, plan)[0]
+    before, now = (x["recipe"].get(name) for x in (old, plan))
+    moved = name in ("base_model", "data", "questions") and before and now
+    hint = " (if it has only moved, link it at its old path)" if moved else ""
+    return f"`recipe`: {name} was {before!r} and is now {now!r}{hint}"
+
 # %% ../../nbs/steps/fix_claim.ipynb #7b52009b
 def fix_claim(
     recipe: Recipe,  # what will be run
@@ -191,7 +202,7 @@ def fix_claim(
             set_aside(output_dir, claim, _made_by(claim, plan))
             return write_claim(path, plan | {"replaces": claim["sha256"]})
         raise UserError(
-            f"{path}: this folder was started with another `{changed}`; "
-            "choose another --output_dir, or delete this one"
+            f"{path}: this folder was started with another {_words(claim, plan, changed)}; choose "
+            "another --output_dir, or delete this one"
         )
     return claim

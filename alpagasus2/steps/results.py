@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from .. import judge
-from ..analysis import Results, analyse, checkable, load_judgments
+from ..analysis import Results, analyse, load_judgments
 from ..core import run_folder
 from ..core.files import UserError, file_sha256, read_json
 from ..core.settings import build
 from ..data import Example
+from ..evidence.answers import checkable
 from ..evidence.claim import fixed_terms, heldout_finding, read_claim
 from ..evidence.doubts import chosen_rows, home_of, known_questions
 
@@ -32,7 +33,6 @@ from ..report.judges import named_verdicts
 from ..report.page import write_report
 from alpagasus2.report.plots import (
     plot_categories,
-    plot_heldout,
     plot_lengths,
     plot_outcomes,
     plot_scores,
@@ -197,8 +197,6 @@ def run_figures(
         figures[f"Scores of the {selector} selector"] = plot_scores(run.rows, scores, selector)
     figures["Share kept by category"] = plot_categories(run.rows, arms)
     figures["Length of the responses"] = plot_lengths(run.rows, arms)
-    if results["heldout"]:
-        figures["Held-out loss by arm"] = plot_heldout(results["heldout"])
     figures["Verdicts in both orders"] = plot_outcomes(results["pairs"])
     figures["Slot preference of the judge"] = plot_slots(results["judge_health"])
     return figures

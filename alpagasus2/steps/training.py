@@ -93,7 +93,10 @@ def _train_at_once(run: Run, selected: Mapping[str, list], arms: Sequence[str]) 
 
 def _check_trained(run: Run, part: str, chosen: int) -> None:
     "Arms are comparable only at the rows and steps that the claim fixed for so many chosen rows."
-    result = read_json(run.dir / "adapters" / part / "train_result.json")
+    path = run.dir / "adapters" / part / "train_result.json"
+    if not path.exists():
+        raise UserError(f"{path} is gone: put it back, or delete {path.parent} and run again")
+    result = read_json(path)
     fixed = (run.recipe.trained_rows(chosen), run.recipe.steps(chosen))
     if (made := (result["rows"], result["steps"])) == fixed:
         return

@@ -7,6 +7,7 @@ __all__ = ['GROUPS', 'COMMANDS', 'ALONE', 'USAGE', 'Command', 'build_parser', 'c
 
 # %% ../nbs/07_cli.ipynb #77de68da
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence

@@ -231,6 +231,13 @@ def _contiguous(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tu
     "Copy a strided input: for one, torch expands the output layer's weight to the whole batch."
     return tuple(x.contiguous() for x in inputs)
 
+
+def _forget_longest(rotary: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    "Dynamic embeddings would go on as for the longest row so far; a row is read by its own length."
+    for name, longest in list(vars(rotary).items()):
+        if name.endswith("max_seq_len_cached") and longest > rotary.original_max_seq_len:
+            setattr(rotary, name, 0)
+
 # %% ../nbs/01_quant_lora.ipynb #d5e95eef
 def load_config(
     base_model: str | Path,  # a local folder, a hub id, or smollm2-135m
@@ -393,6 +400,8 @@ def load_base(
     _settle(model.requires_grad_(False))
     _say_share(base_model, model)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    for rotary in (m for m in model.modules() if hasattr(m, "max_seq_len_cached")):
+        rotary.register_forward_pre_hook(_forget_longest)
     unpacked = device == "cpu" if config.unpacked is None else config.unpacked
     if unpacked and getattr(model, "is_quantized", False):
         return _dequantised(model)

@@ -114,7 +114,7 @@ class TrainConfig:
     val_set_size: float = Field(0, ge=0)  # rows (or a fraction below 1) held out for evaluation
     eval_steps: int | None = Field(None, gt=0)  # steps between evaluations; None: an epoch
     save_steps: int | None = Field(None, gt=0)  # steps between checkpoints; None: an epoch
-    seed: int = 0  # decides split, order, dropout and the adapter's first weights
+    seed: int = Field(0, ge=0, lt=2**32)  # decides split, order, dropout, the first weights
     trainer: Literal["trl"] | None = None  # what takes the steps; None: our own code
 
     def __post_init__(self) -> None:
@@ -191,6 +191,8 @@ def held_out(
 ) -> int:
     "How many of the rows are not trained on; `UserError` where none would be left."
     size = config.val_set_size
+    if size > 1 and size != int(size):
+        raise UserError(f"val_set_size={size}: give a number of rows, or a fraction below 1")
     n = round(size * n_rows) if size < 1 else int(size)
     if n >= n_rows:
         raise UserError(f"val_set_size={size} leaves no training row of {n_rows}")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from alpagasus2.extras.merge import merge
 from alpagasus2.model.check import check
 from alpagasus2.model.forward import Encoded, encode, micro_batches, target_nll
 from alpagasus2.model.likelihood import row_nll
+from alpagasus2.model.sft import trl_steps
 from alpagasus2.quant_lora import QuantLoraConfig, add_lora, load_base, load_tokenizer
-from alpagasus2.train import TrainConfig, train, training_step
+from alpagasus2.train import TrainConfig, fit, own_steps, train, training_step
 
 TOKENIZER = load_tokenizer("smollm2-135m")
 SHARED = {
@@ -286,3 +288,52 @@ def test_a_base_that_was_saved_quantised_trains_answers_and_merges(
     assert result["loss"][0] == pytest.approx(float(own), abs=1e-2)
     merged = merge(tmp_path / "adapter", tmp_path / "merged", encoded)
     assert merged["kinds"]["dequantised"]["kl"] < 1e-2
+
+
+ROPE = {"rope_theta": 1e4, "factor": 4.0}
+LENGTHS: dict[str, dict[str, Any]] = {  # rows whose length, or whose batch, decides their loss
+    "dynamic": {
+        "rope_parameters": {**ROPE, "rope_type": "dynamic", "original_max_position_embeddings": 48},
+        "max_position_embeddings": 48,
+    },
+    "longrope": {"rope_parameters": {
+        **ROPE, "rope_type": "longrope", "original_max_position_embeddings": 48,
+        "short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)],
+    }},
+    "indexer": {
+        "num_key_value_heads": 4, "index_topk": 8, "index_n_heads": 2, "index_head_dim": 64,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+        "moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 32,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", [None, "trl"])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_the_length_of_a_row_is_its_own(kind: str, trainer: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    family = "deepseek_v32" if kind == "indexer" else "llama"
+    config = transformers.AutoConfig.for_model(family, **{**USUAL, **LENGTHS[kind]})
+    lm = transformers.AutoModelForCausalLM.from_config(config)
+    for p in lm.parameters():
+        p.data.mul_(4.0 if p.dim() > 1 else 1.0)
+    lm.save_pretrained(tmp_path)
+    draw = torch.Generator().manual_seed(0)
+    rows = [
+        Encoded(str(n), torch.randint(3, 900, (n,), generator=draw).tolist(), 4)
+        for n in (30, 160, 50, 20, 90, 40)
+    ]
+    wanted = []
+    plain = QuantLoraConfig(load_in_4bit=False, lora_dropout=0.0)
+    for e in rows:  # each by a model that has read nothing before
+        fresh = load_base(tmp_path, plain).float().eval()
+        with torch.no_grad():
+            wanted.append(own_nll(fresh, e))
+    mean = float(torch.cat(wanted).mean())
+    model = add_lora(load_base(tmp_path, plain).float(), plain)
+    for found, own in zip(row_nll(model, rows), wanted, strict=True):
+        assert torch.allclose(torch.tensor(found).float(), own, atol=1e-4)
+    settings = TrainConfig(batch_size=6, num_epochs=1, trainer=trainer, learning_rate=1e-6)
+    steps = partial(trl_steps, TOKENIZER) if trainer else own_steps
+    log = fit(model, rows, settings, progress=False, steps=steps)
+    assert log["loss"][0] == pytest.approx(mean, abs=1e-4)

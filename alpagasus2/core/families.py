@@ -102,28 +102,31 @@ def context_length(
 
 # %% ../../nbs/core/families.ipynb #92875ff8
 _INDEXERS = ("index_topk", "index_topk_blocks", "indexer_budget")
+_BY_PROMPT = "reference_sliding_attention"  # Unlimited OCR's, in which a padded prompt is longer
 
 
 def apart_above(
     config: Any,  # of the text model
 ) -> float:  # tokens; 0: always, infinite: never
     "The length above which a row changes what the others of its batch get."
-    if any(getattr(config, field, None) for field in _INDEXERS):
+    kinds = getattr(config, "layer_types", None) or ()
+    if any(getattr(config, field, None) for field in _INDEXERS) or _BY_PROMPT in kinds:
         return 0
-    return min(
-        (
-            x.get("original_max_position_embeddings") or config.max_position_embeddings
-            for x in _ropes(config) if x.get("rope_type") in ("dynamic", "longrope")
-        ),
-        default=inf,
-    )  # fmt: skip
+    found = [
+        x.get("original_max_position_embeddings") or config.max_position_embeddings
+        for x in _ropes(config)
+        if x.get("rope_type") in ("dynamic", "longrope")
+    ]
+    if getattr(config, "attn_temperature_tuning", None):  # Llama 4's, by column
+        found.append(config.floor_scale - 1)
+    return min(found, default=inf)
 
 # %% ../../nbs/core/families.ipynb #53702d6e
 _QUERY_AND_VALUE = (
     ("q_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("c_attn",), ("Wqkv",), ("qkv",),
-    ("query", "value"), ("Wq", "Wv"), ("q_b_proj", "kv_b_proj"), ("receptance", "value"),
-    ("in_proj",),
-)  # fmt: skip # Llama; Phi-3; GPT-NeoX; GPT-2; MPT; BERT; CTRL; DeepSeek; RWKV; Mamba
+    ("query", "value"), ("Wq", "Wv"), ("q_b_proj", "kv_b_proj"), ("q_proj", "kv_b_proj"),
+    ("receptance", "value"), ("in_proj",),
+)  # fmt: skip # Llama; Phi-3; GPT-NeoX; GPT-2; MPT; BERT; CTRL; DeepSeek (twice); RWKV; Mamba
 
 
 def query_and_value(

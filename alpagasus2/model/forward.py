@@ -346,7 +346,7 @@ def laid_out(
     filler = -len(ids) % tile
     if filler:
         lengths.append(filler)
-    return [*ids, *[0] * filler], [*at, *range(filler)], lengths
+    return [*ids, *[0] * filler], [*at, *[0] * filler], lengths
 
 # %% ../../nbs/model/forward.ipynb #d435a6cd
 def hidden_at(

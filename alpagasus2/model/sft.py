@@ -16,6 +16,7 @@ import torch
 import transformers
 import trl
 
+from ..core import families
 from ..core.files import UserError
 from .forward import Encoded
 
@@ -115,7 +116,10 @@ def trl_steps(
     if not left:
         return
     rows = [*{id(e): e for batch in left for e in batch}.values()]
-    cut = _micro_batches(left, rows, config.micro_batch_size or MICRO_BATCH)
+    most = families.apart_above(model.config.get_text_config())
+    together = max(len(e.ids) for e in rows) <= most  # else padding would change their loss
+    size = (config.micro_batch_size or MICRO_BATCH) if together else 1
+    cut = _micro_batches(left, rows, size)
     records = [_record(e, e.targets) for e in rows] + [_record(rows[0], [])]
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = 1.0  # so that the schedule gives the rate itself

@@ -98,6 +98,8 @@ def _judgment_lines(path: Path) -> list[Judgment]:
     unshown: Any = {"response_a": None, "response_b": None}
     lines = [cast(Judgment, unshown | line) for line in latest(path)]
     for line in lines:
+        line["test_set"] = line.get("test_set") or "questions"  # of a file that names none
+    for line in lines:
         if lacking := {"id", "model_a", "model_b", "first", "verdict"} - set(line):
             raise UserError(f"{path}: a line has no `{min(lacking)}`; are these judgments?")
         if wrong := _wrong_field(line):
@@ -311,14 +313,20 @@ def _inference(
     }  # fmt: skip
 
 # %% ../nbs/05_analysis.ipynb #f749ec26
+_ONE_RUN = 0.95  # share of equal answers from which two runs of an arm are taken for one
+
+
 def _one_run(prompts: pd.DataFrame) -> dict[str, Any]:  # of one pair; {} where runs are runs
-    "Two runs of a pair in which both arms say the same to every question."
-    wide = prompts.pivot(index=["test_set", "id"], columns="replicate", values="answers")
-    for one, other in combinations(wide.columns, 2):
-        both = wide[[one, other]].dropna()
-        if both[one].nunique() > 1 and both[one].equals(both[other].rename(one)):
-            said = f"runs {one} and {other} have the same answers to every question"
-            return {"holds_run_noise": False, "copied_runs": said}
+    "Two runs in which a trained arm says the same to nearly every question."
+    for side in ("a", "b"):
+        arm = prompts[f"model_{side}"].iloc[0]
+        keys, said = ["test_set", "id"], f"said_{side}"
+        wide = prompts.pivot(index=keys, columns="replicate", values=said)
+        for one, other in combinations(wide.columns if arm != "base" else (), 2):
+            both = wide[[one, other]].dropna()
+            if both[one].nunique() > 1 and (both[one] == both[other]).mean() >= _ONE_RUN:
+                copied = f"runs {one} and {other} of {arm} have the same answers"
+                return {"holds_run_noise": False, "copied_runs": copied}
     return {}
 
 # %% ../nbs/05_analysis.ipynb #72cc7056
@@ -542,7 +550,8 @@ def _p_of(lines: Sequence[Judgment], selector: str, controls: Sequence[str], **t
 # %% ../nbs/05_analysis.ipynb #4ee17cb8
 def _selector_claims(
     lines: Sequence[Judgment], selectors: Mapping[str, Sequence[str]],
-    claimed: Mapping[str, Any], canaries: Any, labels: Sequence[Mapping] | None, **terms: Any,
+    claimed: Mapping[str, Any], canaries: Any, labels: Sequence[Mapping] | None,
+    aa: Sequence[str] | None, **terms: Any,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     "The claim of each selector; `claimed`: of the first one."
     found: dict[str, dict[str, Any]] = {}
@@ -555,7 +564,10 @@ def _selector_claims(
         if not found:
             found[selector] = dict(claimed)
         elif own:
-            results = analyse(own, selector, canaries, control=controls, labels=said, **terms)
+            own += [x for x in lines if {x["model_a"], x["model_b"]} == set(aa or ())]
+            results = analyse(
+                own, selector, canaries, control=controls, aa=aa, labels=said, **terms
+            )
             found[selector] = results["claim"]
         else:
             why = f"{selector} was compared with no control, so nothing can be claimed."
@@ -649,7 +661,7 @@ def analyse(
     claimed = _claim(candidates, health, controls, margin, equivalence, same_rule, said)
     if selectors:
         terms = {"margin": margin, "equivalence": equivalence, "planned": planned}
-        each = _selector_claims(judgments, selectors, claimed, canaries, labels, **terms)
+        each = _selector_claims(judgments, selectors, claimed, canaries, labels, aa, **terms)
         claimed = {**next(iter(each.values())), "selectors": each}
     return {
         "claim": claimed,

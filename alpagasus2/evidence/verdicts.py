@@ -54,10 +54,10 @@ def _turned(line: Mapping[str, Any]) -> dict[str, Any]:
     return turned
 
 # %% ../../nbs/evidence/verdicts.ipynb #f41eabbb
-def _text_of(line: Mapping[str, Any]) -> str | None:
-    "The question, however it is spaced and capitalised; None where the line does not show it."
-    both = f"{line.get('instruction') or ''} {line.get('input') or ''}"
-    return " ".join(both.split()).casefold() or None
+def _same_text(text: str | None) -> str | None:
+    "One name for a text, however it is spaced and capitalised; None where there is none."
+    words = " ".join((text or "").split()).casefold()
+    return f"{hash(words):x}" if words else None
 
 
 def _drawn_as_one(prompts: pd.DataFrame) -> pd.Series:
@@ -82,8 +82,9 @@ def _verdict_table(lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         "sign": np.where(judged, signs, np.nan), "unasked": np.where(judged, np.nan, signs),
         "score": [np.nan if a is None else a - b for a, b in scores],
         "longer": [np.nan if None in (a, b) else len(a) - len(b) for a, b in answers],
-        "answers": [None if None in x else f"{hash(x):x}" for x in answers],
-        "text": [_text_of(x) for x in lines],
+        "said_a": [_same_text(a) for a, _ in answers],
+        "said_b": [_same_text(b) for _, b in answers],
+        "text": [_same_text(f"{x.get('instruction') or ''} {x.get('input') or ''}") for x in lines],
     })  # fmt: skip
 
 # %% ../../nbs/evidence/verdicts.ipynb #3f3924a8
@@ -99,7 +100,7 @@ def prompt_table(
         "d2": np.sign(sums["b"]) if "b" in sums else np.nan,
         "score": grouped["score"].sum(min_count=1), "longer": grouped["longer"].mean(),
         "unasked": grouped["unasked"].first(),
-        **{k: grouped[k].first() for k in ("category", "cluster", "answers", "text")},
+        **{k: grouped[k].first() for k in ("category", "cluster", "said_a", "said_b", "text")},
     })  # fmt: skip
     prompts["outcome"] = outcome(prompts["d1"], prompts["d2"]).fillna(prompts["unasked"])
     prompts = prompts.reindex(grouped.size().index).reset_index()

@@ -12,9 +12,8 @@ __all__ = ['SMALL_MODEL', 'QuantLoraConfig', 'pick_device', 'compute_dtype', 'fr
 import copy
 import hashlib
 import importlib.util
-import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +34,13 @@ from alpagasus2.core.files import (
 )
 from .core.run_folder import free_main_memory
 from .core.settings import did_you_mean, settings
+from alpagasus2.model.base import (
+    check_same,
+    check_unquantised,
+    check_whole,
+    dequantised,
+    settled,
+)
 from .model.lora import quick_layers
 from .model.quiet import quiet_libraries
 
@@ -226,18 +232,6 @@ def _quantization(config: QuantLoraConfig, dtype: torch.dtype, in_parts: bool = 
         )
     return transformers.BitsAndBytesConfig(load_in_8bit=True) if config.load_in_8bit else None
 
-
-def _contiguous(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple:
-    "Copy a strided input: for one, torch expands the output layer's weight to the whole batch."
-    return tuple(x.contiguous() for x in inputs)
-
-
-def _forget_longest(rotary: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-    "Dynamic embeddings would go on as for the longest row so far; a row is read by its own length."
-    for name, longest in list(vars(rotary).items()):
-        if name.endswith("max_seq_len_cached") and longest > rotary.original_max_seq_len:
-            setattr(rotary, name, 0)
-
 # %% ../nbs/01_quant_lora.ipynb #d5e95eef
 def load_config(
     base_model: str | Path,  # a local folder, a hub id, or smollm2-135m
@@ -258,65 +252,6 @@ def _auto_class(base_model: str | Path) -> Any:
     if pictures and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
-
-# %% ../nbs/01_quant_lora.ipynb #0904f89a
-def _refuse_parts(base_model: str | Path, missing: Iterable[str]) -> None:
-    "`UserError` where a checkpoint lacks weights of the model."
-    if names := sorted(missing):
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise UserError(
-            f"{base_model}: its checkpoint lacks {names[0]}{more}, or has it in another shape, so "
-            "it is no whole causal language model; choose another base"
-        )
-
-# %% ../nbs/01_quant_lora.ipynb #ded201d2
-def _left_over(
-    model: Any,
-    unexpected: Iterable[str],  # names in its checkpoint
-) -> list[str]:
-    "Those within a block of the model, or of one block more than it has."
-    modules, found = dict(model.named_modules()), []
-    more = any(re.search("nextn|mtp", n) and v for n, v in vars(model.config).items())
-    for key in sorted(unexpected):
-        parts = key.split(".")
-        if parts[0] not in modules:
-            parts.insert(0, model.base_model_prefix)
-        starts = (".".join(parts[:n]) for n in range(1, len(parts)))
-        owners = [modules[s] for s in starts if s in modules]
-        lists = [isinstance(m, torch.nn.ModuleList) for m in owners]
-        if any(lists) and not (more and lists[-1]):  # blocks that guess more than one token
-            found.append(key)
-    return found
-
-# %% ../nbs/01_quant_lora.ipynb #35d70e1e
-def _refuse_other(base_model: str | Path, model: Any, unexpected: Iterable[str]) -> None:
-    "`UserError` where a checkpoint is of another model than Transformers made of its config."
-    name, why = type(model).__name__, ""
-    own = (getattr(model.config, "auto_map", None) or {}).get("AutoModelForCausalLM", name)
-    own = own.rpartition(".")[2]
-    generates = hasattr(model, "prepare_inputs_for_generation")  # PEFT needs it, too
-    if model.get_output_embeddings() is None or not generates:
-        why = f"{name} is no causal language model"
-    elif own.lower() != name.lower():
-        why = f"it has code of its own ({own}), which is not run here, and {name} is another model"
-    elif names := _left_over(model, unexpected):
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        why = f"its checkpoint has {names[0]}{more}, for which {name} by its config has no place"
-    if why:
-        raise UserError(f"{base_model}: {why}; choose another base")
-
-# %% ../nbs/01_quant_lora.ipynb #3ad50f5d
-def _settle(
-    model: Any,  # a causal LM
-) -> Any:  # the same
-    "Set every rate of dropout, and of a router's noise, to zero."
-    for owner in (model.config.get_text_config(), *model.modules()):
-        for name, value in list(vars(owner).items()):
-            if isinstance(value, float) and re.search("drop|jitter", name):
-                setattr(owner, name, 0.0)
-        if isinstance(owner, torch.nn.Dropout):
-            owner.p = 0.0
-    return model
 
 # %% ../nbs/01_quant_lora.ipynb #eb994e27
 def decoder_of(
@@ -346,39 +281,6 @@ def _say_share(base_model: str | Path, model: Any) -> None:
         share = small / (small + others)
         say(f"{base_model}: {share:.0%} of the weights are quantised; experts stay in 16 bits")
 
-# %% ../nbs/01_quant_lora.ipynb #82b78cab
-def _refuse_quantised(base_model: str | Path, config: QuantLoraConfig) -> None:
-    "`UserError` where a checkpoint is quantised, in a format that cannot be quantised again."
-    kept = getattr(load_config(base_model), "quantization_config", None) or {}
-    kind = (kept if isinstance(kept, dict) else kept.to_dict()).get("quant_method")
-    wanted = config.load_in_4bit or config.load_in_8bit
-    if (
-        wanted
-        and str(kind) in transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING
-        and not (str(kind).startswith("bitsandbytes"))
-    ):
-        raise UserError(
-            f"{base_model}: its weights are quantised already ({kind}); name the base in 16 bits, "
-            "or set load_in_4bit to false to take them as they are"
-        )
-
-# %% ../nbs/01_quant_lora.ipynb #f9aed9e9
-def _dequantised(
-    model: Any,  # whose layers are quantised, by us or as they were saved
-) -> Any:  # the same
-    "Its layers as plain ones of its type; saved ones may remember another."
-    kinds = bnb.nn.Linear4bit | bnb.nn.Linear8bitLt
-    names = [n for n, m in model.named_modules() if isinstance(m, kinds)]
-    with quiet_libraries():
-        model.dequantize()
-    for name in names:
-        model.get_submodule(name).to(model.dtype)
-    if made := getattr(model, "_weight_conversions", None):  # are undone when a merge is saved
-        ours = [any("bitsandbytes" in type(op).__module__ for op in getattr(c, "operations", ()))
-                for c in made]  # fmt: skip
-        model._weight_conversions = [c for c, no in zip(made, ours, strict=True) if not no]
-    return model.requires_grad_(False)
-
 # %% ../nbs/01_quant_lora.ipynb #1574bddb
 def load_base(
     base_model: str | Path,  # a local folder, a hub id, or smollm2-135m
@@ -386,8 +288,9 @@ def load_base(
     in_parts: bool = False,  # it will be split over processes: it stays in the CPU's memory
 ) -> Any:  # a frozen causal LM in training mode without dropout
     "Load a base model, quantised and frozen."
-    _refuse_quantised(base_model, config or QuantLoraConfig())
     config, device = config or QuantLoraConfig(), pick_device()
+    if config.load_in_4bit or config.load_in_8bit:
+        check_unquantised(base_model, load_config(base_model))
     place = "cpu" if in_parts else device
     dtype = compute_dtype(device)
     model, found = _pretrained(
@@ -395,16 +298,12 @@ def load_base(
         quantization_config=_quantization(config, dtype, in_parts), device_map={"": place},
         output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    _refuse_parts(base_model, [*found["missing_keys"], *(n for n, *_ in found["mismatched_keys"])])
-    _refuse_other(base_model, model, found["unexpected_keys"])
-    _settle(model.requires_grad_(False))
-    _say_share(base_model, model)
-    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
-    for rotary in (m for m in model.modules() if hasattr(m, "max_seq_len_cached")):
-        rotary.register_forward_pre_hook(_forget_longest)
+    check_whole(base_model, [*found["missing_keys"], *(n for n, *_ in found["mismatched_keys"])])
+    check_same(base_model, model, found["unexpected_keys"])
+    _say_share(base_model, settled(model))
     unpacked = device == "cpu" if config.unpacked is None else config.unpacked
     if unpacked and getattr(model, "is_quantized", False):
-        return _dequantised(model)
+        return dequantised(model)
     return keep_trainable(model)
 
 # %% ../nbs/01_quant_lora.ipynb #8eaa54c1

@@ -11,7 +11,7 @@ from stand_ins import tiny_llama
 
 from alpagasus2.core.files import UserError, read_json
 from alpagasus2.core.run_folder import is_complete, manifest_entry
-from alpagasus2.evidence.claim import read_claim
+from alpagasus2.evidence.claim_file import read_claim
 from alpagasus2.experiment import quickstart_recipe
 from alpagasus2.recipe import Arm, Recipe
 from alpagasus2.steps import training

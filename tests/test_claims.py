@@ -14,7 +14,7 @@ from test_judges import Fair, answered, fair, recipe
 from alpagasus2.cli import main
 from alpagasus2.core.files import UserError, json_sha256, write_json
 from alpagasus2.core.run_folder import annotate
-from alpagasus2.evidence.claim import read_claim, write_claim
+from alpagasus2.evidence.claim_file import read_claim, write_claim
 from alpagasus2.evidence.sampling import SEED, in_turn
 from alpagasus2.experiment import judge_arms
 from alpagasus2.recipe import Judge

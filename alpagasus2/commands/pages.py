@@ -23,7 +23,7 @@ from ..core.run_folder import latest, manifest_entry
 # %% ../../nbs/commands/pages.ipynb #5440b9bf
 def _judges(judgments: str) -> dict[str, Path]:
     "The judges of a run's folder with their files; {} where its claim names none."
-    from alpagasus2.evidence.claim import read_claim
+    from alpagasus2.evidence.claim_file import read_claim
     from alpagasus2.judge import judge_files
 
     path = Path(judgments)
@@ -73,7 +73,7 @@ def _page_verdicts(
 # %% ../../nbs/commands/pages.ipynb #1b2c039b
 def _terms(judgments: str | None) -> dict[str, Any] | None:
     "What the claim of a run's folder fixed, as `analyse` takes it; None without one."
-    from alpagasus2.evidence.claim import claim_beside, fixed_terms
+    from alpagasus2.evidence.claim_file import claim_beside, fixed_terms
 
     claim = claim_beside(judgments) if judgments else None
     return fixed_terms(claim) if claim else None

@@ -22,9 +22,7 @@ with quiet_libraries():
 # %% ../../nbs/model/base.ipynb #4571e9b4
 def check_whole(
     base_model: str | Path,  # for the sentence
-    missing: Iterable[
-        str
-    ],  # of the model's weights; not in the checkpoint, or in another shape
+    missing: Iterable[str],  # of the model's weights; not in the checkpoint, or in another shape
 ) -> None:
     "`UserError` where a checkpoint lacks weights of the model."
     if names := sorted(missing):

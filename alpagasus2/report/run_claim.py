@@ -15,14 +15,8 @@ from typing import Any
 from ..analysis import Results, analyse, hold_without, load_judgments
 from ..core.files import UserError
 from ..core.run_folder import manifest_entry
-from alpagasus2.evidence.claim import (
-    NO_CONTROL,
-    at_every_rate,
-    at_one_rate,
-    fixed_terms,
-    read_claim,
-    unlike_fixed,
-)
+from ..evidence.claim import NO_CONTROL, at_every_rate, at_one_rate, unlike_fixed
+from ..evidence.claim_file import fixed_terms, read_claim
 from alpagasus2.evidence.doubts import (
     doubts,
     given_away,

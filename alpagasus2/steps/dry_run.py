@@ -25,7 +25,7 @@ from ..data import Example, Question, load_examples, load_questions
 from ..endpoint.cache import ReplyCache
 from ..endpoint.client import Address, Endpoint
 from ..endpoint.prices import BATCH_DISCOUNT, prompt_tokens
-from ..evidence.claim import claim_beside, is_measured
+from ..evidence.claim_file import claim_beside, is_measured
 from alpagasus2.extras.estimate import (
     Shape,
     adapted,

@@ -17,7 +17,7 @@ from ..core.files import UserError, file_sha256, json_sha256
 from ..data import Example, Question
 from ..endpoint.client import EndpointConfig
 from ..endpoint.parameters import PLAIN
-from ..evidence.claim import claim_beside, is_measured, set_aside, write_claim
+from ..evidence.claim_file import claim_beside, is_measured, set_aside, write_claim
 from ..recipe import Recipe
 from .pool import check_pool, check_sizes
 

@@ -19,7 +19,8 @@ from ..core.files import UserError, file_sha256, read_json
 from ..core.settings import build
 from ..data import Example
 from ..evidence.answers import checkable
-from ..evidence.claim import fixed_terms, heldout_finding, read_claim
+from ..evidence.claim import heldout_finding
+from ..evidence.claim_file import fixed_terms, read_claim
 from ..evidence.doubts import chosen_rows, home_of, known_questions
 
 # %% ../../nbs/steps/results.ipynb #73955b0a

@@ -18,7 +18,7 @@ from ..core.families import context_length
 from ..core.files import UserError, json_sha256, read_json, write_json
 from ..data import Example, dropped, load_examples, load_questions
 from ..endpoint.cache import Ask
-from ..evidence.claim import claim_beside, is_measured
+from ..evidence.claim_file import claim_beside, is_measured
 from ..evidence.scaling import Costs, priced
 from ..quant_lora import SMALL_MODEL, load_config
 from ..recipe import Judge, Rater, Recipe

@@ -66,7 +66,7 @@ def is_loopback(
 
 def check_address(
     base_url: str,  # the endpoint
-) -> str:  # without a slash at its end
+) -> str:  # without a slash at its end, or the path of a single call
     "Raise `UserError` unless it can be asked and recorded."
     base_url = base_url.strip()
     try:
@@ -80,7 +80,7 @@ def check_address(
                         "`?api-version=`); the key goes into OPENAI_API_KEY")  # fmt: skip
     if parts.scheme not in ("http", "https") or not parts.hostname:  # it may be a key: not shown
         raise UserError("base_url: an address such as http://localhost:8000/v1 is wanted")
-    return base_url.rstrip("/")
+    return base_url.rstrip("/").removesuffix("/chat/completions")
 
 # %% ../../nbs/endpoint/client.ipynb #49137e87
 def check_reachable(

@@ -49,7 +49,9 @@ def test_a_command_that_is_asked_to_stop_loses_no_reply(number, tmp_path):
     write_many(tmp_path, 24)
     with serving(latency=0.4) as address:
         rating = [*rate(address, tmp_path, "--workers", 4)]
+        before = signal.signal(number, signal.SIG_DFL)  # inherited: these tests may be under nohup
         process = command(*rating, cwd=tmp_path)
+        signal.signal(number, before)
         while not (tmp_path / "ratings.jsonl").exists() or not lines(tmp_path / "ratings.jsonl"):
             time.sleep(0.02)
         process.send_signal(number)

@@ -502,6 +502,10 @@ class Recipe:
         known = [*GenerateConfig.__dataclass_fields__, *Server.__dataclass_fields__]
         check_names(self.generate, known, "generate")
         own = {k: v for k, v in self.generate.items() if k not in Server.__dataclass_fields__}
+        for name in {"template", "template_options", "merge_system"} & own.keys():
+            if (own[name] or None) != (known_as := trained.get(name)):
+                raise UserError(f"generate: {name}={own[name]!r}, but arms are trained with "
+                                f"{known_as!r}; set it under `train`")  # fmt: skip
         return build(GenerateConfig, {**trained, "seed": self.seed, **own}, "generate")
 
     @property

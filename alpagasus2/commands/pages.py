@@ -349,7 +349,7 @@ def verify(
     for sentence in found:
         print(sentence)
     if found:
-        print(f"{page}: {len(found)} differences")
+        print(f"{page}: {len(found)} difference{'s' * (len(found) > 1)}")
         raise SystemExit(1)
     files = len(entry.get("inputs", {})) + len(entry.get("files", {}))
     print(f"{page}: every figure comes out again, and {files} files are as they were")

@@ -101,7 +101,8 @@ def commands_page() -> str:
         "---\nsearch:\n  boost: 2\n---\n",
         "# Commands\n\nEvery option of every command, written from the parsers when this site was "
         "built. `--config FILE.yaml` reads options from a file and `--print_config` prints them "
-        "all, everywhere. A user's mistake is one sentence and exit status 2; Ctrl-C is 130.\n",
+        "all, everywhere. A user's mistake is one sentence and exit status 2; a command that is "
+        "stopped has 128 and the signal's number: 130 after Ctrl-C, 143 after SIGTERM.\n",
         "## For scripts {#for-scripts}\n\nEvery command takes `--quiet` (no progress bars and "
         "nothing on standard output; warnings and errors stay) and `--json`: one object on "
         "standard output, with the `command`, its exit `status`, the `error` (a sentence, or "

@@ -29,7 +29,7 @@ from alpagasus2.core.settings import (
     settings,
     wrong_text,
 )
-from .core.tables import encoding_of
+from .core.tables import open_text
 from alpagasus2.data import (
     AnyTemplate,
     Template,
@@ -624,13 +624,13 @@ def load_recipe(
 ) -> Recipe:
     "Read a recipe; relative paths in it are relative to where the command runs."
     try:
-        with open(path, encoding=encoding_of(path)) as f:
+        with open_text(path) as f:
             values = yaml.load(f.read(), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except RecursionError:
         raise UserError(f"{path}: it is nested too deeply to be read") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:  # a compressed one has no encoding
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if found := unwritable(values):  # the claim could not hold it
         raise UserError(f"{path}: it holds {found}; take it out")

@@ -375,6 +375,16 @@ def _check_holdout(asked: float | None) -> None:
             f"{FEWEST_HELD} rows, or 0 for none"
         )
 
+# %% ../nbs/06_recipe.ipynb #18321d58
+def _answering(given: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+    "What is given but for the server's; `UserError` where its template is not the training's."
+    own = {k: v for k, v in given.items() if k not in Server.__dataclass_fields__}
+    for name in {"template", "template_options", "merge_system"} & own.keys():
+        if (own[name] or None) != (known := trained.get(name)):
+            raise UserError(f"generate: {name}={own[name]!r}, but arms are trained with "
+                            f"{known!r}; set it under `train`")  # fmt: skip
+    return own
+
 # %% ../nbs/06_recipe.ipynb #2680c23b
 def _training(preset: str, values: Mapping[str, Any]) -> tuple[TrainConfig, QuantLoraConfig]:
     "The settings of a preset with these in place of its own."
@@ -501,11 +511,7 @@ class Recipe:
         trained.pop("last_turn_only", None)
         known = [*GenerateConfig.__dataclass_fields__, *Server.__dataclass_fields__]
         check_names(self.generate, known, "generate")
-        own = {k: v for k, v in self.generate.items() if k not in Server.__dataclass_fields__}
-        for name in {"template", "template_options", "merge_system"} & own.keys():
-            if (own[name] or None) != (known_as := trained.get(name)):
-                raise UserError(f"generate: {name}={own[name]!r}, but arms are trained with "
-                                f"{known_as!r}; set it under `train`")  # fmt: skip
+        own = _answering(self.generate, trained)
         return build(GenerateConfig, {**trained, "seed": self.seed, **own}, "generate")
 
     @property

@@ -429,7 +429,7 @@ def test_one_run_under_three_numbers_is_one_run(tmp_path):
     copies = [{**x, "response_a": f"{x['id']} a", "response_b": f"{x['id']} b"} for x in runs]
     claim = report(tmp_path, copies)["claim"]
     assert claim["verdict"] == "not tested against run-to-run noise"
-    assert "Runs 0 and 1 have the same answers to every question" in claim["reason"]
+    assert "Runs 0 and 1 of x have the same answers" in claim["reason"]
 
 
 @pytest.mark.parametrize("field", ["id", "test_set"])

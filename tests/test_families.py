@@ -126,18 +126,24 @@ def test_the_gradient_is_the_models_own(family: str, encoded: list[Encoded]) -> 
         assert scale > 0 and (p.grad - wanted[name]).abs().max() < 1e-3 * scale, name
 
 
+def first_losses(folder: Path, encoded: list[Encoded]) -> tuple[float, float]:
+    "Of a training on the base in this folder: what its first step reports, and the base's own."
+    TOKENIZER.save_pretrained(folder / "base")
+    config = TrainConfig(batch_size=3, num_epochs=1)
+    result = train(folder / "base", ROWS, folder / "adapter", config, progress=False)
+    base = load_base(folder / "base")
+    with torch.no_grad():
+        own = torch.cat([own_nll(base, e) for e in encoded]).mean()
+    return result["loss"][0], float(own)
+
+
 @pytest.mark.parametrize("family", ["granite", "cohere2", "qwen3_5_text", "gpt_oss"])
 def test_training_reports_the_models_own_loss(
     family: str, encoded: list[Encoded], tmp_path: Path
 ) -> None:
     tiny(family).save_pretrained(tmp_path / "base")
-    TOKENIZER.save_pretrained(tmp_path / "base")
-    config = TrainConfig(batch_size=3, num_epochs=1)
-    result = train(tmp_path / "base", ROWS, tmp_path / "adapter", config, progress=False)
-    base = load_base(tmp_path / "base")
-    with torch.no_grad():
-        own = torch.cat([own_nll(base, e) for e in encoded]).mean()
-    assert result["loss"][0] == pytest.approx(float(own), abs=1e-3)
+    reported, own = first_losses(tmp_path, encoded)
+    assert reported == pytest.approx(own, abs=1e-3)
 
 
 def test_rows_that_may_not_share_a_pass_never_do(encoded: list[Encoded]) -> None:
@@ -279,13 +285,8 @@ def test_a_base_that_was_saved_quantised_trains_answers_and_merges(
         tmp_path / "plain", dtype=torch.float16, quantization_config=how
     )
     lm.save_pretrained(tmp_path / "base")
-    TOKENIZER.save_pretrained(tmp_path / "base")
-    config = TrainConfig(batch_size=3, num_epochs=1)
-    result = train(tmp_path / "base", ROWS, tmp_path / "adapter", config, progress=False)
-    base = load_base(tmp_path / "base")
-    with torch.no_grad():
-        own = torch.cat([own_nll(base, e) for e in encoded]).mean()
-    assert result["loss"][0] == pytest.approx(float(own), abs=1e-2)
+    reported, own = first_losses(tmp_path, encoded)
+    assert reported == pytest.approx(own, abs=1e-2)
     merged = merge(tmp_path / "adapter", tmp_path / "merged", encoded)
     assert merged["kinds"]["dequantised"]["kl"] < 1e-2
 

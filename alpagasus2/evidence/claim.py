@@ -177,6 +177,14 @@ def _noise_sentence(pair: PairStatistics) -> str:
     return f"The interval holds the noise between prompts and between {runs} runs{pooled}{moved}."
 
 # %% ../../nbs/evidence/claim.ipynb #c7d1f1f0
+def _is_apart(pair: PairStatistics, aa: PairStatistics | None) -> bool:
+    "Whether two draws of one rule differ by more than chance, which one run cannot show."
+    if aa is None or pair["replicates"] == 1:
+        return False
+    low, high = aa["win_rate_ci95"]
+    return low > 0.5 or high < 0.5
+
+
 def _aa_sentence(pair: PairStatistics, aa: PairStatistics | None) -> str:
     "What the A/A pair says; empty without one."
     if aa is None:
@@ -188,8 +196,8 @@ def _aa_sentence(pair: PairStatistics, aa: PairStatistics | None) -> str:
     )
     if pair["replicates"] == 1:
         return f"{said}; a single such difference leaves the noise open up to 16 times its size."
-    apart = low > 0.5 or high < 0.5
-    return f"{said}{', which the interval calls no chance: look for the cause' if apart else ''}."
+    no_chance = ", which the interval calls no chance: look for the cause"
+    return f"{said}{no_chance if _is_apart(pair, aa) else ''}."
 
 # %% ../../nbs/evidence/claim.ipynb #ecdb10eb
 def _undecided(pair: PairStatistics) -> list[str]:
@@ -305,15 +313,16 @@ def claim(
     pair = deciding["model_a"], control
     label = next((x for x in labels if (x["model_a"], x["model_b"]) == pair), None)
     bound, upper = 0.5 - (margin or 0), 0.5 + (margin or 0) if equivalence else 1.1
-    labelled, of_aa = _labels_sentence(label, bound, upper), _aa_sentence(deciding, aa)
-    if verdict == "supported" and ("contradict" in labelled or "no chance" in of_aa):
+    labelled = _labels_sentence(label, bound, upper)
+    if verdict == "supported" and ("contradict" in labelled or _is_apart(deciding, aa)):
         verdict = "within noise"
     of_length = _length_sentence(deciding, bound, upper)
     if verdict == "supported" and of_length:
         verdict = UNEQUAL
     said = [
         _finding(deciding, verdict, margin, equivalence), _noise_sentence(deciding),
-        of_aa, _missing_sentence(deciding, verdict, margin), of_length, labelled,
+        _aa_sentence(deciding, aa), _missing_sentence(deciding, verdict, margin), of_length,
+        labelled,
     ]  # fmt: skip
     if verdict == "within noise" and not equivalence and deciding.get("detectable_effect"):
         size = deciding["detectable_effect"]

@@ -208,7 +208,8 @@ def _select_in_blocks(
     seed: int, how: Sequence[Any], held: Mapping[str, Any],
 ) -> None:  # fmt: skip
     "Keep rows that are not held."
-    from alpagasus2.scale.rows import select_stream, stream_rows
+    from alpagasus2.scale.pool import select_stream
+    from alpagasus2.scale.rows import stream_rows
     from alpagasus2.selection import only_rule
 
     if wrong := [name for name, given in held.items() if given]:

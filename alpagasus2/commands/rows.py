@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ..catalog import catalog, describe_data
 from ..catalog import fetch as fetch_file
 from .options import add_result, rows_of
-from ..core.files import UserError, file_sha256
+from ..core.files import UserError, counted, file_sha256
 from ..core.run_folder import annotate
 from ..core.tables import write_rows
 from alpagasus2.data import (
@@ -87,7 +87,8 @@ def check(
         hint += (
             "; `run` and `select --base_model` leave the long ones out" if "long" in kinds else ""
         )
-        raise UserError(f"{path}: {rows} rows have a problem, listed above{hint}")
+        wrong = counted(rows, "rows have a problem", "row has a problem")
+        raise UserError(f"{path}: {wrong}, listed above{hint}")
 
 # %% ../../nbs/commands/rows.ipynb #d91e2abb
 def _list_catalog() -> None:

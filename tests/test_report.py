@@ -600,7 +600,7 @@ def opened(browser, run, request):
 def test_the_first_screen_says_what_was_compared_and_what_came_out(opened):
     first = opened.locator("#answer")
     assert first.locator(".compared").inner_text() == (
-        "Compared: filtered and random, each 120 of the 400 rows of sample, in one training of "
+        "Compared: filtered and random, each 120 of the 400 rows of sample, in one training run of "
         "smollm2-135m each; 30 questions of koala."
     )
     assert first.locator(".headline").inner_text() == (

@@ -31,6 +31,7 @@ from alpagasus2.report.numbers import (
     as_percent,
     as_score,
     as_text,
+    as_undecided,
 )
 
 # %% ../../nbs/report/cards.ipynb #6900b5a6
@@ -51,7 +52,7 @@ def _trained(results: Results) -> str:
                       for key, what in others if s.get(key))  # fmt: skip
     beside = f" ({aside})" if aside else ""
     chosen = f"{rows or 'some'} of the {s['pool']:,} rows of {s['data']}{beside}"
-    often = "one training" if runs == 1 else f"{runs} trainings"
+    often = "one training run" if runs == 1 else f"{runs} training runs"
     tuned = f"in {often} of {s['base_model']}{each}"
     return f"Compared: {_listed(a['arm'] for a in arms)},{each} {chosen}, {tuned}"
 
@@ -199,6 +200,8 @@ def _win_cards(results: Results) -> list[dict[str, Any]]:
     if aa.get("win_rate") is not None:
         size = f"{as_percent(aa['win_rate'])} {as_interval(aa.get('win_rate_ci95'), True)}"
         notes.append(f"noise: {aa['model_a']} against {aa['model_b']} {size}")
+    lacking = as_undecided(p)
+    notes.append(f"pairs to be judged: {lacking}" * (lacking != DASH))
     once = "" if p.get("holds_run_noise") else ONCE
     value = f"{clear} wins more" if clear else "No clear difference"
     return [_card(f"{a} against {b}", value, *notes, once)]

@@ -190,7 +190,7 @@ def _finish_options(
     parser: Any, types: Mapping[str, Any], notes: Mapping[str, Any], alone: Mapping[str, Any]
 ) -> None:
     "What an option given without a value means, and its help."
-    place = {name: n for n, name in enumerate(types)}  # lists were added before the others
+    place = {name: n for n, name in enumerate(types)} | {"config": -1}  # lists were added first
     for actions in (parser._actions, *(g._group_actions for g in parser._action_groups)):
         actions.sort(key=lambda action: place.get(action.dest, -1))
     for action in parser._actions:

@@ -264,7 +264,7 @@ def select(
     seed: int = 0,  # for random_k and for ties
     columns: str | None = None,  # OURS=THEIRS,... where the fields of the rows have other names
     preferred: bool = False,  # of preferences, take the good side
-    drop_near_duplicates: float | None = None,  # of questions this alike (0.7) the best stays
+    drop_near_duplicates: float | None = None,  # deduplicate: of those this alike (0.7) the best
     quota: list[str] | None = None,  # NAME=SHARE of the kept rows by category, or pool: its shares
     report: str | None = None,  # a folder for a page on what was kept and lost
     questions: list[str] | None = None,  # test sets that the kept rows should not hold

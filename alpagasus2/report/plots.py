@@ -98,6 +98,8 @@ def plot_scores(
         palette="colorblind" if hue else None,
     )  # fmt: skip
     ax.set(ylabel="rows", title=f"scores of {len(scored):,} rows")
+    if hue:
+        sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
     sns.despine(ax=ax)
     fig.tight_layout()
     return fig
@@ -147,7 +149,8 @@ def plot_slots(
     ax.bar_label(bars, padding=3)
     ax.axvline(sum(wins) / 2, color="0.3", linestyle="--", linewidth=1)
     ax.invert_yaxis()
-    ax.set(xlabel="verdicts won", title=f"slot preference, n = {sum(wins)} decided verdicts")
+    ax.set(xlabel="verdicts won", title=f"slot preference, n = {sum(wins):,} decided verdicts")
+    fig.set_label(f"shown first: {wins[0]:,}; shown second: {wins[1]:,}")
     sns.despine(ax=ax)
     fig.tight_layout()
     return fig

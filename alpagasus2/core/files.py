@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UserError', 'check_safe_name', 'files_beside', 'printable', 'counted', 'say', 'say_once', 'end_signals', 'atomic',
-           'dumps', 'write_json', 'write_jsonl', 'unwritable', 'readable_weights', 'replace_folder', 'standing',
-           'check_output', 'read_json', 'iter_jsonl', 'read_jsonl', 'mend_jsonl', 'cache_dir', 'file_sha256',
-           'json_sha256', 'adapter_sha256', 'adapter_hashes']
+           'own_value', 'dumps', 'write_json', 'objects', 'write_jsonl', 'unwritable', 'readable_weights',
+           'replace_folder', 'standing', 'check_output', 'read_json', 'iter_jsonl', 'read_jsonl', 'mend_jsonl',
+           'cache_dir', 'file_sha256', 'json_sha256', 'adapter_sha256', 'adapter_hashes']
 
 # %% ../../nbs/core/files.ipynb #44fad563
 import functools
@@ -114,12 +114,28 @@ def atomic(
         part.unlink(missing_ok=True)
 
 # %% ../../nbs/core/files.ipynb #52ddf594
+def own_value(
+    value: Any,  # perhaps a path, or of numpy
+) -> Any:
+    "A path as text, what numpy has as Python's own; all else as it is."
+    if isinstance(value, Path):
+        return str(value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _as_json(value: Any) -> Any:
+    own = own_value(value)
+    if own is value:
+        raise TypeError(f"a {type(value).__name__} is nothing that JSON can hold")
+    return own
+
+# %% ../../nbs/core/files.ipynb #efc26f0c
 def dumps(
     value: Any,  # anything JSON can hold; NaN is refused, since no other tool can read it
     indent: int | None = None,  # spaces, or None for one line
 ) -> str:
     "JSON as every file of a run has it: UTF-8 text, no escapes, no NaN."
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=_as_json)
 
 
 def write_json(
@@ -130,6 +146,17 @@ def write_json(
     with atomic(path) as part:
         part.write_text(dumps(value, indent=1) + "\n", encoding="utf-8")
 
+# %% ../../nbs/core/files.ipynb #c5c5a9f6
+def objects(
+    path: str | Path,  # of the file that they are for
+    rows: Iterable[Any],
+) -> Iterator[Mapping[str, Any]]:
+    "The rows; a table of pandas, say, gives the names of its columns in their place: `UserError`."
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise UserError(f"{path}: a {type(row).__name__} is no row; give a list of objects")
+        yield row
+
 
 def write_jsonl(
     path: str | Path,  # the file to write
@@ -137,7 +164,7 @@ def write_jsonl(
 ) -> None:
     "Write JSON Lines atomically."
     with atomic(path) as part, part.open("w", encoding="utf-8") as f:
-        f.writelines(dumps(row) + "\n" for row in rows)
+        f.writelines(dumps(row) + "\n" for row in objects(path, rows))
 
 # %% ../../nbs/core/files.ipynb #799ff9ee
 _DEPTH = 100  # levels of nesting; Python's own reader gives up at about a thousand

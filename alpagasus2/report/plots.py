@@ -13,26 +13,34 @@ from ..core.files import UserError
 from ..core.text import figure_text, shortened
 from ..data import Example, response_of
 from ..evidence.filtering import kept_by_category
+from .charts import Picture
 from .numbers import as_count
 
 # %% ../../nbs/report/plots.ipynb #c56c5902
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from statsmodels.stats.proportion import proportion_confint
+
+# %% ../../nbs/report/plots.ipynb #c0bbc6ca
+def _picture(width: float, height: float) -> tuple[Picture, Axes]:
+    "A figure of so many inches with one pair of axes; pyplot does not know it."
+    figure = Picture(figsize=(width, height))
+    return figure, figure.subplots()
 
 # %% ../../nbs/report/plots.ipynb #a2359386
 def plot_categories(
     rows: Sequence[Example],  # the pool
     selected: Mapping[str, Sequence[Example]],  # arm -> its rows, as far as they are of the pool
-) -> plt.Figure:
+) -> Figure:
     "Share kept of the 8 largest categories, Wilson intervals; dashed: the share of all rows."
     counts = {a: kept_by_category(rows, {r["id"] for r in kept}) for a, kept in selected.items()}
     names = list(next(iter(counts.values())))[:8]
-    fig, ax = plt.subplots(figsize=(6, 1.2 + 0.3 * len(names) * len(counts)))
+    fig, ax = _picture(6, 1.2 + 0.3 * len(names) * len(counts))
     for n, (arm, found) in enumerate(counts.items()):
         stayed, there = np.array([found[c] for c in names]).T
         shares = stayed / there
@@ -59,9 +67,9 @@ def plot_categories(
 def plot_lengths(
     rows: Sequence[Example],  # the pool
     selected: Mapping[str, Sequence[Example]],  # arm -> its rows
-) -> plt.Figure:
+) -> Figure:
     "Cumulative distribution of response lengths, each arm beside the pool."
-    fig, ax = plt.subplots(figsize=(6, 3))
+    fig, ax = _picture(6, 3)
     arms = {"pool": rows, **selected}
     table = pd.DataFrame(
         [(f"{figure_text(a)}, {len(part):,} rows", max(1, len(response_of(r))))
@@ -84,9 +92,9 @@ def plot_scores(
     rows: Sequence[Example],  # examples; coloured by `flaw` where it is known
     scores: Mapping[str, float],  # row id -> score
     selector: str = "score",  # the axis label
-) -> plt.Figure:
+) -> Figure:
     "Distribution of a selector's scores."
-    fig, ax = plt.subplots(figsize=(6, 3))
+    fig, ax = _picture(6, 3)
     scored = [r for r in rows if r["id"] in scores]
     table = pd.DataFrame({
         selector: [scores[r["id"]] for r in scored],
@@ -112,9 +120,9 @@ def _counts(p: Mapping) -> str:
 @mpl.rc_context({"text.parse_math": False})  # a name may hold dollar signs
 def plot_outcomes(
     pairs: Sequence[Mapping],  # P's of results.json
-) -> plt.Figure:
+) -> Figure:
     "Win, tie and lose of every pair of models as one bar each."
-    fig, ax = plt.subplots(figsize=(7, 1 + 0.55 * len(pairs)))
+    fig, ax = _picture(7, 1 + 0.55 * len(pairs))
     names = [
         f"{shortened(p['model_a'], 30)} against {shortened(p['model_b'], 30)}\n"
         f"{shortened(p.get('test_set', 'all'), 60)}, n = {p['n']:,}"
@@ -141,9 +149,9 @@ def plot_outcomes(
 # %% ../../nbs/report/plots.ipynb #863d0900
 def plot_slots(
     health: Mapping,  # from `judge_health`
-) -> plt.Figure:
+) -> Figure:
     "How often the answer shown first or second won: half each for a judge without a preference."
-    fig, ax = plt.subplots(figsize=(5, 2))
+    fig, ax = _picture(5, 2)
     wins = [health["first_slot_wins"], health["second_slot_wins"]]
     bars = ax.barh(["shown first", "shown second"], wins, color=sns.color_palette("colorblind")[0])
     ax.bar_label(bars, padding=3)
@@ -158,12 +166,12 @@ def plot_slots(
 # %% ../../nbs/report/plots.ipynb #1552f33d
 def plot_plan(
     rows: Sequence[Mapping[str, Any]],  # from `plan`
-) -> plt.Figure:
+) -> Figure:
     "Power over the number of prompts, a line for each number of runs."
     table = pd.DataFrame([r for r in rows if r["power"] is not None])
     if table.empty:
         raise UserError("no row has a power: plan three runs or more of each arm")
-    fig, ax = plt.subplots(figsize=(6, 3))
+    fig, ax = _picture(6, 3)
     table["runs"] = table["runs"].astype(str) + " runs"
     sns.lineplot(
         table, x="prompts", y="power", hue="runs", style="runs", markers=True, dashes=False,

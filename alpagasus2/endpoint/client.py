@@ -308,6 +308,11 @@ class Address:
         self.headers = _values(headers)
 
     @property
+    def has_own_key(self) -> bool:
+        "Whether a header is the key: Azure refuses `api-key` with `Authorization` beside it."
+        return "api-key" in map(str.lower, self.headers)
+
+    @property
     def transport(self) -> dict[str, Any]:  # for httpx
         "Rows go to the address alone: no redirect is followed, and to this machine leads no proxy."
         return {"follow_redirects": False, "trust_env": not is_loopback(self.base_url)}
@@ -404,6 +409,7 @@ class Endpoint(Address):
         self.sending.learned |= self.cache.learned(self.base_url, model)
         self.purpose, self._served = purpose, {self.sending.learned.get("served", "")} - {""}
         self.budget.spent = max(spent, self.cache.spent(purpose))
+        self.largest = 0  # tokens of a reply that came: some servers let thoughts pass the limit
 
     def limits(self) -> Limits:
         "The pace of a run."
@@ -475,7 +481,8 @@ class Endpoint(Address):
         calls: int = 1,  # how many
     ) -> float:  # US dollars
         "The most that calls can cost."
-        return self.price.usd(prompt_tokens, calls * self.longest) if self.price else 0.0
+        each = max(self.longest, self.largest)
+        return self.price.usd(prompt_tokens, calls * each) if self.price else 0.0
 
     def _note(self, served: str) -> None:
         "Say it when another model answers than before, in this run or an earlier one."
@@ -514,6 +521,7 @@ def commit(
         raise Garbled(endpoint.masked(str(e)), billed=True) from None
     usage: dict[str, Any] = {**(reply.usage or {}), "usd": None}
     took = usage["prompt_tokens"], usage["completion_tokens"]
+    endpoint.largest = max(endpoint.largest, took[1])
     told = took[0] and (took[1] or not reply.text.strip())
     if endpoint.price:
         usage["usd"] = endpoint.price.usd(*took) * share if told else most
@@ -699,9 +707,11 @@ class _Connection:
 
         unsent = (ConnectError, ConnectTimeout, PoolTimeout, ProxyError)  # so nothing was paid for
         endpoint, seconds = self.endpoint, self.endpoint.config.timeout
+        no_bearer: Any = {"Authorization": openai.omit} if endpoint.has_own_key else {}
+        how: Any = {"cast_to": Response, "body": body, "options": {"headers": no_bearer}}
         try:
             async with asyncio.timeout(seconds):
-                answer = await self.client.post("/chat/completions", cast_to=Response, body=body)
+                answer = await self.client.post("/chat/completions", **how)
         except (TimeoutError, openai.APITimeoutError):
             reason = f"no answer in {seconds:g} s (--timeout allows more)"
             raise Transient(reason, billed=True) from None

@@ -81,7 +81,9 @@ def plot_lengths(
     ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.minorticks_off()
     sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
-    for text in ax.get_legend().get_texts():
+    legend = ax.get_legend()
+    assert legend  # `hue` makes one
+    for text in legend.get_texts():
         text.set_text(shortened(text.get_text(), 50))
     sns.despine(ax=ax)
     fig.tight_layout()

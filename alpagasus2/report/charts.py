@@ -32,6 +32,7 @@ class Picture(Figure):
         width: float,  # inches
         height: float,  # inches
     ):
+        "Empty."  # what it inherits is no text that a page can show
         super().__init__(figsize=(width, height))
 
     def _repr_png_(self) -> bytes:

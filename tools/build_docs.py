@@ -200,7 +200,7 @@ def described(
     "The same; what a screen reader says of a figure is the paragraph above it."
     said, code, blocks = "", False, []
     for block in body.split("\n\n"):
-        if not code and re.match(r"[A-Z`*\[]", block):
+        if not code and re.match(r"(?!```)[A-Z`*\[]", block):
             said = re.sub(r"\]\([^)]*\)|[\[\]`*]", "", " ".join(block.split()))
         blocks.append(block.replace("![png](", f"![{said}]("))
         code ^= block.count("```") % 2 == 1

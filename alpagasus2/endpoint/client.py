@@ -198,6 +198,7 @@ class _Pool:
         self._stop, self._later = threading.Event(), deque[tuple[int, Request]]()
         self._again: set[int] = set()  # what was put off once is waited for
         self.tick: Callable[[], None] = lambda: None  # called now and then, while there is work
+        self.patience = 0.0  # seconds that the others have when one has failed
 
     def map(
         self,
@@ -232,7 +233,14 @@ class _Pool:
             while pending and not self._stop.is_set():
                 self.tick()
                 _, pending = await asyncio.wait(pending, timeout=0.5)
-            until = time.monotonic() + _GRACE
+            failed = any(t.done() and not t.cancelled() and t.exception() for t in tasks)
+            until = time.monotonic() + max(_GRACE, self.patience if failed else 0.0)
+            if pending:  # those that only wait for their turn end by themselves
+                _, pending = await asyncio.wait(pending, timeout=0.5)
+            if failed and pending:
+                say(
+                    f"calls under way: {len(pending)}; they are paid for, so the run ends after them"
+                )
             while pending and time.monotonic() < until:
                 self.tick()
                 _, pending = await asyncio.wait(pending, timeout=0.5)
@@ -673,6 +681,12 @@ async def _bound(response: Any) -> None:
     response.stream = Bounded()
 
 
+class _BrokenOff(asyncio.CancelledError):
+    "The run ended while a call was under way."
+
+    billed = True
+
+
 class _Connection:
     "Sends single calls at the pace of the limits, and says what a failure means."
 
@@ -712,6 +726,8 @@ class _Connection:
         try:
             async with asyncio.timeout(seconds):
                 answer = await self.client.post("/chat/completions", **how)
+        except asyncio.CancelledError:
+            raise _BrokenOff from None
         except (TimeoutError, openai.APITimeoutError):
             reason = f"no answer in {seconds:g} s (--timeout allows more)"
             raise Transient(reason, billed=True) from None
@@ -746,7 +762,7 @@ class _Asking:
 
     def __init__(self, endpoint: Endpoint, pool: _Pool):
         self.endpoint, self.pool = endpoint, pool
-        pool.tick = endpoint.cache.renew
+        pool.tick, pool.patience = endpoint.cache.renew, endpoint.config.timeout
         self.connection: _Connection | None = None  # a run that is all cache needs none
         self.reached, self.first = False, 0  # whether a call was answered; calls out until then
         self.lost = self.silent = 0  # requests given up, and replies without text, in a row
@@ -848,7 +864,7 @@ class _Asking:
             self.endpoint.cache.check_room()
             raw, seconds = await connection.send(request)
             reply = commit(self.endpoint, key, raw, seconds, most=usd)
-        except Transient as e:
+        except (Transient, _BrokenOff) as e:
             lost = usd if e.billed else 0.0
             raise
         finally:

@@ -238,9 +238,7 @@ class _Pool:
             if pending:  # those that only wait for their turn end by themselves
                 _, pending = await asyncio.wait(pending, timeout=0.5)
             if failed and pending:
-                say(
-                    f"calls under way: {len(pending)}; they are paid for, so the run ends after them"
-                )
+                say(f"calls under way: {len(pending)}, paid for; the run ends after them")
             while pending and time.monotonic() < until:
                 self.tick()
                 _, pending = await asyncio.wait(pending, timeout=0.5)

@@ -17,7 +17,14 @@ import numpy as np
 
 from .core.files import UserError
 from .core.run_folder import Journal, finder, open_lines, resumed
-from .data import AnyTemplate, ChatTemplate, Example, Question, template_settings
+from alpagasus2.data import (
+    AnyTemplate,
+    ChatTemplate,
+    Example,
+    Question,
+    rows_with_ids,
+    template_settings,
+)
 from .endpoint.cache import Ask, Reply, Request
 from .generate import Answers, Backend, GenerateConfig, local_answers
 from .judge import NOT_DIGITS, Plan
@@ -79,9 +86,11 @@ def rate_by_signals(
     progress: bool = True,  # show a bar
 ) -> list[dict]:  # all lines of the file
     "Score rows by a local model's likelihoods; the lines are those of any rating."
+    if selector not in ("flaws", "superfiltering"):
+        raise UserError(f"selector {selector!r} is unknown; use flaws or superfiltering")
     settings = {"rater": models.base_model, "dimension": selector, **template_settings(template)}
     who = {"kind": selector, "model": models.base_model, "prompt_version": None}
-    by_id = {r["id"]: r for r in rows}
+    by_id = {r["id"]: r for r in rows_with_ids(rows)}
     lines = [{"id": key, "dimension": selector, "vote": 0} for key in by_id]
     if open_lines(lines, finder(output), _is_unread):
         models.load()  # no part of the time, as it is no part of a training's

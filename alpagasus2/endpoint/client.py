@@ -33,6 +33,7 @@ from ..core.run_folder import dollars
 from ..core.settings import settings
 from .cache import Reply, ReplyCache, Request
 from alpagasus2.endpoint.completion import (
+    Told,
     hidden_refusal,
     read_completion,
     read_refusal,
@@ -576,6 +577,24 @@ _NO_KEY = re.compile(
 )
 _A_DAY = re.compile(r"per[-_ ]?day|\bdaily\b|limit: 0(?![.0-9])", re.I)  # of a 429
 
+# %% ../../nbs/endpoint/client.ipynb #27436dae
+def _of_every(
+    told: Told,  # what a refusal says
+    status: int,  # its HTTP status
+    words: str,  # all of it; "" where it says in a header how long to wait
+) -> str | None:  # words that follow the name of the endpoint; None: it may concern one request
+    "What a refusal says of every request."
+    if _NO_MONEY.search(f"{told.code} {told.message}"):
+        return "has no money left"
+    if status == 429 and _A_DAY.search(words):
+        return "has no calls left for today"
+    if status in (400, 403) and _NO_KEY.search(told.message):
+        return _EVERY[401]
+    unknown = status in (400, 404, 422) and _NO_MODEL.search(told.message)
+    if status in (401, 402, 407) or told.code == "model_not_found" or unknown:
+        return _EVERY.get(status, _EVERY[404])
+    return None
+
 # %% ../../nbs/endpoint/client.ipynb #e3eff71d
 _OF_ONE = re.compile(  # what is wrong with one request and says nothing of the others
     r"context.(?:length|size|window)|too (?:long|large|many tokens)|maximum.*tokens|moderat|"
@@ -598,15 +617,9 @@ def failure(
         place = (headers.get("location") or "another address").partition("?")[0]
         reason = f"HTTP {status}: it sends us to {place}, and rows go to base_url alone"
         return Refused(reason) if answered else UserError(f"{who} does not answer: {reason}")
-    if _NO_MONEY.search(f"{told.code} {told.message}"):
-        return UserError(f"{who} has no money left: {reason}")
-    if status == 429 and "retry-after" not in headers and _A_DAY.search(str(body)):
-        return UserError(f"{who} has no calls left for today: {reason}")
-    if status in (400, 403) and _NO_KEY.search(told.message):
-        status = 401
-    unknown = status in (400, 404, 422) and _NO_MODEL.search(told.message)
-    if status in (401, 402, 407) or told.code == "model_not_found" or unknown:
-        return UserError(f"{who} {_EVERY.get(status, _EVERY[404])}: {reason}")
+    may_wait = "retry-after" in headers
+    if every := _of_every(told, status, "" if may_wait else str(body)):
+        return UserError(f"{who} {every}: {reason}")
     of_one = bool(_OF_ONE.search(f"{told.code} {reason}"))
     sending = endpoint.sending
     field = None if of_one else blamed(told, list(sending.fields), sending.ours)

@@ -42,13 +42,12 @@ from alpagasus2.data import (
     dropped,
     iter_rows,
     refusal,
-    template_settings,
 )
 from ..endpoint.cache import Ask, Reply, Request
 from ..endpoint.client import Endpoint, EndpointConfig
 from ..endpoint.prices import Estimate, prompt_tokens
 from ..generate import endpoint_answers
-from ..judge import asked_since, to_ask_again
+from ..judge import asked_since, rating_line, to_ask_again
 from .engine import Account, Blocks, DeskEndpoint, Spread, spread_over
 from ..selection import OF_ROW, rows_kept, score_lines
 
@@ -217,14 +216,16 @@ class LongFile:
         before = self.known.get(key)
         self.counts[state] += 1
         if before is not None:
-            self.counts[STATES[before]] -= 1
+            self.counts[STATES[before & 255]] -= 1
         self.paid.add(line)
-        self.known[key] = STATES.index(state)
+        self.known[key] = STATES.index(state) | int(line.get("row_sha256") or "0", 16) << 8
 
     def get(self, line: Mapping) -> dict | None:
         "The state of the line with the same key, as far as `open_lines` wants to know it."
-        found = self.known.get(key_of(row_key(line)))
-        return None if found is None else {"status": STATES[found]}
+        if (found := self.known.get(key_of(row_key(line)))) is None:
+            return None
+        made_from = {"row_sha256": f"{found >> 8:012x}"} if found >> 8 else {}
+        return {"status": STATES[found & 255], **made_from}
 
     def append(self, line: Mapping) -> None:
         "Write one line and flush it."
@@ -545,9 +546,9 @@ def spread_backend(
 def _signal_items(rows: Iterable[Example], selector: str, file: LongFile, asked: Index) -> Any:
     "The rows without signals, each with its line; all that were given are noted."
     for row in rows:
-        line = {"id": row["id"], "dimension": selector, "vote": 0}
+        line = rating_line(row, selector)
         asked[key_of(row_key(line))] = 1
-        if (file.get(line) or {}).get("status") not in ("read", "ok"):
+        if open_lines([line], file.get, lambda old: old["status"] not in ("read", "ok")):
             yield {"line": line, "row": row}
 
 
@@ -587,7 +588,7 @@ def _rank_stream(file: LongFile, asked: Index, selector: str) -> None:
         for n, line in enumerate(file.lines()):
             key = key_of(row_key(line))
             if last.get(key) == n:
-                yield n, line, asked.get(key) is not None
+                yield n, line, selector != "flaws" or asked.get(key) is not None
 
     for n, line, ours in lines():
         if ours:
@@ -595,7 +596,7 @@ def _rank_stream(file: LongFile, asked: Index, selector: str) -> None:
             places.append(n)
     scores = iter(flaws(found) if selector == "flaws" else superfiltering(found))
     said: dict[str, Any] = {"review": None, "status": "ok", "usage": {}}
-    file.replace(x | {"score": next(scores)} | said if ours else x for _, x, ours in lines())
+    file.replace(x | {"score": next(scores) if ours else None} | said for _, x, ours in lines())
 
 # %% ../../nbs/scale/rows.ipynb #7e9aa609
 def signal_stream(
@@ -608,9 +609,10 @@ def signal_stream(
     progress: bool = True,
 ) -> dict[str, int]:  # lines by status
     "As `rate_by_signals`, for rows and lines that are not held."
+    from alpagasus2.local import signal_settings
     from alpagasus2.model.likelihood import CHUNK
 
-    settings = {"rater": base_model, "dimension": selector, **template_settings(template)}
+    settings = signal_settings(base_model, selector, template)
     who = {"kind": selector, "model": base_model, "prompt_version": None}
     blocks, asked = Blocks(_beside(output)), Index()
     with filling(output, settings) as (file, entry), blocks:

@@ -50,7 +50,7 @@ class Command:
 _PAGE = ("page", "claim")
 _LOSSES = ("heldout", "heldout_own")
 _ASKS = ("endpoint.client.EndpointConfig", "scale.engine.Spread")
-_TRAINS = ("train.TrainConfig", "quant_lora.QuantLoraConfig")
+_TRAINS = ("batches.TrainConfig", "quant_lora.QuantLoraConfig")
 
 # %% ../nbs/07_cli.ipynb #60f509e7
 GROUPS = {
@@ -127,7 +127,7 @@ def _values(command: str, argv: list[str]) -> dict[str, Any]:
     parser = build_parser(command)
     said = " ".join(argv) + config_text(argv)
     if command in ("train", "preview", "estimate") and "preset" in said:
-        from alpagasus2.train import preset_values  # a preset is a set of defaults
+        from alpagasus2.batches import preset_values  # a preset is a set of defaults
 
         printing = ("--print_config", "-h", "--help")
         words = [w for w in argv if not w.startswith(printing)]

@@ -15,6 +15,7 @@ import yaml
 
 from . import judge, local
 from .analysis import Results
+from .batches import misfits, preset_configs
 from .core import run_folder
 from .core.files import UserError, atomic
 from .data import Example, Question, load_examples
@@ -39,7 +40,6 @@ from alpagasus2.steps.training import (
     own_lines,
     train_arms,
 )
-from .train import misfits, preset_configs
 
 # %% ../nbs/06a_experiment.ipynb #7add8525
 def served_arm(

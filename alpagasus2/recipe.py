@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
+from .batches import TrainConfig, held_out, preset_configs
 from .core.files import UserError, unwritable
 from alpagasus2.core.settings import (
     SettingError,
@@ -44,7 +45,6 @@ from .generate import GenerateConfig
 from .judge import NOT_DIGITS, RatingPrompt, check_dimension, file_name
 from .quant_lora import QuantLoraConfig
 from .selection import BY_SCORE, load_scores
-from .train import TrainConfig, held_out, preset_configs
 
 # %% ../nbs/06_recipe.ipynb #902ba3cd
 _UNUSED = {  # settings that change nothing of a kind of rater

@@ -9,6 +9,7 @@ import pytest
 import torch
 from stand_ins import tiny_llama
 
+from alpagasus2.batches import TrainConfig, encode_rows
 from alpagasus2.cli import main
 from alpagasus2.core.files import UserError, say_once
 from alpagasus2.data import ChatTemplate, check_rows
@@ -17,7 +18,7 @@ from alpagasus2.model.forward import Encoded, encode
 from alpagasus2.model.likelihood import row_nll, signals, target_logprobs
 from alpagasus2.quant_lora import QuantLoraConfig, load_adapters, load_base, load_tokenizer
 from alpagasus2.recipe import Arm, Rater, Recipe, rating_template
-from alpagasus2.train import TrainConfig, encode_rows, train
+from alpagasus2.train import train
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

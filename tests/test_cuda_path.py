@@ -12,6 +12,7 @@ from stand_ins import tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from alpagasus2.batches import TrainConfig
 from alpagasus2.model.attention import Kernel, layout_of
 from alpagasus2.model.forward import (
     Encoded,
@@ -24,7 +25,7 @@ from alpagasus2.model.forward import (
 from alpagasus2.model.gradients import Gradients
 from alpagasus2.model.lora import in_one_step
 from alpagasus2.quant_lora import QuantLoraConfig, adapter_parameters, add_lora, load_base
-from alpagasus2.train import TrainConfig, train, training_step
+from alpagasus2.train import train, training_step
 
 ROWS = [Encoded(str(n), [*range(5), *range(50, 50 + n)], 7) for n in (9, 5, 30)]
 SMALL = {

@@ -11,6 +11,7 @@ import pytest
 from stand_ins import tiny_llama
 
 from alpagasus2 import cli
+from alpagasus2.batches import encode_rows
 from alpagasus2.commands import pages
 from alpagasus2.core.files import UserError, json_sha256, read_json, write_json
 from alpagasus2.core.run_folder import annotate, latest
@@ -23,7 +24,6 @@ from alpagasus2.steps import rows as steps_rows
 from alpagasus2.steps import training
 from alpagasus2.steps.run import Run
 from alpagasus2.steps.training import choose_and_train
-from alpagasus2.train import encode_rows
 
 ROWS, POOL = 2, 12
 tokenizer = cache(load_tokenizer)

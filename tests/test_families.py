@@ -12,6 +12,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from alpagasus2.batches import TrainConfig
 from alpagasus2.core.files import UserError
 from alpagasus2.extras.merge import merge
 from alpagasus2.model.check import check
@@ -19,7 +20,7 @@ from alpagasus2.model.forward import Encoded, encode, micro_batches, target_nll
 from alpagasus2.model.likelihood import row_nll
 from alpagasus2.model.sft import trl_steps
 from alpagasus2.quant_lora import QuantLoraConfig, add_lora, load_base, load_tokenizer
-from alpagasus2.train import TrainConfig, fit, own_steps, train, training_step
+from alpagasus2.train import fit, own_steps, train, training_step
 
 TOKENIZER = load_tokenizer("smollm2-135m")
 SHARED = {

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "alpagasus2"
 # The main street, from top to bottom: a module may import those above it. 00_data is read first;
 # it finds data sets by name, so the catalogue, which needs no other module, stands above it.
 STREET = (
-    "catalog data selection quant_lora train generate judge local analysis recipe experiment cli"
+    "catalog data selection quant_lora batches train generate judge local analysis recipe "
+    "experiment cli"
 ).split()
 # The wings: a folder of modules, and what these may import beside each other.
 WINGS = {
@@ -24,10 +25,10 @@ WINGS = {
     "evidence": "core data selection",
     "report": "core data evidence analysis judge",
     "commands": "core catalog data",  # each command loads the step it runs: see LOADED
-    "extras": "core endpoint model evidence data quant_lora train generate catalog",
+    "extras": "core endpoint model evidence data quant_lora batches train generate catalog",
     "scale": "core data endpoint model quant_lora generate judge selection",  # what it spreads
-    "steps": "core endpoint model evidence report extras data quant_lora train generate judge "
-    "local analysis recipe selection",  # of a run, down to the recipe
+    "steps": "core endpoint model evidence report extras data quant_lora batches train generate "
+    "judge local analysis recipe selection",  # of a run, down to the recipe
 }
 # What the main street takes from the wings.
 STEPS = "core endpoint model"  # catalog to local
@@ -36,7 +37,7 @@ EVERYTHING = " ".join(WINGS)  # experiment and cli
 # Loaded inside a function, when its command is run.
 LOADED = {
     "commands": f"{EVERYTHING} {' '.join(STREET)}",
-    "scale": "local train",  # in an actor, or a process of its own
+    "scale": "local batches train",  # in an actor, or a process of its own
     "steps": "scale",  # where arms are trained several at a time
     "train": "scale",  # where `accelerate launch` splits the base
 }

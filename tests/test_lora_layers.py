@@ -10,6 +10,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from alpagasus2.batches import TrainConfig
 from alpagasus2.core.files import UserError
 from alpagasus2.extras.merge import merged_model
 from alpagasus2.model.check import checked
@@ -22,7 +23,7 @@ from alpagasus2.quant_lora import (
     load_base,
     load_tokenizer,
 )
-from alpagasus2.train import TrainConfig, train, training_step
+from alpagasus2.train import train, training_step
 
 TEXT = {
     "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

@@ -94,7 +94,7 @@ import json, sys
 from pathlib import Path
 from alpagasus2.quant_lora import QuantLoraConfig
 from alpagasus2.scale.arms import Training, train_apart
-from alpagasus2.train import TrainConfig
+from alpagasus2.batches import TrainConfig
 if __name__ == "__main__":  # a worker imports this file, too
     bench, folder = map(Path, sys.argv[1:])
     rows = json.loads((bench / "rows.json").read_text())

@@ -13,12 +13,12 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from alpagasus2.batches import TrainConfig, encode_rows
 from alpagasus2.core.files import UserError
 from alpagasus2.extras.preview import preview
 from alpagasus2.generate import GenerateConfig, encode_prompts
 from alpagasus2.model.forward import encode, encode_response
 from alpagasus2.quant_lora import load_tokenizer, resolve_model
-from alpagasus2.train import TrainConfig, encode_rows
 
 ROW: Any = {"id": "r", "instruction": "Name a colour.", "input": "", "output": "Blue."}
 START, END = "<|im_start|>", "<|im_end|>"  # BOS and EOS of the small model

@@ -16,6 +16,7 @@ import torch
 import transformers
 from stand_ins import tiny_llama
 
+from alpagasus2.batches import TrainConfig, batch_schedule, encode_rows, split_rows
 from alpagasus2.cli import main
 from alpagasus2.core.files import UserError
 from alpagasus2.core.settings import build
@@ -32,15 +33,7 @@ from alpagasus2.quant_lora import (
     load_tokenizer,
     pick_device,
 )
-from alpagasus2.train import (
-    TrainConfig,
-    batch_schedule,
-    encode_rows,
-    fit,
-    split_rows,
-    train,
-    training_step,
-)
+from alpagasus2.train import fit, train, training_step
 
 TOKEN = "hf_THISisTHEsecret"
 PACKED = QuantLoraConfig(unpacked=False, lora_dropout=0.0)

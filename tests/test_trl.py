@@ -10,10 +10,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from alpagasus2.batches import TrainConfig
 from alpagasus2.core.files import UserError
 from alpagasus2.core.run_folder import manifest_entry
 from alpagasus2.quant_lora import QuantLoraConfig, load_tokenizer
-from alpagasus2.train import TrainConfig, train
+from alpagasus2.train import train
 
 TINY = {
     "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

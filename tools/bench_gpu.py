@@ -282,7 +282,7 @@ def configs(
     bench: Bench, preset: str, attention: str | None = None, rows: int | None = None
 ) -> tuple[Any, Any]:
     "A preset's settings for one epoch, with its rows a step or so many; few when dry."
-    from alpagasus2.train import preset_configs
+    from alpagasus2.batches import preset_configs
 
     rows = 4 if bench.dry else rows
     a_step = {"batch_size": rows} if rows else {}
@@ -301,8 +301,8 @@ def trained(bench: Bench, shape: str, n_rows: int, config: Any, quant_lora: Any)
 
 def rows_of(bench: Bench, shape: str, n_rows: int, config: Any) -> list[Any]:
     "The first so many rows as tokens."
+    from alpagasus2.batches import encode_rows
     from alpagasus2.quant_lora import load_tokenizer
-    from alpagasus2.train import encode_rows
 
     return encode_rows(bench.rows[:n_rows], load_tokenizer(bench.model(shape)), config)[0]
 
@@ -321,8 +321,8 @@ def ours(
     bench: Bench, shape: str, preset: str, attention: str | None = None, rows: int | None = None
 ) -> dict[str, Any]:
     "A preset: the token budget it takes, then speed and peak with this budget."
+    from alpagasus2.batches import batch_schedule
     from alpagasus2.extras.estimate import heaviest
-    from alpagasus2.train import batch_schedule
 
     config, quant_lora = configs(bench, preset, attention, rows)
     n = 2 * config.batch_size
@@ -359,7 +359,8 @@ def same_training(bench: Bench, shape: str) -> dict[str, Any]:
     "Of a tiny model: how far losses and adapters of recorded steps are from those of usual ones."
     from safetensors.torch import load_file
 
-    from alpagasus2.train import preset_configs, train
+    from alpagasus2.batches import preset_configs
+    from alpagasus2.train import train
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -632,10 +633,11 @@ def profile(
     "One optimiser step of 128 rows, by kind of kernel; the kernels themselves go to a file."
     import torch
 
+    from alpagasus2.batches import encode_rows
     from alpagasus2.model.check import checked
     from alpagasus2.model.forward import attend_by
     from alpagasus2.quant_lora import add_lora, load_base, load_tokenizer
-    from alpagasus2.train import encode_rows, training_step
+    from alpagasus2.train import training_step
 
     config, quant_lora = configs(bench, preset, attention)
     ran = (x for x in bench.lines() if x["part"] == f"ours, {preset}" and "token_budget" in x)

@@ -38,8 +38,8 @@ def _misfits(
         if cutoff_len is not None or keep_cut:
             raise UserError("--cutoff_len and --keep_cut: tokens are a model's; add --base_model")
         return {}
+    from alpagasus2.batches import TrainConfig, misfits
     from alpagasus2.quant_lora import load_tokenizer
-    from alpagasus2.train import TrainConfig, misfits
 
     given: dict[str, Any] = {} if cutoff_len is None else {"cutoff_len": cutoff_len}
     config = TrainConfig(template=template, **given)
@@ -208,7 +208,8 @@ def _select_in_blocks(
     seed: int, how: Sequence[Any], held: Mapping[str, Any],
 ) -> None:  # fmt: skip
     "Keep rows that are not held."
-    from alpagasus2.scale.rows import select_stream, stream_rows
+    from alpagasus2.scale.pool import select_stream
+    from alpagasus2.scale.rows import stream_rows
     from alpagasus2.selection import only_rule
 
     if wrong := [name for name, given in held.items() if given]:

@@ -46,8 +46,8 @@ def _before_training(
 # %% ../../nbs/commands/training.ipynb #b919373d
 def _dry_run(base_model: str, rows: list[Any], settings: Any) -> None:
     "Print how many rows, tokens and steps the training would have."
+    from alpagasus2.batches import batch_schedule, encode_rows, split_rows
     from alpagasus2.quant_lora import load_tokenizer
-    from alpagasus2.train import batch_schedule, encode_rows, split_rows
 
     kept, _ = split_rows(rows, settings)
     encoded, counts = encode_rows(kept, load_tokenizer(base_model), settings)
@@ -91,7 +91,7 @@ def train(
     repo = None
     if first and not dry_run:
         repo = _before_training(output_dir, hub_path, hub_private, overwrite)
-    from alpagasus2.train import preset_configs
+    from alpagasus2.batches import preset_configs
     from alpagasus2.train import train as train_adapter
 
     settings, quant_lora = preset_configs(preset, **config)
@@ -115,9 +115,9 @@ def train(
 # %% ../../nbs/commands/training.ipynb #70c27ed3
 def _count_tokens(base_model: str, rows: list[Any], config: Any) -> tuple[dict[str, Any], str]:
     "What `estimate` takes of the rows, and how it was counted: a named shape has no tokenizer."
+    from alpagasus2.batches import encode_rows
     from alpagasus2.extras.estimate import SHAPES, heaviest
     from alpagasus2.quant_lora import SMALL_MODEL, load_tokenizer
-    from alpagasus2.train import encode_rows
 
     if base_model in SHAPES and base_model != SMALL_MODEL:
         words = [len((prompt(r) + response_of(r)).split()) for r in rows]
@@ -142,10 +142,10 @@ def estimate(
     **config: Any,
 ) -> None:
     "Memory and time of a training, before anything loads."
+    from alpagasus2.batches import preset_configs
     from alpagasus2.extras.estimate import advice, find_device, fitting_line, report_lines, shape_of
     from alpagasus2.extras.estimate import estimate as estimate_training
     from alpagasus2.model.budget import TOKEN_BUDGET
-    from alpagasus2.train import preset_configs
 
     train_config, quant_lora = preset_configs(preset, **config)
     about: dict[str, Any] = {"rows": rows, "mean_tokens": mean_tokens}
@@ -230,10 +230,10 @@ def preview(
     **config: Any,
 ) -> None:
     "Show the first rows as tokens with the targets coloured, and counts over all rows."
+    from alpagasus2.batches import encode_rows, preset_configs, split_rows
     from alpagasus2.core.families import may_pack
     from alpagasus2.extras.preview import preview as preview_rows
     from alpagasus2.quant_lora import load_config, load_tokenizer
-    from alpagasus2.train import encode_rows, preset_configs, split_rows
 
     settings, _ = preset_configs(preset, **config)
     rows, _ = split_rows(_training_rows(data_path, data_type, columns, preferred), settings)

@@ -255,6 +255,12 @@ def _uncorrected(labels: Mapping) -> str:
     return f"{prompts} prompts have a label, too few to correct the judge: 20 are needed."
 
 
+def _contradicts(labels: Mapping | None, bound: float, upper: float = 1.1) -> bool:
+    "Whether labels correct the win rate to one of which the claim would not hold."
+    rate = (labels or {}).get("ppi_win_rate")
+    return rate is not None and not bound < rate < upper
+
+
 def _labels_sentence(labels: Mapping | None, bound: float, upper: float = 1.1) -> str:
     "What the labels of the deciding pair say; empty where there are too few."
     if not labels:
@@ -263,9 +269,10 @@ def _labels_sentence(labels: Mapping | None, bound: float, upper: float = 1.1) -
         return _uncorrected(labels)
     rate, (low, high) = labels["ppi_win_rate"], labels["ppi_win_rate_ci95"]
     said = f"corrected by {labels['n']} labels of a person the win rate is {rate:.1%} "
-    opening = "" if bound < rate < upper else "The labels contradict the judge: "
-    found = f"{opening}{said}[{low:.1%}, {high:.1%}]."
-    return found if opening else f"{found[0].upper()}{found[1:]}"
+    found = f"{said}[{low:.1%}, {high:.1%}]."
+    if _contradicts(labels, bound, upper):
+        return f"The labels contradict the judge: {found}"
+    return f"{found[0].upper()}{found[1:]}"
 
 # %% ../../nbs/evidence/claim.ipynb #ee918cdc
 def _failed_checks(health: Mapping, status: str) -> str:
@@ -314,7 +321,7 @@ def claim(
     label = next((x for x in labels if (x["model_a"], x["model_b"]) == pair), None)
     bound, upper = 0.5 - (margin or 0), 0.5 + (margin or 0) if equivalence else 1.1
     labelled = _labels_sentence(label, bound, upper)
-    if verdict == "supported" and ("contradict" in labelled or _is_apart(deciding, aa)):
+    if verdict == "supported" and (_contradicts(label, bound, upper) or _is_apart(deciding, aa)):
         verdict = "within noise"
     of_length = _length_sentence(deciding, bound, upper)
     if verdict == "supported" and of_length:

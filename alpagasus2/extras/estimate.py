@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..batches import TrainConfig, batch_schedule
 from ..core import families
 from ..core.files import UserError
 from ..core.run_folder import duration
@@ -32,7 +33,6 @@ from alpagasus2.quant_lora import (
     load_config,
     pick_device,
 )
-from ..train import TrainConfig, batch_schedule
 
 # %% ../../nbs/extras/estimate.ipynb #5f9119a4
 import torch

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..batches import TrainConfig, batch_schedule
 from ..model.budget import TOKEN_BUDGET
 from ..model.forward import Encoded, computed_tokens, packs, side_by_side
-from ..train import TrainConfig, batch_schedule
 
 # %% ../../nbs/extras/preview.ipynb #4d594643
 def token_texts(

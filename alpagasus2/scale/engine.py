@@ -105,9 +105,10 @@ class Blocks(AbstractContextManager["Blocks"]):
 
     def __init__(
         self,
-        path: str | Path,  # a new file
+        output: str | Path,  # what they are open of; they lie in a hidden file beside it
     ):
-        self.path, self.starts = Path(path), array("q", [0])
+        path = Path(output)
+        self.path, self.starts = path.with_name(f".{path.name}.blocks"), array("q", [0])
 
     def write(
         self,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import judge, local
+from ..batches import encode_each, misfit_of
 from ..core.families import context_length
 from ..core.files import UserError, check_output
 from ..core.run_folder import dollars, is_complete
@@ -52,7 +53,6 @@ from ..selection import load_scores, select
 from .fix_claim import changes
 from .pool import check_pool, check_sizes, drawn_pool, hold_out
 from .work import pairs_asked
-from ..train import encode_each, misfit_of
 
 # %% ../../nbs/steps/dry_run.ipynb #9130dc4b
 def _once(find: Callable[[Any], Any]) -> Any:

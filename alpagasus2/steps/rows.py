@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import judge, local
+from ..batches import encode_rows
 from ..core import run_folder
 from ..core.files import UserError, file_sha256, write_json
 from ..data import Example
@@ -27,7 +28,6 @@ from alpagasus2.recipe import (
 from ..selection import load_scores, random_to_total, select
 from .pool import drawn_pool
 from .run import Run, costs_by_arm, free_rows, run_cost
-from ..train import encode_rows
 
 # %% ../../nbs/steps/rows.ipynb #b3f0c7f6
 def rate_pool(run: Run) -> dict[str, float]:  # row id -> score

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import judge, local
+from ..batches import Misfit, misfit_line, misfits
 from ..core import run_folder
 from ..core.families import context_length
 from ..core.files import UserError, json_sha256, read_json, write_json
@@ -26,7 +27,6 @@ from ..selection import BY_SCORE
 from .fix_claim import changes, fix_claim, same_fit
 from .pool import hold_out, repeats_of
 from .work import Steps, run_work
-from ..train import Misfit, misfit_line, misfits
 
 # %% ../../nbs/steps/run.ipynb #0716d970
 class Run:

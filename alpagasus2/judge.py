@@ -34,7 +34,7 @@ from alpagasus2.core.run_folder import (
     resumed,
 )
 from .core.settings import nearest, settings
-from .data import Asked, Example, Question, question_of, response_of, row_id
+from .data import Asked, Example, Question, question_of, response_of, row_sha256
 from .endpoint.batch_api import announced
 from .endpoint.cache import Ask, Reply, Request, moment
 from .endpoint.client import EndpointConfig
@@ -414,8 +414,8 @@ def rating_line(
     vote: int = 0,
 ) -> dict[str, Any]:  # what is known of a line before the row is rated
     "The key of a rating, and what tells a row from an edited one of the same id."
-    text = row_id(row)[:12]  # an index of long files has room for so many digits
-    return {"id": row["id"], "dimension": dimension, "vote": vote, "row_sha256": text}
+    key = {"id": row["id"], "dimension": dimension, "vote": vote}
+    return key | {"row_sha256": row_sha256(row)}
 
 # %% ../nbs/04_judge.ipynb #6df24918
 def rating_plan(

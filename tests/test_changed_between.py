@@ -67,7 +67,11 @@ def test_an_edited_row_is_rated_again_and_no_other(tmp_path, said):
         rate = ["rate", "--data", rows, "--output", output, "--base_url", f"{address}/v1"]
         said(*rate, "--model", "m")
         write_rows(rows, "7")
+        keep = ["select", "--data", rows, "--scores", output, "--top_k", 2, "--output"]
+        edited = said(*keep, tmp_path / "best.json", status=2)
+        assert "row 'b' was edited since it was rated" in edited
         said(*rate, "--model", "m")
+        said(*keep, tmp_path / "best.json")
         assert read(address)["requests"] == 4
         said(*rate, "--model", "m")
         assert read(address)["requests"] == 4

@@ -692,9 +692,9 @@ def canary_pairs(
         for g in read_jsonl(dataset_path("gold_pairs.jsonl"))
     ]
     mine = [r for r in responses if r["model"] == model_a and not r.get("replicate")]
-    owner: dict[str, str] = {}  # of an id: two test sets may have the same
+    owner: dict[str, str | None] = {}  # of an id: two test sets may have the same
     mine = [
-        r if owner.setdefault(r["id"], r["test_set"]) == r["test_set"]
+        r if owner.setdefault(r["id"], r.get("test_set")) == r.get("test_set")
         else cast(Response, {**r, "id": f"{r['test_set']}/{r['id']}"})
         for r in mine if _is_answer(r)
     ]  # fmt: skip

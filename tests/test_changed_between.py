@@ -75,6 +75,9 @@ def test_an_edited_row_is_rated_again_and_no_other(tmp_path, said):
         assert read(address)["requests"] == 4
         said(*rate, "--model", "m")
         assert read(address)["requests"] == 4
+    assert "backend was 'endpoint'" in said(
+        *rate[:-2], "--model", "m", "--backend", "local", status=2
+    )
     assert [x["id"] for x in lines(output)] == ["a", "b", "c", "b"]
 
 

@@ -38,13 +38,13 @@ class _Asked:
 
     @cached_property
     def recorded(self) -> dict[str, Any]:
-        "What a file records of a local model: its weights, the options of its chat template."
+        "Where a model is; of a local one its weights, and the options of its chat template."
         if self.backend == "endpoint":
-            return {}
+            return {"backend": "endpoint"}
         from alpagasus2.quant_lora import base_sha256
 
         options = {"template_options": self.options} if self.options else {}
-        return {"base_weights": base_sha256(self.model), **options}
+        return {"backend": "local", "base_weights": base_sha256(self.model), **options}
 
 
 def _ask(who: _Asked, plans: Mapping[Path, Any], retry: bool, dry_run: bool) -> Any:
@@ -124,7 +124,7 @@ def _rate_locally(
 
 # %% ../../nbs/commands/ask.ipynb #47588e3f
 def _with_options(plan: Any, who: _Asked) -> Any:
-    "A plan whose file also records what is known of a local model."
+    "A plan whose file also records who answers: a local model's choices are no server's replies."
     if who.options and who.backend != "local":
         raise UserError("template_options are for a model of this machine; set backend=local")
     return replace(plan, settings={**plan.settings, **who.recorded})

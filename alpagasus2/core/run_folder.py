@@ -281,10 +281,8 @@ def _update_manifest(output: Path, entry: Mapping) -> None:
         files.write_json(output.parent / "manifest.json", manifest)
 
 # %% ../../nbs/core/run_folder.ipynb #12c6fc06
-_WEIGHTS = {
-    "base_weights",
-    "weights",
-}  # hashes: not known to earlier versions, or before a download
+_WEIGHTS = {"base_weights", "weights"}  # hashes
+_MAYBE = _WEIGHTS | {"backend"}  # not known to earlier versions, or before a download
 
 
 def changed_setting(
@@ -294,7 +292,7 @@ def changed_setting(
     "The first setting that differs, in words, or None; one that is off is as if not there."
     both = {field for field in old if old[field] and new.get(field)}
     told = _WEIGHTS & both
-    free = {"base_url"} & both | _WEIGHTS - both
+    free = {"base_url"} & both | _MAYBE - both
     free |= {"base_model"} if told and all(old[f] == new[f] for f in told) else set()
     for field in dict.fromkeys([*old, *new]):
         before, now = old.get(field), new.get(field)

@@ -443,6 +443,17 @@ def _candidates(
     others = [p for p in pooled if {p["model_a"], p["model_b"]} != set(aa or ())]
     return [p for p in others if p["model_a"] == (model_a or p["model_a"])]
 
+# %% ../nbs/05_analysis.ipynb #52ab6b07
+def _check_lines(judgments: Sequence[Any], model_a: str | None) -> None:
+    "Refuse what is no line of verdicts, and an arm that none of them is of."
+    if not all(isinstance(x, Mapping) for x in judgments):
+        raise UserError("these are no judgments; `load_judgments` reads them, and gives apart from "
+                        "these the names of files that it left alone")  # fmt: skip
+    models = {x[name] for x in judgments for name in ("model_a", "model_b")}
+    if model_a and model_a not in models:
+        there = ", ".join(sorted(models))
+        raise UserError(f"model_a={model_a}: not judged; there are {there}")
+
 # %% ../nbs/05_analysis.ipynb #5b384ce3
 def analyse(
     judgments: Sequence[Judgment] = (),
@@ -457,8 +468,10 @@ def analyse(
     selectors: Mapping[str, Sequence[str]] | None = None,  # of several, model_a first: its controls
 ) -> Results:
     "Statistics of all verdicts: each pair of models on each test set, and pooled."
+    judgments = [*judgments]
     if not judgments:
         return {}
+    _check_lines(judgments, model_a)
     judgments = orient(judgments, model_a)
     _refuse_two_texts(judgments)
     prompts = prompt_table(judgments)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ALPACA_INPUT', 'ALPACA_NO_INPUT', 'Template', 'AnyTemplate', 'ANSWER_TYPES', 'iter_rows', 'read_rows', 'Message',
            'Asked', 'Example', 'Question', 'Problem', 'row_id', 'row_sha256', 'message_text', 'is_learned', 'Examined',
-           'check_rows', 'grouped', 'dropped', 'examine', 'refusal', 'load_examples', 'before_response', 'question_of',
-           'response_of', 'prompt', 'ChatTemplate', 'template_of', 'template_settings', 'last_turn', 'asked_of',
-           'load_questions', 'load_test_sets']
+           'check_rows', 'rows_with_ids', 'grouped', 'dropped', 'examine', 'refusal', 'load_examples',
+           'before_response', 'question_of', 'response_of', 'prompt', 'ChatTemplate', 'template_of',
+           'template_settings', 'last_turn', 'asked_of', 'load_questions', 'asked_once', 'load_test_sets']
 
 # %% ../nbs/00_data.ipynb #77de68da
 import hashlib
@@ -26,6 +26,7 @@ from alpagasus2.core.files import (
     UserError,
     check_safe_name,
     files_beside,
+    own_value,
     printable,
     say_once,
     unwritable,
@@ -156,8 +157,8 @@ def row_id(
     row: Example,  # with text in the fields that it has
 ) -> str:  # 16 hex digits
     "SHA-256 of the compact JSON of what the model sees: the same row has the same id anywhere."
-    content: list = row.get("messages") or [row["instruction"], row["input"], row["output"]]
-    text = _compact(content)
+    said = row.get("messages")
+    text = _compact(said or [row["instruction"], row.get("input") or "", row["output"]])
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -359,7 +360,7 @@ class Examined:
 # %% ../nbs/00_data.ipynb #5b0ab412
 def _own(value: Any) -> Any:
     "A value as Python's own: arrays and tuples are lists."
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = own_value(value)
     if isinstance(value, Mapping):
         return {k: _own(v) for k, v in value.items()}
     return [*map(_own, value)] if isinstance(value, list | tuple) else value
@@ -367,7 +368,7 @@ def _own(value: Any) -> Any:
 
 def _at_hand(rows: Any) -> Iterator[Any]:
     "Rows that are in memory, one at a time; `UserError` where they are something else."
-    if hasattr(rows, "to_dict") and hasattr(rows, "notna"):  # a DataFrame
+    if hasattr(rows, "columns") and hasattr(rows, "notna"):  # a DataFrame
         rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
     if isinstance(rows, str | bytes | Path | Mapping) or not isinstance(rows, Iterable):
         raise UserError(f"a {type(rows).__name__} is no list of rows; `load_examples` reads files")
@@ -382,6 +383,19 @@ def check_rows(
     for row in assembled(_at_hand(rows)):
         found.add(row)
     return found.rows, found.problems
+
+# %% ../nbs/00_data.ipynb #25b81c76
+def rows_with_ids(
+    rows: Iterable[Any],  # of `load_examples` or `check_rows`
+) -> list[Example]:
+    "The rows; `UserError` unless each has an id of its own."
+    rows = [*rows]
+    if any(not isinstance(r, Mapping) or "id" not in r for r in rows):
+        raise UserError("a row has no `id`; `load_examples` and `check_rows` give rows with ids, "
+                        "and apart from these what is wrong with others")  # fmt: skip
+    if twice := [key for key, n in Counter(r["id"] for r in rows).items() if n > 1]:
+        raise UserError(f"two rows have the id {twice[0]!r}; keep one of them")
+    return rows
 
 # %% ../nbs/00_data.ipynb #e613be92
 def _ranges(numbers: Sequence[int]) -> str:
@@ -427,7 +441,9 @@ def dropped(
 def examine(
     source: str | Path,  # a file, a folder of `save_to_disk`, a catalogued name or a hub id
     split: str = "train",  # the split to take, where there are several
-    columns: str | None = None,  # OURS=THEIRS,... where the fields have other names
+    columns: str
+    | Mapping[str, str]
+    | None = None,  # OURS=THEIRS,... where names differ; or so named
     preferred: bool = False,  # of preferences, take the good side
 ) -> Examined:
     "Read and sort rows, and say how they were read; `UserError` where a file cannot be read."
@@ -456,7 +472,9 @@ def refusal(
 def load_examples(
     source: str | Path,  # a file, a folder of `save_to_disk`, a catalogued name or a hub id
     split: str = "train",  # the split to take, where there are several
-    columns: str | None = None,  # OURS=THEIRS,... where the fields have other names
+    columns: str
+    | Mapping[str, str]
+    | None = None,  # OURS=THEIRS,... where names differ; or so named
     preferred: bool = False,  # of preferences, take the good side
 ) -> tuple[list[Example], list[Problem]]:  # rows with ids; those dropped
     "Read and check rows; raises `UserError` at the first malformed row or when none is left."
@@ -565,9 +583,10 @@ def last_turn(
     template: AnyTemplate,  # any
 ) -> AnyTemplate:
     "The same template, with the last answer of a row alone."
-    if template == "alpaca":
-        return template
-    return replace(ChatTemplate() if template == "chat" else template, last_turn_only=True)
+    template = ChatTemplate() if template == "chat" else template
+    if not isinstance(template, ChatTemplate):
+        return template  # Alpaca's, or one that is unknown to whoever reads by it
+    return replace(template, last_turn_only=True)
 
 # %% ../nbs/00_data.ipynb #d942d7b0
 def asked_of(
@@ -687,15 +706,28 @@ def load_questions(
     return questions
 
 # %% ../nbs/00_data.ipynb #12fa1ee0
+#| export
+
+# %% ../nbs/00_data.ipynb #edc80365
+def asked_once(
+    questions: Iterable[Any],  # of `load_questions`
+) -> list[Question]:  # each once
+    "Refuse a question without a name, since its answer would be lost, and a name with two texts."
+    asked: dict[tuple, Question] = {}
+    for n, q in enumerate(questions):
+        if not isinstance(q, Mapping) or not (q.get("id") and q.get("test_set")):
+            raise UserError(f"question {n} has no `id` and `test_set`; `load_questions` reads a "
+                            "file, and gives both")  # fmt: skip
+        if asked.setdefault((q["test_set"], q["id"]), cast(Question, q)) != q:
+            where = f"question {q['id']!r} of test set {q['test_set']!r}"
+            raise UserError(f"{where} has two texts; give one of them another id or test_set")
+    return list(asked.values())
+
+# %% ../nbs/00_data.ipynb #498e4c2b
 def load_test_sets(
     sources: str | Path | Iterable[str | Path],  # as `load_questions` takes them; one or more
     limit: int | None = None,  # only the first so many of each
 ) -> list[Question]:  # each once
     "Read several files of questions; an id with two texts is a `UserError`."
     sources = [sources] if isinstance(sources, str | Path) else sources
-    asked: dict[tuple, Question] = {}
-    for q in (q for source in sources for q in load_questions(source)[:limit]):
-        if asked.setdefault((q["test_set"], q["id"]), q) != q:
-            where = f"question {q['id']!r} of test set {q['test_set']!r}"
-            raise UserError(f"{where} has two texts; give one of them another id or test_set")
-    return list(asked.values())
+    return asked_once(q for source in sources for q in load_questions(source)[:limit])

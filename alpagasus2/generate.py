@@ -29,7 +29,7 @@ from alpagasus2.core.files import (
 )
 from .core.run_folder import Journal, resumed
 from .core.settings import settings
-from .data import AnyTemplate, Question, Template, question_of, template_of
+from .data import AnyTemplate, Question, Template, asked_once, question_of, template_of
 from .endpoint.batch_api import announced
 from .endpoint.cache import Ask, Request
 from .endpoint.client import EndpointConfig
@@ -119,7 +119,7 @@ def _stop_tokens(model: Any, tokenizer: Any, template: AnyTemplate) -> set[int]:
 def local_answers(
     model: Any,  # a causal LM; with several adapters, set the one to use first
     tokenizer: Any,  # its tokenizer
-    questions: Sequence[Question],  # id, instruction, input
+    questions: Sequence[Question],  # instruction, input; id: one without is called by its place
     config: GenerateConfig,  # length, sampling, memory
 ) -> Answers:
     "Answer questions with a model in this process."
@@ -127,6 +127,7 @@ def local_answers(
     from alpagasus2.model.forward import Encoded, check_readable, evaluating
     from alpagasus2.quant_lora import weights_held
 
+    questions = [cast(Question, {"id": str(n), **q}) for n, q in enumerate(questions)]
     context = context_length(model.config.get_text_config()) or sys.maxsize
     prompts = encode_prompts(questions, tokenizer, context - config.max_new_tokens, config)
     asked = zip(questions, prompts, strict=True)
@@ -201,6 +202,7 @@ def answer_lines(
 ) -> list[Response]:  # one a model and question, without its answer
     "What responses.jsonl is to hold."
     weights = {name: {"adapter": adapter_sha256(path)} for name, path in (adapters or {}).items()}
+    questions = asked_once(questions)
     lines = [
         {f: q.get(f) for f in ("id", "test_set", "category", "instruction", "input")}
         | {f: q[f] for f in ("cluster",) if f in q}

@@ -34,7 +34,15 @@ from alpagasus2.core.run_folder import (
     resumed,
 )
 from .core.settings import nearest, settings
-from .data import Asked, Example, Question, question_of, response_of, row_sha256
+from alpagasus2.data import (
+    Asked,
+    Example,
+    Question,
+    question_of,
+    response_of,
+    row_sha256,
+    rows_with_ids,
+)
 from .endpoint.batch_api import announced
 from .endpoint.cache import Ask, Reply, Request, moment
 from .endpoint.client import EndpointConfig
@@ -108,7 +116,7 @@ class RatingPrompt:
     "What a rater is asked, and on which scale it answers."
 
     text: str = _RATE  # with {instruction}, {input}, {response} and {dimension} to be filled in
-    version: str = RATING_VERSION  # recorded with every line
+    version: str = ""  # recorded with every line; empty: AlpaGasus's, or made from the text
     low: float = 0.0  # lowest score
     high: float = 5.0  # highest score
 
@@ -117,6 +125,9 @@ class RatingPrompt:
             raise UserError(f"a scale from {self.low:g} to {self.high:g}: low must be below high")
         if self.text == _RATE and (self.low, self.high) != (0, 5):
             raise UserError("low and high are those of a prompt of your own; name its file")
+        own = f"own-{_tag(self.text, digits=8)}"
+        version = self.version or (RATING_VERSION if self.text == _RATE else own)
+        object.__setattr__(self, "version", version)
 
     @property
     def digits(self) -> str:
@@ -146,7 +157,7 @@ def load_prompt(
             raise UserError(f"{path}: {{{name}}} is filled with nothing; did you mean {{{near}}}?")
     if not on_scale(text, high):
         raise UserError(f"{path}: it names a scale that is not up to {high:g}; give low and high")
-    return RatingPrompt(text, f"own-{_tag(text, digits=8)}", low, high)
+    return RatingPrompt(text, low=low, high=high)
 
 # %% ../nbs/04_judge.ipynb #b80b75b1
 def _spoken(turns: Iterable[Mapping[str, Any]]) -> str:
@@ -425,6 +436,7 @@ def rating_plan(
     prompt: RatingPrompt = RatingPrompt(),  # AlpaGasus's, or your own
 ) -> Plan:
     "A score for every row."
+    rows = rows_with_ids(rows)
     by_id = {r["id"]: r for r in rows}
     settings = {"rater": rater, **_asked_with(config, "dimension"), "prompt": prompt.version}
     if prompt.text != _RATE:
@@ -563,12 +575,16 @@ def _refuse_copies(responses: Iterable[Response]) -> None:
 def pair_arms(
     responses: Sequence[Response],
     model_a: str | None = None,  # the arm whose wins are counted; None: every arm in turn
-    model_b: Sequence[str] | None = None,  # the arms it is compared with; None: all others
+    model_b: str | Sequence[str] | None = None,  # what it is compared with; None: all others
 ) -> list[Pair]:
     "Pairs of one arm with several others, or of every arm with every other, question by question."
+    responses = [*responses]
+    if not all(isinstance(r, Mapping) for r in responses):
+        raise UserError("these are no answers; `read_responses` reads a file of them")
     arms = list(dict.fromkeys(r["model"] for r in responses if "model" in r))
     if model_a is None and model_b is not None:
         raise UserError("model_b without model_a: name the arm whose wins are counted")
+    model_b = [model_b] if isinstance(model_b, str) else model_b
     others = model_b or [m for m in arms if m != model_a]
     named = list(combinations(arms, 2)) if model_a is None else [(model_a, b) for b in others]
     if not named:

@@ -18,7 +18,14 @@ import numpy as np
 
 from .core.files import UserError
 from .core.run_folder import Journal, finder, open_lines, resumed
-from .data import AnyTemplate, ChatTemplate, Example, Question, template_settings
+from alpagasus2.data import (
+    AnyTemplate,
+    ChatTemplate,
+    Example,
+    Question,
+    rows_with_ids,
+    template_settings,
+)
 from .endpoint.cache import Ask, Reply, Request
 from .generate import Answers, Backend, GenerateConfig, local_answers
 from .judge import NOT_DIGITS, Plan, rating_line
@@ -91,9 +98,11 @@ def rate_by_signals(
     progress: bool = True,  # show a bar
 ) -> list[dict]:  # all lines of the file
     "Score rows by a local model's likelihoods; the lines are those of any rating."
+    if selector not in ("flaws", "superfiltering"):
+        raise UserError(f"selector {selector!r} is unknown; use flaws or superfiltering")
     settings = signal_settings(models.base_model, selector, template)
     who = {"kind": selector, "model": models.base_model, "prompt_version": None}
-    by_id = {r["id"]: r for r in rows}
+    by_id = {r["id"]: r for r in rows_with_ids(rows)}
     lines = [rating_line(row, selector) for row in by_id.values()]
     if open_lines(lines, finder(output), _is_unread):
         models.load()  # no part of the time, as it is no part of a training's

@@ -286,7 +286,7 @@ def load_base(
     base_model: str | Path,  # a local folder, a hub id, or smollm2-135m
     config: QuantLoraConfig | None = None,  # how to quantise; default: NF4, double quantisation
     in_parts: bool = False,  # it will be split over processes: it stays in the CPU's memory
-) -> Any:  # a frozen causal LM in training mode without dropout
+) -> Any:  # a frozen causal LM in evaluation mode, without dropout
     "Load a base model, quantised and frozen."
     config, device = config or QuantLoraConfig(), pick_device()
     if config.load_in_4bit or config.load_in_8bit:
@@ -414,6 +414,9 @@ def add_lora(
     seed: int = 0,  # of the adapter's first weights
 ) -> Any:  # a PeftModel in training mode whose adapter is fp32
     "Put a fresh fp32 LoRA adapter on a base model; unknown target layers are refused."
+    if any(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules()):
+        raise UserError("the model has an adapter already, which stays in its layers; `unload()` "
+                        "of the PeftModel takes it off, or load the base again")  # fmt: skip
     lora = _lora_config(model, config or QuantLoraConfig())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -521,6 +524,8 @@ def load_adapters(
     adapters: Mapping[str, str | Path],  # name -> adapter folder; at least one
 ) -> Any:  # a PeftModel; choose with `set_adapter(name)`, or `disable_adapter()` for the base
     "Put trained adapters side by side on one base: one load serves all arms."
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise UserError(f"adapters={adapters!r}: name each, as in {{'tuned': 'adapters/tuned'}}")
     check_adapters(adapters, model.config._name_or_path)
     wrapped = None
     for name, path in adapters.items():

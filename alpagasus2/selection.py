@@ -10,8 +10,8 @@ __all__ = ['BY_SCORE', 'OF_ROW', 'score_lines', 'load_scores', 'category_of', 'r
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Real
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,15 @@ import numpy as np
 
 from .core.files import UserError
 from .core.text import NearDuplicates, category_by_rules
-from .data import Example, Problem, asked_of, iter_rows, response_of, row_sha256
+from alpagasus2.data import (
+    Example,
+    Problem,
+    asked_of,
+    iter_rows,
+    response_of,
+    row_sha256,
+    rows_with_ids,
+)
 
 # %% ../nbs/00b_selection.ipynb #f1f836cb
 _STATUSES = ("ok", "unparsed", "refused", "length", "error")  # of our ratings
@@ -139,6 +147,7 @@ def load_scores(
     problems: Sequence[Problem] = (),  # what `load_examples` dropped: `row` counts these too
 ) -> dict[str, float]:  # row id -> mean score over votes
     "Read scores by row id. A row without a readable score is left out, never given a number."
+    rows = rows_with_ids(rows)
     votes: dict[tuple, dict[str, float]] = defaultdict(dict)  # the last line of a vote counts
     by_id = {r["id"]: r for r in rows}
     for part, key, score in score_lines(path, _ids_by_row(rows, problems), dimension, by_id):
@@ -203,7 +212,11 @@ def _ranking(
     scores: Mapping[str, float], rule: str, value: float, seed: int
 ) -> tuple[int | None, list[str]]:
     "How many to keep (None: all that are named) and which, best first, ties in a seeded order."
-    shuffled = random.Random(seed).sample(sorted(scores), len(scores))
+    if not isinstance(seed, Integral):
+        raise UserError(
+            f"seed={seed!r}: a whole number is wanted, so that the draw can be repeated"
+        )
+    shuffled = random.Random(int(seed)).sample(sorted(scores), len(scores))
     ranking = sorted(shuffled, key=lambda key: -scores[key])
     k = rows_kept(rule, value, [scores[key] for key in ranking])
     return (None, ranking[:k]) if rule in ("threshold", "quantile") else (k, ranking)
@@ -310,17 +323,6 @@ def _scores_of(
                             "or none")  # fmt: skip
     return keyed
 
-
-def _with_ids(rows: Iterable[Example]) -> list[Example]:
-    "The rows, of which each has an id of its own."
-    rows = [*rows]
-    if any(not isinstance(r, Mapping) or "id" not in r for r in rows):
-        raise UserError("a row has no `id`; `load_examples` and `check_rows` give rows with ids, "
-                        "and apart from these what is wrong with others")  # fmt: skip
-    if twice := [key for key, n in Counter(r["id"] for r in rows).items() if n > 1]:
-        raise UserError(f"two rows have the id {twice[0]!r}; keep one of them")
-    return rows
-
 # %% ../nbs/00b_selection.ipynb #222fdae5
 def select(
     rows: Sequence[Example],  # rows with ids
@@ -339,7 +341,7 @@ def select(
         threshold=threshold, top_k=top_k, quantile=quantile, random_k=random_k, longest_k=longest_k
     )
     rule, value = only_rule(rules)
-    rows = _with_ids(rows)
+    rows = rows_with_ids(rows)
     if rule in OF_ROW:
         keyed = {r["id"]: OF_ROW[rule](r) for r in rows}
     else:
@@ -357,6 +359,7 @@ def random_to_total(
     drop_near_duplicates: float | None = None,  # similarity at which the earlier drawn one stays
 ) -> list[Example]:  # the kept rows, in their first order
     "Random rows, as many as come nearest to a total weight; `UserError` if all have less."
+    rows = rows_with_ids(rows)
     ranking = _ranking(dict.fromkeys((r["id"] for r in rows), 0.0), "random_k", len(rows), seed)[1]
     order = _downwards(rows, ranking, None, "random_k", drop_near_duplicates, None)
     sums = np.cumsum([weights[key] for key in order])

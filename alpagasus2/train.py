@@ -12,12 +12,12 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # %% ../nbs/02_train.ipynb #18a954d4
 from .batches import TrainConfig, batch_schedule, encode_rows, rate_at, split_rows
@@ -38,7 +38,7 @@ from alpagasus2.core.run_folder import (
     manifest_entry,
     recorded,
 )
-from .data import Example, dropped, load_examples
+from .data import Example, check_rows, dropped, load_examples, refusal
 from alpagasus2.model.budget import (
     SMALLER,
     TOKEN_BUDGET,
@@ -413,20 +413,23 @@ def fit(
         if checkpoint and accelerate.PartialState().is_main_process:
             checkpoint.save(done, parameters, optimizer, log, state)
 
-    with StopRequest() as stop, _bar(batches, start, progress) as bar:
+    devices = [model.device] if model.device.type == "cuda" else []
+    kept = torch.random.fork_rng(devices)  # a step's dropout is seeded
+    with kept, StopRequest() as stop, _bar(batches, start, progress) as bar:
         around = _Around(config, batches, log, bar, stop, save, evaluate, track)
         steps(model, batches, rates, config, optimizer, start, around.after)
     return log
 
 # %% ../nbs/02_train.ipynb #6052a6e3
-def _read(data_path: str | Path | list[Example]) -> tuple[list[Example], list]:
+def _read(data_path: str | Path | Iterable[Any]) -> tuple[list[Example], list]:
     "The rows, and the files that the manifest has to name."
-    if isinstance(data_path, list):
-        return data_path, []
-    rows, problems = load_examples(data_path)
+    files = [data_path] if isinstance(data_path, str | Path) else []
+    rows, problems = load_examples(files[0]) if files else check_rows(cast(Any, data_path))
+    if stops := [p for p in problems if p.stops]:
+        raise refusal("the rows at hand", stops)
     if problems:
         print(dropped(problems))
-    return rows, [data_path]
+    return rows, files
 
 
 def _check(output_dir: Path, config: TrainConfig) -> None:
@@ -606,10 +609,11 @@ def _summary(
 def save_adapter(
     model: Any,  # a PeftModel
     tokenizer: Any,  # saved with it, so that the folder stands alone
-    output_dir: Path,  # replaced as a whole
+    output_dir: str | Path,  # replaced as a whole
     result: Mapping,  # what was measured
 ) -> None:
     "Save beside the target and rename: a kill leaves a whole adapter, if only as `.NAME.old`."
+    output_dir = Path(output_dir)
     part = output_dir.with_name(f".{output_dir.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
@@ -645,7 +649,7 @@ def _finished(output_dir: Path, wanted: Mapping[str, Any]) -> dict | None:
 
 # %% ../nbs/02_train.ipynb #8523dd6e
 def _train(
-    base_model: str, data_path: str | Path | list[Example], output_dir: Path, config: TrainConfig,
+    base_model: str, data_path: str | Path | Iterable[Any], output_dir: Path, config: TrainConfig,
     quant_lora: QuantLoraConfig, progress: bool, report_to: str | None, overwrite: bool,
 ) -> dict:  # fmt: skip
     "`train` in a folder that this process holds."
@@ -685,7 +689,7 @@ def _train(
 # %% ../nbs/02_train.ipynb #27bfb2a8
 def train(
     base_model: str,  # a local folder, a hub id, or smollm2-135m
-    data_path: str | Path | list[Example],  # a file, a catalogued name, a hub id; or rows
+    data_path: str | Path | Iterable[Any],  # a file, a catalogued name, a hub id; or rows
     output_dir: str | Path,  # where the adapter goes; replaced only when the new one is complete
     config: TrainConfig | None = None,  # default: the published 7B settings
     quant_lora: QuantLoraConfig | None = None,  # default: likewise

@@ -65,7 +65,7 @@ def fresh(colab: Path, dist: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_all(folder: Path, extra: str = "", kernel: str = "python3") -> tuple[str, float]:
-    """Runtime, Run all; `extra` runs before the first long cell. What was printed; seconds."""
+    """Runtime, Run all; `extra` runs before the first long cell. What came out; seconds."""
     notebook: Any = nbformat.read(NOTEBOOK, 4)
     cells = notebook.cells
     cells.insert(0, nbformat.v4.new_code_cell("import google.colab"))
@@ -74,8 +74,10 @@ def run_all(folder: Path, extra: str = "", kernel: str = "python3") -> tuple[str
     start = time.perf_counter()
     where = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=1200, kernel_name=kernel, resources=where).execute()
-    outputs = (o for c in cells if c.cell_type == "code" for o in c.outputs)
-    return "".join(o.get("text", "") for o in outputs), time.perf_counter() - start
+    outputs = [o for c in cells if c.cell_type == "code" for o in c.outputs]
+    shown = ["[picture]" for o in outputs if "image/png" in o.get("data", {})]
+    said = [o.get("text", "") for o in outputs]
+    return "".join([*said, *shown]), time.perf_counter() - start
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -89,10 +91,12 @@ def test_run_all_twice(colab):
     for told in ("Drive is not connected (mount failed)", "Llama 2 is given to those", "train"):
         assert told in said, told
     assert "HF_TOKEN is not among the secrets" in said and "judge unfit: no claim" in said
+    assert said.count("[picture]") == 1
     found = files(colab)
     assert len(found) == 4 and (colab / "runs" / "smollm2-135m.zip").exists()
     again, _ = run_all(colab, SMALLER)
     assert "judge unfit: no claim" in again and files(colab) == found
+    assert again.count("[picture]") == 1  # in a kernel that has drawn nothing else
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
-from .files import UserError
+from .files import UserError, own_value
 
 T = TypeVar("T")
 
@@ -141,7 +141,7 @@ def settings(
     @functools.wraps(check)
     def __init__(self: Any, *values: Any, **named: Any) -> None:
         try:
-            check(self, *values, **named)
+            check(self, *map(own_value, values), **{k: own_value(v) for k, v in named.items()})
         except ValidationError as e:
             raise _said(made, e) from None
         for name in made.__dataclass_fields__:  # type: ignore[attr-defined]

@@ -21,7 +21,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from .files import UserError, atomic, dumps, read_json, say_once, write_jsonl
+from alpagasus2.core.files import (
+    UserError,
+    atomic,
+    dumps,
+    objects,
+    read_json,
+    say_once,
+    write_jsonl,
+)
 
 # %% ../../nbs/core/tables.ipynb #24f7b408
 _CHUNK = 1 << 20  # characters or bytes read at a time
@@ -421,20 +429,12 @@ def records(
     yield from READERS[ending](path)
 
 # %% ../../nbs/core/tables.ipynb #f66f79d4
-def _objects(path: str | Path, rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
-    "The rows; a table of pandas, say, gives the names of its columns in their place."
-    for row in rows:
-        if not isinstance(row, Mapping):
-            raise UserError(f"{path}: a {type(row).__name__} is no row; give a list of objects")
-        yield row
-
-
 def write_rows(
     path: str | Path,  # .json (a list), .jsonl or .ndjson (one a line), .parquet
     rows: Iterable[Mapping[str, Any]],  # JSON objects, which are not held
 ) -> None:
     "Write rows atomically, a list as `write_json` has it."
-    ending, rows = Path(path).suffix.lower(), _objects(path, rows)
+    ending, rows = Path(path).suffix.lower(), objects(path, rows)
     if ending == ".parquet":
         return write_parquet(path, rows)
     if ending in (".jsonl", ".ndjson"):

@@ -119,12 +119,12 @@ def choice_logprobs(
         raise UserError(f"choices {list(choices)} do not differ in their first token")
     encoded = [forward.Encoded(str(i), ids, len(ids)) for i, ids in enumerate(prompts)]
     checked(model)
-    model.eval()
-    for pack in forward.micro_batches(model, encoded):
-        rows = [encoded[i] for i in pack]
-        logits = forward.logits_at(model, rows, [[e.n_prompt - 1] for e in rows])
-        logits = logits[:, first].float()
-        yield from zip(pack, logits.log_softmax(-1).tolist(), strict=True)
+    with forward.evaluating(model):
+        for pack in forward.micro_batches(model, encoded):
+            rows = [encoded[i] for i in pack]
+            logits = forward.logits_at(model, rows, [[e.n_prompt - 1] for e in rows])
+            logits = logits[:, first].float()
+            yield from zip(pack, logits.log_softmax(-1).tolist(), strict=True)
 
 # %% ../../nbs/model/likelihood.ipynb #f9ec4985
 @torch.no_grad()

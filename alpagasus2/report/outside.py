@@ -359,12 +359,13 @@ def _less_is_better(rows: pd.DataFrame, lower: Sequence[str]) -> set[tuple[str, 
 
 # %% ../../nbs/report/outside.ipynb #07bcf715
 def read_scores(
-    sources: Sequence[str | Path],  # files and folders
+    sources: str | Path | Sequence[str | Path],  # files and folders; one or more
     metrics: Sequence[str] = (),  # to compare; default: each task's first one
     arms: Mapping[str, Sequence[str]] | None = None,  # arm -> the models that are its runs
     lower: Sequence[str] = (),  # metrics of which less is better, where the files do not say so
 ) -> tuple[Scores, list[Path]]:  # the scores; the files that were read
     "Scores of other tools, one cell for each item, model and run; raises `UserError`."
+    sources = [sources] if isinstance(sources, str | Path) else sources
     parts = [p for s in sources for f in _files(Path(s)) if (p := _read_file(f)) is not None]
     if not any(parts):
         raise UserError(

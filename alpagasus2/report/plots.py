@@ -10,27 +10,37 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core.files import UserError
-from ..core.text import figure_text
+from ..core.text import figure_text, shortened
 from ..data import Example, response_of
 from ..evidence.filtering import kept_by_category
+from .charts import Picture
+from .numbers import as_count
 
 # %% ../../nbs/report/plots.ipynb #c56c5902
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from statsmodels.stats.proportion import proportion_confint
+
+# %% ../../nbs/report/plots.ipynb #c0bbc6ca
+def _picture(width: float, height: float) -> tuple[Picture, Axes]:
+    "A figure of so many inches with one pair of axes; pyplot does not know it."
+    figure = Picture(figsize=(width, height))
+    return figure, figure.subplots()
 
 # %% ../../nbs/report/plots.ipynb #a2359386
 def plot_categories(
     rows: Sequence[Example],  # the pool
     selected: Mapping[str, Sequence[Example]],  # arm -> its rows, as far as they are of the pool
-) -> plt.Figure:
+) -> Figure:
     "Share kept of the 8 largest categories, Wilson intervals; dashed: the share of all rows."
     counts = {a: kept_by_category(rows, {r["id"] for r in kept}) for a, kept in selected.items()}
     names = list(next(iter(counts.values())))[:8]
-    fig, ax = plt.subplots(figsize=(6, 1.2 + 0.3 * len(names) * len(counts)))
+    fig, ax = _picture(6, 1.2 + 0.3 * len(names) * len(counts))
     for n, (arm, found) in enumerate(counts.items()):
         stayed, there = np.array([found[c] for c in names]).T
         shares = stayed / there
@@ -38,11 +48,13 @@ def plot_categories(
         errors = np.maximum(0, [shares - low, high - shares])
         y = np.arange(len(names)) + (n - (len(counts) - 1) / 2) * 0.8 / len(counts)
         color = sns.color_palette("colorblind")[n % 10]
-        ax.errorbar(shares, y, xerr=errors, fmt="o", capsize=3, color=color, label=figure_text(arm))
+        ax.errorbar(shares, y, xerr=errors, fmt="o", capsize=3, color=color,
+                    label=figure_text(shortened(arm)))  # fmt: skip
         overall = sum(k for k, _ in found.values()) / len(rows)
         ax.axvline(overall, color=color, linestyle="--", linewidth=1)
     ax.set_yticks(
-        range(len(names)), [f"{figure_text(c)}\n{counts[arm][c][1]:,} rows" for c in names]
+        range(len(names)),
+        [f"{figure_text(shortened(c))}\n{counts[arm][c][1]:,} rows" for c in names],
     )
     ax.set(xlabel="share kept", xlim=(0, None), title=f"what was kept of {len(rows):,} rows")
     ax.set_ylim(len(names) - 0.5, -0.5)
@@ -55,9 +67,9 @@ def plot_categories(
 def plot_lengths(
     rows: Sequence[Example],  # the pool
     selected: Mapping[str, Sequence[Example]],  # arm -> its rows
-) -> plt.Figure:
+) -> Figure:
     "Cumulative distribution of response lengths, each arm beside the pool."
-    fig, ax = plt.subplots(figsize=(6, 3))
+    fig, ax = _picture(6, 3)
     arms = {"pool": rows, **selected}
     table = pd.DataFrame(
         [(f"{figure_text(a)}, {len(part):,} rows", max(1, len(response_of(r))))
@@ -65,7 +77,14 @@ def plot_lengths(
     )  # fmt: skip
     sns.ecdfplot(table, x="characters", hue="arm", log_scale=True, palette="colorblind", ax=ax)
     ax.set(xlabel="length of the response (characters)", ylabel="share of rows")
-    sns.move_legend(ax, "upper left", title=None, frameon=False)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:,.10g}")
+    ax.minorticks_off()
+    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    legend = ax.get_legend()
+    assert legend  # `hue` makes one
+    for text in legend.get_texts():
+        text.set_text(shortened(text.get_text(), 50))
     sns.despine(ax=ax)
     fig.tight_layout()
     return fig
@@ -75,9 +94,9 @@ def plot_scores(
     rows: Sequence[Example],  # examples; coloured by `flaw` where it is known
     scores: Mapping[str, float],  # row id -> score
     selector: str = "score",  # the axis label
-) -> plt.Figure:
+) -> Figure:
     "Distribution of a selector's scores."
-    fig, ax = plt.subplots(figsize=(6, 3))
+    fig, ax = _picture(6, 3)
     scored = [r for r in rows if r["id"] in scores]
     table = pd.DataFrame({
         selector: [scores[r["id"]] for r in scored],
@@ -89,46 +108,59 @@ def plot_scores(
         palette="colorblind" if hue else None,
     )  # fmt: skip
     ax.set(ylabel="rows", title=f"scores of {len(scored):,} rows")
+    if hue:
+        sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
     sns.despine(ax=ax)
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/report/plots.ipynb #5d34fee3
+def _counts(p: Mapping) -> str:
+    return ", ".join(f"{name} {as_count(p[name])}" for name in ("win", "tie", "lose"))
+
+
 @mpl.rc_context({"text.parse_math": False})  # a name may hold dollar signs
 def plot_outcomes(
     pairs: Sequence[Mapping],  # P's of results.json
-) -> plt.Figure:
+) -> Figure:
     "Win, tie and lose of every pair of models as one bar each."
-    fig, ax = plt.subplots(figsize=(7, 1 + 0.55 * len(pairs)))
+    fig, ax = _picture(7, 1 + 0.55 * len(pairs))
     names = [
-        f"{p['model_a']} against {p['model_b']}\n{p.get('test_set', 'all')}, n = {p['n']}"
+        f"{shortened(p['model_a'], 30)} against {shortened(p['model_b'], 30)}\n"
+        f"{shortened(p.get('test_set', 'all'), 60)}, n = {p['n']:,}"
         for p in pairs
     ]
-    left, colors = np.zeros(len(pairs)), sns.color_palette("colorblind")
+    y, left, colors = range(len(pairs)), np.zeros(len(pairs)), sns.color_palette("colorblind")
     for name, color in (("win", colors[0]), ("tie", colors[7]), ("lose", colors[1])):
         widths = np.array([p[name] / max(p["n"], 1) for p in pairs])
-        bars = ax.barh(names, widths, left=left, color=color, label=name)
-        ax.bar_label(bars, [p[name] or "" for p in pairs], label_type="center", color="white")
+        bars = ax.barh(y, widths, left=left, color=color, label=name)
+        told = [as_count(p[name]) if w > 0.07 else "" for p, w in zip(pairs, widths, strict=True)]
+        ax.bar_label(bars, told, label_type="center", color="white")
         left += widths
     ax.invert_yaxis()
+    ax.set_yticks(y, names)
     ax.set(xlabel="share of prompts (both orders, AlpaGasus rule)", xlim=(0, 1))
     ax.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     sns.despine(ax=ax)
     fig.tight_layout()
+    fig.set_label("; ".join(
+        f"{name.replace(chr(10), ', ')}: {_counts(p)}" for name, p in zip(names, pairs, strict=True)
+    ))  # fmt: skip
     return fig
 
 # %% ../../nbs/report/plots.ipynb #863d0900
 def plot_slots(
     health: Mapping,  # from `judge_health`
-) -> plt.Figure:
+) -> Figure:
     "How often the answer shown first or second won: half each for a judge without a preference."
-    fig, ax = plt.subplots(figsize=(5, 2))
+    fig, ax = _picture(5, 2)
     wins = [health["first_slot_wins"], health["second_slot_wins"]]
     bars = ax.barh(["shown first", "shown second"], wins, color=sns.color_palette("colorblind")[0])
     ax.bar_label(bars, padding=3)
     ax.axvline(sum(wins) / 2, color="0.3", linestyle="--", linewidth=1)
     ax.invert_yaxis()
-    ax.set(xlabel="verdicts won", title=f"slot preference, n = {sum(wins)} decided verdicts")
+    ax.set(xlabel="verdicts won", title=f"slot preference, n = {sum(wins):,} decided verdicts")
+    fig.set_label(f"shown first: {wins[0]:,}; shown second: {wins[1]:,}")
     sns.despine(ax=ax)
     fig.tight_layout()
     return fig
@@ -136,12 +168,12 @@ def plot_slots(
 # %% ../../nbs/report/plots.ipynb #1552f33d
 def plot_plan(
     rows: Sequence[Mapping[str, Any]],  # from `plan`
-) -> plt.Figure:
+) -> Figure:
     "Power over the number of prompts, a line for each number of runs."
     table = pd.DataFrame([r for r in rows if r["power"] is not None])
     if table.empty:
         raise UserError("no row has a power: plan three runs or more of each arm")
-    fig, ax = plt.subplots(figsize=(6, 3))
+    fig, ax = _picture(6, 3)
     table["runs"] = table["runs"].astype(str) + " runs"
     sns.lineplot(
         table, x="prompts", y="power", hue="runs", style="runs", markers=True, dashes=False,

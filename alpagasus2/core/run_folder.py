@@ -55,6 +55,8 @@ def check_line(
     numbers = {"score": line.get("score"), **{k: usage.get(k) for k in USED}}
     if wrong := [k for k, v in numbers.items() if not isinstance(v, int | float | None)]:
         raise UserError(f"{path}: {wrong[0]} is {numbers[wrong[0]]!r}, not a number")
+    if not re.fullmatch("[0-9a-f]{0,12}", str(line.get("row_sha256") or "")):
+        raise UserError(f"{path}: row_sha256 is {line['row_sha256']!r}, not the hash of a row")
     if what := files.unwritable(line):
         raise UserError(f"{path}: the line of {line.get('id')} holds {what}")
 

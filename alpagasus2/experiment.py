@@ -27,7 +27,7 @@ from alpagasus2.generate import (
     generate,
     server_ask,
 )
-from .quant_lora import SMALL_MODEL
+from .quant_lora import SMALL_MODEL, base_sha256
 from .recipe import Arm, Judge, Rater, Recipe, Server, at_rate, comparisons, served_as
 from .steps.results import report_run
 from .steps.rows import rate_pool
@@ -81,11 +81,11 @@ def answer_questions(
     config, arms, server = run.recipe.generation, run.recipe.arms, run.recipe.server
     if server:
         models = {a: served_arm(run, server, replicate, a) for a in ("base", *arms)}
-        backend = {"base_url": server.base_url, "models": server.models}
+        backend: dict[str, Any] = {"base_url": server.base_url, "models": server.models}
         _say_inputs(run)
     else:
         models = {a: local.arm_backend(run.models, load, a, config) for a in ("base", *arms)}
-        backend = None
+        backend = {"base_weights": base_sha256(run.recipe.base_model)}
     asked = f"Answering {len(run.questions)} questions with {', '.join(models)}"
     run.begin(f"answers {replicate}", asked)
     output, base = run.dir / "responses.jsonl", run.recipe.base_model
@@ -98,7 +98,8 @@ def answer_questions(
 def generate_and_measure(run: Run) -> None:
     "Everything that needs the trained arms in memory, replicate by replicate."
     models, replicates = ["base", *run.recipe.arms], range(run.recipe.replicates)
-    wanted = [line for r in replicates for line in answer_lines(run.questions, models, r)]
+    trained = [{a: run.adapter(a, r) for a in run.recipe.arms} for r in replicates]
+    wanted = [x for r in replicates for x in answer_lines(run.questions, models, r, trained[r])]
     measured = run_folder.is_settled(run.dir / "heldout.jsonl", heldout_lines(run))
     measured &= not run.held or run_folder.is_settled(run.dir / OWN_LOSSES, own_lines(run))
     if measured and run_folder.is_settled(run.dir / "responses.jsonl", wanted):

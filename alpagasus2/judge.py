@@ -6,8 +6,8 @@
 __all__ = ['DIMENSIONS', 'RATING_VERSION', 'PAIR_VERSION', 'VERDICT_VERSION', 'TAG', 'NOT_DIGITS', 'UNREAD', 'DRIFT',
            'NULL_ANSWER', 'PADDING', 'check_dimension', 'JudgeConfig', 'RatingPrompt', 'load_prompt', 'rating_messages',
            'comparison_messages', 'to_ask_again', 'Plan', 'asked_since', 'carry_out', 'endpoint_ask', 'Rating',
-           'rating_plan', 'score_counts', 'drift', 'Pair', 'Judgment', 'pair_arms', 'read_scores', 'missing_answers',
-           'comparison_plan', 'canary_pairs', 'file_name', 'judge_files', 'canaries_path']
+           'rating_line', 'rating_plan', 'score_counts', 'drift', 'Pair', 'Judgment', 'pair_arms', 'read_scores',
+           'missing_answers', 'comparison_plan', 'canary_pairs', 'file_name', 'judge_files', 'canaries_path']
 
 # %% ../nbs/04_judge.ipynb #fe396af0
 import hashlib
@@ -34,7 +34,15 @@ from alpagasus2.core.run_folder import (
     resumed,
 )
 from .core.settings import nearest, settings
-from .data import Asked, Example, Question, question_of, response_of, rows_with_ids
+from alpagasus2.data import (
+    Asked,
+    Example,
+    Question,
+    question_of,
+    response_of,
+    row_sha256,
+    rows_with_ids,
+)
 from .endpoint.batch_api import announced
 from .endpoint.cache import Ask, Reply, Request, moment
 from .endpoint.client import EndpointConfig
@@ -408,8 +416,19 @@ class Rating(TypedDict, total=False):
     usage: dict[str, Any]  # tokens, usd
     served: str  # the model that an endpoint says it used
     signals: dict[str, float | None]  # of a local rater
+    row_sha256: str  # first 12 hex digits; earlier versions had none
 
 # %% ../nbs/04_judge.ipynb #0fa04901
+def rating_line(
+    row: Example,  # with its id
+    dimension: str,  # what is rated, or a local selector
+    vote: int = 0,
+) -> dict[str, Any]:  # what is known of a line before the row is rated
+    "The key of a rating, and what tells a row from an edited one of the same id."
+    key = {"id": row["id"], "dimension": dimension, "vote": vote}
+    return key | {"row_sha256": row_sha256(row)}
+
+# %% ../nbs/04_judge.ipynb #6df24918
 def rating_plan(
     rows: Sequence[Example],  # with ids
     config: JudgeConfig,  # dimension, votes
@@ -431,10 +450,7 @@ def rating_plan(
         score = parse_rating(reply.text, prompt.low, prompt.high, config.dimension)
         return {"score": score, "status": _status(reply, score)}
 
-    keys = [
-        {"id": r["id"], "dimension": config.dimension, "vote": v}
-        for r in rows for v in range(config.votes)
-    ]  # fmt: skip
+    keys = [rating_line(r, config.dimension, v) for r in rows for v in range(config.votes)]
     who = {"kind": "llm", "model": rater, "prompt_version": prompt.version}
     return Plan(keys, ask, read, settings, {"rater": who}, choices=prompt.digits, mean=True)
 
@@ -692,7 +708,12 @@ def canary_pairs(
         for g in read_jsonl(dataset_path("gold_pairs.jsonl"))
     ]
     mine = [r for r in responses if r["model"] == model_a and not r.get("replicate")]
-    mine = [r for r in mine if _is_answer(r)]
+    owner: dict[str, str | None] = {}  # of an id: two test sets may have the same
+    mine = [
+        r if owner.setdefault(r["id"], r.get("test_set")) == r.get("test_set")
+        else cast(Response, {**r, "id": f"{r['test_set']}/{r['id']}"})
+        for r in mine if _is_answer(r)
+    ]  # fmt: skip
     known += [(r, "null", NULL_ANSWER, model_a, r["response"]) for r in mine[:30]]
     known += [(r, "itself", r["response"], model_a, r["response"]) for r in mine[:6]]
     known += [(r, "padded", _padded(r["response"]), model_a, r["response"]) for r in mine[:30]]

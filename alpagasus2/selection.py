@@ -19,7 +19,15 @@ import numpy as np
 
 from .core.files import UserError
 from .core.text import NearDuplicates, category_by_rules
-from .data import Example, Problem, asked_of, iter_rows, response_of, rows_with_ids
+from alpagasus2.data import (
+    Example,
+    Problem,
+    asked_of,
+    iter_rows,
+    response_of,
+    row_sha256,
+    rows_with_ids,
+)
 
 # %% ../nbs/00b_selection.ipynb #f1f836cb
 _STATUSES = ("ok", "unparsed", "refused", "length", "error")  # of our ratings
@@ -82,14 +90,32 @@ def _check_rater(line: Mapping, raters: dict[tuple, Any], part: tuple, where: st
         raise UserError(f"{where} is by the rater {line.get('rater')}, and a line before it by "
                         f"{first}; keep the lines of one")  # fmt: skip
 
+# %% ../nbs/00b_selection.ipynb #33a8da37
+def _is_of_another(line: Mapping, rows: Mapping[str, Example]) -> bool:
+    "Whether our rating is of a row that had this id and another text."
+    row, text = rows.get(str(line.get("id"))), line.get("row_sha256")
+    return row is not None and text is not None and text != row_sha256(row)
+
+
+def _check_dimensions(path: str | Path, found: Mapping[str, int], dimension: str | None) -> None:
+    "`UserError` where it is not clear which of the dimensions that a file names is meant."
+    if "" in found and len(found) > 1:
+        raise UserError(f"{path}: some lines name a `dimension`, others do not; keep one kind")
+    if dimension is None and len(found) > 1:
+        raise UserError(f"{path}: holds several dimensions ({', '.join(sorted(found))}); name one")
+    if dimension and not {"", dimension} & {*found}:
+        raise UserError(f"{path}: no score for {dimension!r}, only for {', '.join(sorted(found))}")
+
 # %% ../nbs/00b_selection.ipynb #9092a278
 def score_lines(
     path: str | Path,  # as `load_scores` takes it
     by_row: Sequence[str | None],  # the id of each row of the data; None where it was dropped
     dimension: str | None = None,  # which one, when the file holds several
+    rows: Mapping[str, Example] | None = None,  # by id, where they are at hand
 ) -> Iterator[tuple[tuple, str, float]]:  # (dimension and vote, row id, score), line by line
     "The scores of a file as they stand; at its end, `UserError` where it is not clear which count."
     found, table, raters = Counter[str](), dict[tuple, float](), dict[tuple, Any]()
+    outdated = set[tuple]()  # rows that were edited since
     for n, line in enumerate(iter_rows(path)):
         where = f"{path}: line {n}"
         part = _named_part(line, where)
@@ -97,6 +123,10 @@ def score_lines(
         if dimension and part[0] not in (None, dimension):
             continue
         _check_rater(line, raters, part, where)
+        if _is_of_another(line, rows or {}):
+            outdated.add((part, str(line["id"])))
+            continue
+        outdated.discard((part, str(line.get("id"))))
         score = _score(line, where)
         if score is None or (key := _scored_id(line, where, by_row)) is None:
             continue
@@ -104,12 +134,10 @@ def score_lines(
             raise UserError(f"{where} gives row {key!r} the score {score:g}, and a line before it "
                             f"{first:g}; keep one, or number them in a column `vote`")  # fmt: skip
         yield part, key, score
-    if "" in found and len(found) > 1:
-        raise UserError(f"{path}: some lines name a `dimension`, others do not; keep one kind")
-    if dimension is None and len(found) > 1:
-        raise UserError(f"{path}: holds several dimensions ({', '.join(sorted(found))}); name one")
-    if dimension and not {"", dimension} & {*found}:
-        raise UserError(f"{path}: no score for {dimension!r}, only for {', '.join(sorted(found))}")
+    if outdated:
+        raise UserError(f"{path}: row {min(x for _, x in outdated)!r} was edited since it was "
+                        "rated; rate again, which asks for such rows alone")  # fmt: skip
+    _check_dimensions(path, found, dimension)
 
 # %% ../nbs/00b_selection.ipynb #1ca09b59
 def load_scores(
@@ -121,9 +149,10 @@ def load_scores(
     "Read scores by row id. A row without a readable score is left out, never given a number."
     rows = rows_with_ids(rows)
     votes: dict[tuple, dict[str, float]] = defaultdict(dict)  # the last line of a vote counts
-    for part, key, score in score_lines(path, _ids_by_row(rows, problems), dimension):
+    by_id = {r["id"]: r for r in rows}
+    for part, key, score in score_lines(path, _ids_by_row(rows, problems), dimension, by_id):
         votes[part][key] = score
-    scores, ids = _means([*votes.values()]), {r["id"] for r in rows}
+    scores, ids = _means([*votes.values()]), by_id.keys()
     if scores and ids and not ids & scores.keys():
         raise UserError(f"{path}: none of its {len(scores):,} scores is of a row of the data: it "
                         f"scores {next(iter(scores))!r}, they have {rows[0]['id']!r}")  # fmt: skip

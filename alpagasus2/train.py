@@ -31,7 +31,13 @@ from alpagasus2.core.files import (
     say,
     write_json,
 )
-from .core.run_folder import hold, is_complete, manifest_entry, recorded
+from alpagasus2.core.run_folder import (
+    changed_setting,
+    hold,
+    is_complete,
+    manifest_entry,
+    recorded,
+)
 from .data import Example, check_rows, dropped, load_examples, refusal
 from alpagasus2.model.budget import (
     SMALLER,
@@ -476,6 +482,14 @@ def _checkpoint(
     return checkpoint
 
 # %% ../nbs/02_train.ipynb #f4acb7cf
+def _given(
+    base_model: str, config: TrainConfig, quant_lora: QuantLoraConfig
+) -> dict[str, Any]:  # fmt: skip
+    "The settings of a training; the weights tell a base from another one at its path."
+    base = {"base_model": str(base_model), "base_weights": base_sha256(base_model)}
+    return base | asdict(config) | asdict(quant_lora)
+
+# %% ../nbs/02_train.ipynb #efdd9492
 def training_of(
     base_model: str,  # as given to `train`
     rows: Sequence[Example],  # likewise
@@ -485,8 +499,7 @@ def training_of(
 ) -> dict[str, Any]:
     "What decides an adapter: the base, every setting that changes it, the rows as tokens."
     encoded, _ = encode_rows(split_rows(rows, config)[0], tokenizer, config)
-    given = {"base_model": str(base_model), **asdict(config), **asdict(quant_lora)}
-    return _decisive(given, rows_sha256(encoded))
+    return _decisive(_given(base_model, config, quant_lora), rows_sha256(encoded))
 
 
 def trained_as(
@@ -619,18 +632,18 @@ def _place(model: Any) -> dict[str, Any]:
             **visible}  # fmt: skip
 
 
-def _finished(output_dir: Path, settings: Mapping[str, Any], trained_on: str) -> dict | None:
+def _finished(output_dir: Path, wanted: Mapping[str, Any]) -> dict | None:
     "What a finished training of these rows measured; None where there is something to do."
-    kept = manifest_entry(output_dir).get("trained_on")
-    if kept is None or not is_complete(output_dir):
+    kept = trained_as(output_dir)
+    if kept is None:
         return None
-    if kept != trained_on:
+    if kept["rows"] != wanted["rows"]:
         raise UserError(
             f"{output_dir} was trained on other rows; choose another folder, or --overwrite it"
         )
-    if not is_complete(output_dir, settings):
+    if changed_setting(kept, wanted):
         return None  # `recorded` names the setting
-    check_adapters({output_dir.name: output_dir}, settings["base_model"])
+    check_adapters({output_dir.name: output_dir}, wanted["base_model"])
     say(f"{output_dir} is finished, by these rows and settings; --overwrite trains it again")
     return read_json(output_dir / "train_result.json")
 
@@ -647,10 +660,10 @@ def _train(
     encoded, counts = encode_rows(train_rows, tokenizer, config)
     held = encode_rows(held_rows, tokenizer, config)[0] if held_rows else []
     check_readable(load_config(base_model), [*encoded, *held])
-    settings = {"base_model": str(base_model), **asdict(config), **asdict(quant_lora)}
+    settings = _given(base_model, config, quant_lora)
     checkpoint = _checkpoint(output_dir, settings, encoded)
     trained_on = checkpoint.settings["rows"]
-    done = None if overwrite else _finished(output_dir, settings, trained_on)
+    done = None if overwrite else _finished(output_dir, checkpoint.settings)
     if _any_process(done is not None):
         return done or {}
     recording: Any = nullcontext({})

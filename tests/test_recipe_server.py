@@ -105,12 +105,13 @@ def test_a_reply_from_before_the_training_is_no_answer(
     assert ask("2999-01-01T00:00:00+00:00") == ASKED
 
 
-def test_another_server_is_another_experiment(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_server_may_move_and_may_not_be_left_out(recipe: Recipe, tmp_path: Path) -> None:
     experiment.Run(recipe, tmp_path, False)
     (tmp_path / "responses.jsonl").touch()
     elsewhere = {**recipe.generate, "base_url": "http://localhost:9/v1"}
+    experiment.Run(replace(recipe, generate=elsewhere), tmp_path, False)
     with pytest.raises(UserError, match="another `recipe`"):
-        experiment.Run(replace(recipe, generate=elsewhere), tmp_path, False)
+        experiment.Run(replace(recipe, generate={"max_new_tokens": 9}), tmp_path, False)
 
 
 def test_a_server_that_is_not_there_is_one_sentence(recipe: Recipe, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ __all__ = ['rate', 'judge', 'generate', 'leaderboard']
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,16 @@ class _Asked:
     limits: Any  # an EndpointConfig
     options: dict[str, Any] | None  # of a local model's chat template
     spread: Any  # a Spread: over how many
+
+    @cached_property
+    def recorded(self) -> dict[str, Any]:
+        "Where a model is; of a local one its weights, and the options of its chat template."
+        if self.backend == "endpoint":
+            return {"backend": "endpoint"}
+        from alpagasus2.quant_lora import base_sha256
+
+        options = {"template_options": self.options} if self.options else {}
+        return {"backend": "local", "base_weights": base_sha256(self.model), **options}
 
 
 def _ask(who: _Asked, plans: Mapping[Path, Any], retry: bool, dry_run: bool) -> Any:
@@ -116,11 +126,10 @@ def _rate_locally(
 
 # %% ../../nbs/commands/ask.ipynb #47588e3f
 def _with_options(plan: Any, who: _Asked) -> Any:
-    "A plan whose file also records the options of a local model's chat template."
+    "A plan whose file also records who answers: a local model's choices are no server's replies."
     if who.options and who.backend != "local":
         raise UserError("template_options are for a model of this machine; set backend=local")
-    told = {"template_options": who.options} if who.options else {}
-    return replace(plan, settings={**plan.settings, **told})
+    return replace(plan, settings={**plan.settings, **who.recorded})
 
 # %% ../../nbs/commands/ask.ipynb #76625028
 def _check_given(beside: str, options: Mapping[str, Any]) -> None:
@@ -377,13 +386,16 @@ def generate(
     print(f"{len(asked):,} questions for {', '.join([name, *paths])}", file=sys.stderr)
     if base_url:
         models = {name: _server(base_model, base_url, output, settings, limits, asked)}
+        backend: dict[str, Any] = {"base_url": base_url}
     if dry_run:
         return
     if not base_url:
         from alpagasus2.local import local_arms
+        from alpagasus2.quant_lora import base_sha256
 
         given = base_model, paths, settings, load_in_4bit, name, unpacked
         models = local_arms(*given)
+        backend = {"load_in_4bit": load_in_4bit, "base_weights": base_sha256(base_model)}
     if spread.engine:
         from alpagasus2.scale.rows import by_endpoint, spread_answers, spread_backend
 
@@ -394,7 +406,6 @@ def generate(
         else:
             arms = partial(local_arms, *given)
             models = {arm: spread_backend(arms, arm, output, spread) for arm in models}
-    backend = {"base_url": base_url} if base_url else {"load_in_4bit": load_in_4bit}
     lines = answer(
         asked, models, output, settings, base_model, replicate, adapters=paths, backend=backend
     )

@@ -55,6 +55,8 @@ def check_line(
     numbers = {"score": line.get("score"), **{k: usage.get(k) for k in USED}}
     if wrong := [k for k, v in numbers.items() if not isinstance(v, int | float | None)]:
         raise UserError(f"{path}: {wrong[0]} is {numbers[wrong[0]]!r}, not a number")
+    if not re.fullmatch("[0-9a-f]{0,12}", str(line.get("row_sha256") or "")):
+        raise UserError(f"{path}: row_sha256 is {line['row_sha256']!r}, not the hash of a row")
     if what := files.unwritable(line):
         raise UserError(f"{path}: the line of {line.get('id')} holds {what}")
 
@@ -281,14 +283,22 @@ def _update_manifest(output: Path, entry: Mapping) -> None:
         files.write_json(output.parent / "manifest.json", manifest)
 
 # %% ../../nbs/core/run_folder.ipynb #12c6fc06
+_WEIGHTS = {"base_weights", "weights"}  # hashes
+_MAYBE = _WEIGHTS | {"backend"}  # not known to earlier versions, or before a download
+
+
 def changed_setting(
     old: Mapping,  # settings in the manifest
     new: Mapping,  # settings asked for now
 ) -> str | None:  # "max_new_tokens was 256 and is now 128"
     "The first setting that differs, in words, or None; one that is off is as if not there."
+    both = {field for field in old if old[field] and new.get(field)}
+    told = _WEIGHTS & both
+    free = {"base_url"} & both | _MAYBE - both
+    free |= {"base_model"} if told and all(old[f] == new[f] for f in told) else set()
     for field in dict.fromkeys([*old, *new]):
         before, now = old.get(field), new.get(field)
-        if before != now and (before or now):
+        if before != now and (before or now) and field not in free:
             return f"{field} was {before!r} and is now {now!r}"
     return None
 
@@ -331,9 +341,12 @@ def is_complete(
     output: str | Path,  # a file or folder that a step writes
     config: Mapping | None = None,  # the settings it should have been made with; None: any
 ) -> bool:  # True: nothing is left to do
-    "Whether `output` was finished, and with exactly these settings."
+    "Whether `output` was finished, and with these settings."
     entry = manifest_entry(output)
-    same = config is None or entry.get("config") == json.loads(files.dumps(config))
+    if config is not None and "config" in entry:
+        same = changed_setting(entry["config"], json.loads(files.dumps(config))) is None
+    else:
+        same = config is None
     return Path(output).exists() and bool(entry.get("ended")) and same
 
 # %% ../../nbs/core/run_folder.ipynb #814ed9c2
@@ -371,15 +384,19 @@ def has_failed(
     return "error" in (line.get("status"), line.get("finish_reason"))
 
 
+_MADE_FROM = ("row_sha256", "adapter", "response_a", "response_b")  # as far as a line says it
+
+
 def open_lines(
     lines: Iterable[Mapping],  # what a file is to hold, as far as it is known before it is made
     find: Callable[[Mapping], Mapping | None],  # the line of the file with the same key
     again: Callable[[Mapping], bool] = has_failed,  # whether a line that is there is made again
 ) -> list[Any]:
-    "The lines that are still to be made; so is one that stood for a missing answer, now there."
+    "The lines to be made, also where an answer was missing, or what a line was made from changed."
     return [
         x for x in lines if (old := find(x)) is None or again(old)
         or (old.get("status") == UNANSWERED != x.get("status"))
+        or any(old.get(f) not in (None, x[f]) for f in _MADE_FROM if f in x)
     ]  # fmt: skip
 
 # %% ../../nbs/core/run_folder.ipynb #fb690267
@@ -398,6 +415,13 @@ def is_settled(
     "Whether a step has ended with all its lines, none of them to be made again."
     return is_complete(output) and not open_lines(lines, finder(output))
 
+# %% ../../nbs/core/run_folder.ipynb #831fbb98
+def _left_over(lines: Iterable[Mapping], rows: Iterable[dict]) -> list[dict]:
+    "Lines of a file beside those that it is to hold, of the same test set, model and so on."
+    asked = {row_key(line) for line in lines}
+    kinds = {key[1:] for key in asked}
+    return [x for x in rows if row_key(x)[1:] in kinds and row_key(x) not in asked]
+
 # %% ../../nbs/core/run_folder.ipynb #c4a0699e
 class Step:
     "A file that is being filled: what is open, and each line as it is made."
@@ -413,6 +437,10 @@ class Step:
         again: Callable[[Mapping], bool] = has_failed,  # as in `open_lines`
     ) -> list[Any]:
         "The lines that are still to be made, those that failed before last; the bar counts them."
+        lines = list(lines)
+        if left := _left_over(lines, self.journal.rows()):
+            told = f"{len(left):,} lines are of what is not asked now ({left[0].get('id')} first)"
+            files.say_once(f"{self.journal.path}: {told}; they stay, and count")
         found = open_lines(lines, self.journal.get, again)
         found.sort(key=lambda line: self.journal.get(line) is not None)
         if found:  # where nothing is open, nothing is shown

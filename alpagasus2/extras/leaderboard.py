@@ -434,9 +434,7 @@ def _lines(
 def _refuse_other_settings(journal: Journal, lines: Iterable[Mapping[str, Any]]) -> None:
     for line in lines:
         if done := journal.get(line):
-            now = line["settings"]
-            before = {"weights": now["weights"]} | done["settings"]  # earlier versions had none
-            if change := changed_setting(before, now):
+            if change := changed_setting(done["settings"], line["settings"]):
                 where = f"{journal.path}: {line['model']} on {line['id']}: {change}"
                 raise UserError(f"{where}; choose another output_dir, or another name for it")
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..core.files import UserError, end_signals
+from ..core.run_folder import changed_setting
 
 # %% ../../nbs/model/checkpoint.ipynb #25fc2f6e
 def _flatten(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict, dict]:
@@ -123,12 +124,10 @@ class Checkpoint:
             kept = about["settings"]
         except (SafetensorError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"{self.path} is no checkpoint ({e}); remove it to start anew") from e
-        for name, value in self.settings.items():
-            if kept.get(name) != value and (name in kept or value):
-                raise UserError(
-                    f"{name} is {value!r}, but the unfinished training was begun with "
-                    f"{kept.get(name)!r}; put it back to go on, or remove {self.path} to start anew"
-                )
+        known = {n: v for n, v in kept.items() if n in self.settings}
+        if change := changed_setting(known, self.settings):
+            raise UserError(f"{change}; put it back to go on with the unfinished training, or "
+                            f"remove {self.path} to start anew")  # fmt: skip
         return about
 
 # %% ../../nbs/model/checkpoint.ipynb #17ba0791

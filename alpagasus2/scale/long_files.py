@@ -134,14 +134,16 @@ class LongFile:
         before = self.known.get(key)
         self.counts[state] += 1
         if before is not None:
-            self.counts[STATES[before]] -= 1
+            self.counts[STATES[before & 255]] -= 1
         self.paid.add(line)
-        self.known[key] = STATES.index(state)
+        self.known[key] = STATES.index(state) | int(line.get("row_sha256") or "0", 16) << 8
 
     def get(self, line: Mapping) -> dict | None:
         "The state of the line with the same key, as far as `open_lines` wants to know it."
-        found = self.known.get(key_of(row_key(line)))
-        return None if found is None else {"status": STATES[found]}
+        if (found := self.known.get(key_of(row_key(line)))) is None:
+            return None
+        made_from = {"row_sha256": f"{found >> 8:012x}"} if found >> 8 else {}
+        return {"status": STATES[found & 255], **made_from}
 
     def append(self, line: Mapping) -> None:
         "Write one line and flush it."

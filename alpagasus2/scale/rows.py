@@ -26,13 +26,12 @@ from alpagasus2.data import (
     dropped,
     iter_rows,
     refusal,
-    template_settings,
 )
 from ..endpoint.cache import Ask, Reply, Request
 from ..endpoint.client import Endpoint, EndpointConfig
 from ..endpoint.prices import Estimate, prompt_tokens
 from ..generate import endpoint_answers
-from ..judge import asked_since, to_ask_again
+from ..judge import asked_since, rating_line, to_ask_again
 from .engine import Account, Blocks, DeskEndpoint, Spread, spread_over
 from .long_files import Index, LongFile, filling, key_of
 
@@ -304,9 +303,9 @@ def spread_backend(
 def _signal_items(rows: Iterable[Example], selector: str, file: LongFile, asked: Index) -> Any:
     "The rows without signals, each with its line; all that were given are noted."
     for row in rows:
-        line = {"id": row["id"], "dimension": selector, "vote": 0}
+        line = rating_line(row, selector)
         asked[key_of(row_key(line))] = 1
-        if (file.get(line) or {}).get("status") not in ("read", "ok"):
+        if open_lines([line], file.get, lambda old: old["status"] not in ("read", "ok")):
             yield {"line": line, "row": row}
 
 
@@ -346,7 +345,7 @@ def _rank_stream(file: LongFile, asked: Index, selector: str) -> None:
         for n, line in enumerate(file.lines()):
             key = key_of(row_key(line))
             if last.get(key) == n:
-                yield n, line, asked.get(key) is not None
+                yield n, line, selector != "flaws" or asked.get(key) is not None
 
     for n, line, ours in lines():
         if ours:
@@ -354,7 +353,7 @@ def _rank_stream(file: LongFile, asked: Index, selector: str) -> None:
             places.append(n)
     scores = iter(flaws(found) if selector == "flaws" else superfiltering(found))
     said: dict[str, Any] = {"review": None, "status": "ok", "usage": {}}
-    file.replace(x | {"score": next(scores)} | said if ours else x for _, x, ours in lines())
+    file.replace(x | {"score": next(scores) if ours else None} | said for _, x, ours in lines())
 
 # %% ../../nbs/scale/rows.ipynb #7e9aa609
 def signal_stream(
@@ -367,9 +366,10 @@ def signal_stream(
     progress: bool = True,
 ) -> dict[str, int]:  # lines by status
     "As `rate_by_signals`, for rows and lines that are not held."
+    from alpagasus2.local import signal_settings
     from alpagasus2.model.likelihood import CHUNK
 
-    settings = {"rater": base_model, "dimension": selector, **template_settings(template)}
+    settings = signal_settings(base_model, selector, template)
     who = {"kind": selector, "model": base_model, "prompt_version": None}
     blocks, asked = Blocks(output), Index()
     with filling(output, settings) as (file, entry), blocks:

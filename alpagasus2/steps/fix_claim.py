@@ -57,22 +57,37 @@ def _claimed(recipe: dict) -> dict:
     return fixed | asked | {"arms": {n: kept(arm, of_arms) for n, arm in recipe["arms"].items()}}
 
 # %% ../../nbs/steps/fix_claim.ipynb #e0cabe5a
+def _compared(recipe: dict) -> dict:
+    "What has to stay of a recipe, whichever version wrote it."
+    fixed = _claimed(recipe)
+    several, own = isinstance(fixed["judge"], list), {"base_url": ""}
+    judges = [who | own for who in (fixed["judge"] if several else [fixed["judge"]])]
+    fixed |= {"rater": fixed["rater"] | own, "judge": judges if several else judges[0]}
+    if served := fixed.get("generate", {}).get("base_url"):
+        fixed["generate"] = {**fixed["generate"], "base_url": bool(served)}
+    return fixed
+
+
 def _changed_key(old: dict, plan: dict) -> str | None:
     "Where a claim says something else; the recipe of an older version had its workers in it."
-    old = {**old, "recipe": _claimed(old["recipe"])}
+    prompt, files = plan["recipe"]["rater"].get("prompt"), plan.get("files", {})
+    old, plan = ({**x, "recipe": _compared(x["recipe"])} for x in (old, plan))
     later = (
         {} if "pool_share" in old["recipe"] else {"pool_share": plan["recipe"].get("pool_share")}
     )
     later |= {} if "holdout" in old["recipe"] else {"holdout": None}  # nothing was held out
     recipe = {k: v for k, v in plan["recipe"].items() if (k, v) not in later.items()}
     plan = {**plan, "recipe": recipe}  # as an older version began, so it goes on
+    if prompt in files and prompt not in old.get("files", {}):
+        plan["files"] = {p: found for p, found in files.items() if p != prompt}
     plan = {k: v for k, v in plan.items() if k not in ("pairs", "trained_rows") or k in old}
     return next((k for k in plan if old.get(k) != plan[k]), None)
 
 # %% ../../nbs/steps/fix_claim.ipynb #3364895b
 def _files(recipe: Recipe) -> list[str]:
     "The scores', arms' and questions' files on this machine."
-    own = [recipe.rater.scores, *(a.data for a in recipe.arms.values())]
+    rater = recipe.rater
+    own = [rater.scores, rater.prompt, *(a.data for a in recipe.arms.values())]
     named = [*own, *recipe.questions]
     return sorted({p for p in named if p and Path(p).is_file()})
 
@@ -128,14 +143,22 @@ def _plan(
     return plan
 
 # %% ../../nbs/steps/fix_claim.ipynb #b27c29a8
-_OF_RATINGS = ("rater", "base_model", "data", "preset", "train", "limit")
+_OF_RATINGS = ("rater", "base_model", "data", "preset", "limit", "train")
+_OF_READING = ("template", "merge_system", "load_in_", "bnb_")  # settings of `train`
+
+
+def _decide_ratings(claim: Mapping[str, Any]) -> list[Any]:
+    "What of a claim the ratings depend on."
+    recipe, rater = claim["recipe"], claim["recipe"]["rater"]
+    read = {k: v for k, v in recipe.get("train", {}).items() if k.startswith(_OF_READING)}
+    pool = {k: v for k, v in claim["pool"].items() if k != "held_out"}  # these are rated, too
+    files = [claim["files"].get(rater.get(k)) for k in ("scores", "prompt")]
+    return [_compared(recipe)["rater"], *map(recipe.get, _OF_RATINGS[1:-1]), read, pool, files]
 
 
 def _made_by(old: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
     "What of a run's folder was made by a claim, and does not hold for the next one."
-    before, now = old["recipe"], plan["recipe"]
-    same = all(before.get(k) == now.get(k) for k in _OF_RATINGS) and old["pool"] == plan["pool"]
-    same = same and old["files"] == plan["files"]
+    same = _decide_ratings(old) == _decide_ratings(plan)
     return ["selected", "adapters", "held_out.json", *([] if same else ["ratings.jsonl"])]
 
 
@@ -145,7 +168,7 @@ def changes(
 ) -> list[str]:  # names of settings; without one: of parts of the claim
     "What two claims say differently."
     recipe = asdict(new) if isinstance(new, Recipe) else new["recipe"]
-    before, now = _claimed(old["recipe"]), _claimed(recipe)
+    before, now = _compared(old["recipe"]), _compared(recipe)
     named = [k for k in {**before, **now} if before.get(k) != now.get(k)]
     if "pool_share" not in before:  # of an earlier version
         named = [k for k in named if k != "pool_share"]
@@ -167,6 +190,9 @@ def same_fit(
 # %% ../../nbs/steps/fix_claim.ipynb #a15baeb2
 def _words(old: Mapping[str, Any], plan: Mapping[str, Any], changed: str) -> str:
     "What a claim says otherwise; of a recipe, which setting."
+    if changed == "files":
+        edited = (p for p, found in plan["files"].items() if old["files"].get(p) != found)
+        return f"`files`: {next(edited)} was edited"
     if changed != "recipe":
         return f"`{changed}`"
     name = changes(old, plan)[0]

@@ -252,7 +252,7 @@ def report_run(
 ) -> Results:
     "Write report/ when any of its inputs is newer than it; the results."
     names = ["claim.json", "ratings.jsonl", "heldout.jsonl", OWN_LOSSES, "responses.jsonl"]
-    names += [path.name for path in run.judged.values()]
+    names += [q.name for p in run.judged.values() for q in (p, judge.canaries_path(p))]
     inputs: dict[str, Any] = {n: file_sha256(run.dir / n) for n in names if (run.dir / n).exists()}
     if run.recipe.price_hour is not None:
         inputs["price_hour"] = run.recipe.price_hour

@@ -36,7 +36,8 @@ def rate_pool(run: Run) -> dict[str, float]:  # row id -> score
     if not is_rated(run.recipe):
         return {}
     lines = [{"id": r["id"], "dimension": rater.selector, "vote": 0} for r in run.rated]
-    if not run_folder.is_settled(output, lines):
+    chosen = run_folder.is_complete(output) and any((run.dir / "selected").glob("*.json"))
+    if not chosen and not run_folder.is_settled(output, lines):  # an arm stands on what is there
         check_rating_price(run.recipe)
         model = rater.scores or rater.model or run.recipe.base_model
         run.begin("rate", f"Rating {len(lines)} rows: {rater.kind}, {model}")

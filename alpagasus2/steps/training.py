@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..core import run_folder
-from ..core.files import UserError, read_json, replace_folder
+from ..core.files import UserError, adapter_sha256, read_json, replace_folder
 from ..data import Example, Question, response_of, template_settings
 from ..model.check import checked
 from ..model.checkpoint import Checkpoint
@@ -35,7 +35,8 @@ def _taken_back(run: Run, replicate: int, name: str, selected: Mapping[str, list
     settings = run.recipe.training(replicate)
     wanted = training_of(base, selected[part], run.models.tokenizer, *settings)
     for kept in (p.parent for folder in aside for p in folder.glob("*/train_result.json")):
-        if trained_as(kept) == wanted:
+        made = trained_as(kept)
+        if made and not run_folder.changed_setting(made, wanted):
             check_adapters({part: kept}, base)
             run_folder.annotate(output, **run_folder.manifest_entry(kept))
             replace_folder(kept, output)
@@ -143,10 +144,12 @@ def heldout_lines(
 
 
 def _loss_lines(run: Run, references: Sequence[Question], arms: Sequence[str]) -> list[dict]:
+    runs = range(run.recipe.replicates)
+    made = {(a, r): {"adapter": adapter_sha256(run.adapter(a, r))} for a in arms for r in runs}
     return [
         {f: q[f] for f in ("id", "test_set", "cluster") if f in q}
-        | {"model": model, "replicate": replicate}
-        for replicate in range(run.recipe.replicates)
+        | {"model": model, "replicate": replicate, **made.get((model, replicate), {})}
+        for replicate in runs
         for model in ("base", *arms)
         for q in references
     ]  # fmt: skip

@@ -50,7 +50,7 @@ class TrainConfig:
     template_options: dict[str, Any] | None = None  # for the chat template: {enable_thinking: true}
     merge_system: bool = False  # put a system turn into the first turn of the user
     last_turn_only: bool = False  # of a conversation's answers, learn the last one alone
-    val_set_size: float = Field(0, ge=0)  # rows (or a fraction below 1) held out for evaluation
+    val_set_size: float = Field(0, ge=0)  # rows (or a fraction below 1) held out for validation
     eval_steps: int | None = Field(None, gt=0)  # steps between evaluations; None: an epoch
     save_steps: int | None = Field(None, gt=0)  # steps between checkpoints; None: an epoch
     seed: int = Field(0, ge=0, lt=2**32)  # decides split, order, dropout, the first weights

@@ -17,7 +17,7 @@ from . import judge, local
 from .analysis import Results
 from .batches import misfits, preset_configs
 from .core import run_folder
-from .core.files import UserError, atomic
+from .core.files import UserError, atomic, counted
 from .data import Example, Question, load_examples
 from alpagasus2.generate import (
     Answers,
@@ -137,7 +137,7 @@ def _ask_judge(run: Run, who: Judge, output: Path) -> None:
         run.begin(f"judge {name}", f"Judging {len(plan.lines) // 2} pairs in both orders: {name}")
         said = judge.carry_out(plan, ask, path, False, run.progress)
         if unread := sum(x["status"] in judge.UNREAD for x in said):
-            run.say(f"{unread} replies could not be read; asking once more")
+            run.say(f"{counted(unread, 'replies', 'reply')} could not be read; asking once more")
             judge.carry_out(plan, ask, path, True, run.progress)
 
 # %% ../nbs/06a_experiment.ipynb #524cd55f

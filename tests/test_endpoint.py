@@ -653,3 +653,74 @@ def test_a_prompt_that_was_cut_is_not_answered(tmp_path):
         context = 32768
         _, replies = asked(url, tmp_path, texts)
         assert [x.text for x in replies] == ["4", "4", "4"] and len(calls) == 4
+
+
+def gemini(quota: str) -> tuple[int, list]:
+    """A refusal as Gemini sends it: a list, with what was exceeded among the details."""
+    said = "You exceeded your current quota, please check your plan. Please retry in 0.05s."
+    details = [{"violations": [{"quotaId": f"GenerateRequests{quota}PerProjectPerModel-FreeTier"}]}]
+    return 429, [{"error": {"code": 429, "message": said, "details": details}}]
+
+
+# fmt: off
+FOR_ALL = [  # once said, it is true of every request, today at least
+    (429, {"message": "Your account is not active.", "code": "billing_not_active"}, "no money"),
+    (400, {"message": "You have reached your specified API usage limits."}, "no money left"),
+    (429, "Your team has either used all available credits or reached its monthly spending limit.",
+     "no money left"),
+    (412, {"message": "Account x is suspended, possibly due to the monthly spending limit"},
+     "no money left"),
+    (400, {"message": "Access denied, is your account in good standing?", "code": "Arrearage"},
+     "no money left"),
+    (400, {"message": "API key not valid. Please pass a valid API key."}, "refuses the key"),
+    (404, {"message": "The API deployment for this resource does not exist."}, "no such model"),
+    (429, {"message": "Rate limit exceeded: free-models-per-day."}, "no calls left for today"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("status", "error", "says"), FOR_ALL)
+def test_what_is_true_of_all_requests_ends_the_run_at_once(tmp_path, status, error, says):
+    told = {"error": error}
+    with answering(lambda _, n: (200, completion()) if n < 3 else (status, told)) as (url, calls):
+        with pytest.raises(UserError, match=says):
+            asked(url, tmp_path, [f"question {i}" for i in range(9)])
+        assert len(calls) == 3
+
+
+def test_a_quota_of_a_day_is_told_from_one_of_a_minute(tmp_path):
+    with answering(lambda _, n: gemini("PerMinute") if n < 4 else (200, completion())) as (url, c):
+        _, (reply,) = asked(url, tmp_path, ["question"])
+        assert reply.text == "4" and len(c) == 4
+    with answering(lambda _, n: gemini("PerDay")) as (url, calls):
+        with pytest.raises(UserError, match="no calls left for today"):
+            asked(url, tmp_path / "day", ["question"])
+        assert len(calls) == 1
+
+
+def test_a_temperature_that_nobody_asked_for_is_left_out(tmp_path):
+    """As Kimi K2.5 says it: neither `unsupported`, nor which parameter."""
+    only = {"error": {"message": "invalid temperature: only 1 is allowed for this model"}}
+
+    def strict(body, n):
+        return (400, only) if "temperature" in body else (200, completion())
+
+    with answering(strict) as (url, calls):
+        _, replies = asked(url, tmp_path, ["one", "two"])
+        assert [x.text for x in replies] == ["4", "4"] and len(calls) == 3
+        endpoint = Endpoint("m", url, tmp_path / "own.sqlite", temperature=0.5)
+        with pytest.raises(UserError, match="only 1 is allowed"):
+            list(endpoint.complete(Request([{"role": "user", "content": str(i)}]) for i in "123"))
+
+
+def test_an_answer_that_broke_off_is_asked_again(tmp_path):
+    """As DeepSeek, Zhipu and vLLM say that they have failed: half an answer, and the status 200."""
+    why = ("insufficient_system_resource", "network_error", "abort")
+
+    def broken(body, n):
+        return 200, completion("Score: 2", why[n // 2]) if n % 2 else completion()
+
+    with answering(broken) as (url, calls):
+        endpoint, replies = asked(url, tmp_path, ["one", "two", "three"])
+    assert [x.text for x in replies] == ["4"] * 3 and len(calls) == 6
+    assert endpoint.budget.spent > 3 * 150e-6  # half an answer may be on the bill

@@ -433,7 +433,7 @@ def test_labels_are_a_random_sample_of_distinct_prompts(browser, tmp_path):
     tab = browser.new_page(accept_downloads=True)
     tab.goto(page.as_uri())
     tab.get_by_role("button", name="Label answers").click()
-    assert "40 prompts come in a random order" in tab.text_content("#label-note")
+    assert "40 prompts in a random order" in tab.text_content("#label-note")
     press(tab, "s" + "1" * 21)
     file = saved(tab, tmp_path / "labels.json")
     assert len(prompts_of(file["labels"])) == 21 and len(file["skipped"]) == 1
@@ -510,7 +510,7 @@ def test_an_earlier_file_goes_on(tab, tmp_path):
         tab.wait_for_function("x => $('label-message').textContent !== x", arg=before)
         return tab.text_content("#label-message")
 
-    assert load({"labeller": "Ada", "labels": rows}).startswith("1 labels loaded; 1 pairs had one")
+    assert load({"labeller": "Ada", "labels": rows}).startswith("1 label loaded; 1 pair had one")
     assert stored(tab)[1] == mine  # what was said here stays
     name = pair_name({**turned, "model_a": "filtered", "model_b": "random"})
     assert stored(tab)[0] == [name, "b"]  # the same model, whichever way round the file has it
@@ -600,12 +600,12 @@ def opened(browser, run, request):
 def test_the_first_screen_says_what_was_compared_and_what_came_out(opened):
     first = opened.locator("#answer")
     assert first.locator(".compared").inner_text() == (
-        "Compared: filtered and random, each 120 of the 400 rows of sample, in one training of "
+        "Compared: filtered and random, each 120 of the 400 rows of sample, in one training run of "
         "smollm2-135m each; 30 questions of koala."
     )
     assert first.locator(".headline").inner_text() == (
-        "Tuning helped; filtered rows cannot be told from random rows; the judge is unfit, so "
-        "nothing is claimed of the answers."
+        "Tuning helped; by the loss filtered rows cannot be told from random rows; the judge is "
+        "unfit, so nothing is claimed of the answers."
     )
     cards = first.locator(".cards .card")
     assert [cards.nth(n).locator("dt").inner_text() for n in range(cards.count())] == [

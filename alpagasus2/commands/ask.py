@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .options import add_result, rows_of
-from ..core.files import UserError, check_safe_name
+from ..core.files import UserError, check_safe_name, counted
 from ..core.run_folder import dollars, has_failed, manifest_entry, status_counts
 from ..data import load_test_sets, template_of
 
@@ -70,7 +70,9 @@ def _say_counts(output: str, counts: Mapping[str, int], usd: float | None) -> No
     if n := counts.get("length"):
         from alpagasus2.endpoint.parameters import MORE_ROOM
 
-        print(f"{n:,} replies were cut off before their answer: {MORE_ROOM}", file=sys.stderr)
+        lost = counted(n, "replies were cut off before their answer",
+                       "reply was cut off before its answer")  # fmt: skip
+        print(f"{lost}: {MORE_ROOM}", file=sys.stderr)
 
 
 def _check_all_answered(output: str, lines: Sequence[Mapping]) -> None:

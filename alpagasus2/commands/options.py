@@ -23,6 +23,7 @@ from contextvars import ContextVar
 from functools import partial
 from math import isfinite
 from pathlib import Path
+from textwrap import wrap
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 from unittest.mock import patch
@@ -136,6 +137,13 @@ def _empty_parser(command: str, about: str | None) -> Any:
             does, default = action.help, action.default
             return option_help(does, kind, default, action.required)
 
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            "An example that takes several lines stays one command of a shell."
+            if not text.startswith("example: "):
+                return str(super()._fill_text(text, width, indent))
+            lines = wrap(text, width - 6, break_on_hyphens=False, break_long_words=False)
+            return " \\\n    ".join(lines)
+
     class Parser(ArgumentParser):
         "An error is one sentence."
 
@@ -182,6 +190,9 @@ def _finish_options(
     parser: Any, types: Mapping[str, Any], notes: Mapping[str, Any], alone: Mapping[str, Any]
 ) -> None:
     "What an option given without a value means, and its help."
+    place = {name: n for n, name in enumerate(types)} | {"config": -1}  # lists were added first
+    for actions in (parser._actions, *(g._group_actions for g in parser._action_groups)):
+        actions.sort(key=lambda action: place.get(action.dest, -1))
     for action in parser._actions:
         if types.get(action.dest) is bool:
             action.nargs, action.const = "?", True  # --dry_run alone means yes

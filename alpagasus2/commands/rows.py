@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ..catalog import catalog, describe_data
 from ..catalog import fetch as fetch_file
 from .options import add_result, rows_of
-from ..core.files import UserError, file_sha256
+from ..core.files import UserError, counted, file_sha256
 from ..core.run_folder import annotate
 from ..core.tables import write_rows
 from alpagasus2.data import (
@@ -87,7 +87,8 @@ def check(
         hint += (
             "; `run` and `select --base_model` leave the long ones out" if "long" in kinds else ""
         )
-        raise UserError(f"{path}: {rows} rows have a problem, listed above{hint}")
+        wrong = counted(rows, "rows have a problem", "row has a problem")
+        raise UserError(f"{path}: {wrong}, listed above{hint}")
 
 # %% ../../nbs/commands/rows.ipynb #d91e2abb
 def _list_catalog() -> None:
@@ -263,7 +264,7 @@ def select(
     seed: int = 0,  # for random_k and for ties
     columns: str | None = None,  # OURS=THEIRS,... where the fields of the rows have other names
     preferred: bool = False,  # of preferences, take the good side
-    drop_near_duplicates: float | None = None,  # of questions this alike (0.7) the best stays
+    drop_near_duplicates: float | None = None,  # deduplicate: of those this alike (0.7) the best
     quota: list[str] | None = None,  # NAME=SHARE of the kept rows by category, or pool: its shares
     report: str | None = None,  # a folder for a page on what was kept and lost
     questions: list[str] | None = None,  # test sets that the kept rows should not hold

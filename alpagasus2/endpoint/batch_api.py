@@ -229,7 +229,7 @@ class Batches:
             for line in chain.from_iterable(map(self.server.lines, files)):
                 key = line["custom_id"]
                 try:
-                    reply = _reply(endpoint, line)
+                    reply = _reply(endpoint, line, self._most({key: ended.get(key, 0)}))
                 except Transient as e:
                     reasons[key] = str(e)
                     continue
@@ -268,7 +268,11 @@ class Batches:
             time.sleep(self.poll)
 
 # %% ../../nbs/endpoint/batch_api.ipynb #caf2e06b
-def _reply(endpoint: Endpoint, line: Mapping[str, Any]) -> Reply:
+def _reply(
+    endpoint: Endpoint,
+    line: Mapping[str, Any],  # of a batch's results
+    most: float,  # US dollars that it can have cost: counted where its usage does not say
+) -> Reply:
     "What became of one request of a batch; raises `Transient` where it is to be sent again."
     response = line.get("response")
     if not response:
@@ -278,7 +282,8 @@ def _reply(endpoint: Endpoint, line: Mapping[str, Any]) -> Reply:
     try:
         if status != 200:
             raise failure(endpoint, status, body, {})
-        return commit(endpoint, line["custom_id"], dumps(body), share=BATCH_DISCOUNT)
+        name, share = line["custom_id"], BATCH_DISCOUNT
+        return commit(endpoint, name, dumps(body), share=share, most=most)
     except Refused as e:
         return Reply("", "error", endpoint.model, error=str(e))
     except Unsupported as e:

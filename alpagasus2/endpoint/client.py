@@ -308,6 +308,11 @@ class Address:
         self.headers = _values(headers)
 
     @property
+    def has_own_key(self) -> bool:
+        "Whether a header is the key: Azure refuses `api-key` with `Authorization` beside it."
+        return "api-key" in map(str.lower, self.headers)
+
+    @property
     def transport(self) -> dict[str, Any]:  # for httpx
         "Rows go to the address alone: no redirect is followed, and to this machine leads no proxy."
         return {"follow_redirects": False, "trust_env": not is_loopback(self.base_url)}
@@ -404,6 +409,7 @@ class Endpoint(Address):
         self.sending.learned |= self.cache.learned(self.base_url, model)
         self.purpose, self._served = purpose, {self.sending.learned.get("served", "")} - {""}
         self.budget.spent = max(spent, self.cache.spent(purpose))
+        self.largest = 0  # tokens of a reply that came: some servers let thoughts pass the limit
 
     def limits(self) -> Limits:
         "The pace of a run."
@@ -475,7 +481,8 @@ class Endpoint(Address):
         calls: int = 1,  # how many
     ) -> float:  # US dollars
         "The most that calls can cost."
-        return self.price.usd(prompt_tokens, calls * self.longest) if self.price else 0.0
+        each = max(self.longest, self.largest)
+        return self.price.usd(prompt_tokens, calls * each) if self.price else 0.0
 
     def _note(self, served: str) -> None:
         "Say it when another model answers than before, in this run or an earlier one."
@@ -514,8 +521,10 @@ def commit(
         raise Garbled(endpoint.masked(str(e)), billed=True) from None
     usage: dict[str, Any] = {**(reply.usage or {}), "usd": None}
     took = usage["prompt_tokens"], usage["completion_tokens"]
+    endpoint.largest = max(endpoint.largest, took[1])
+    told = took[0] and (took[1] or not reply.text.strip())
     if endpoint.price:
-        usage["usd"] = endpoint.price.usd(*took) * share if any(took) else most
+        usage["usd"] = endpoint.price.usd(*took) * share if told else most
     if not reply.text.strip() and took[1] >= endpoint.longest > 0:
         reply = replace(reply, finish_reason="length")  # some servers say stop
     endpoint.settle(0.0, usage["usd"] or 0.0)
@@ -547,12 +556,19 @@ _EVERY = {401: "refuses the key in OPENAI_API_KEY", 402: "wants to be paid",
 _PASSING = (408, 409, 425, 429)
 _NEVER = "request too large"  # for the limit of a minute: to wait is of no use
 _NO_MONEY = re.compile(
-    r"insufficient[_ ](?:quota|balance|credits)|billing_hard_limit_reached|"
-    r"credit balance is too low|budget has been exceeded", re.I,
+    r"insufficient[_ ](?:quota|balance|credits)|billing_(?:hard_limit_reached|not_active)|"
+    r"credit balance is too low|balance is insufficient|budget has been exceeded|Arrearage|"
+    r"credits are depleted|purchase (?:more )?credits|spending (?:limit|cap)|API usage limits|"
+    r"key limit exceeded|余额不足|欠费", re.I,
 )  # fmt: skip
 _NO_MODEL = re.compile(
-    r"(?:unknown|no such|invalid) model\b|\bmodel\b.{0,90}?\b(?:not (?:exist|found)|unknown)", re.I
+    r"(?:unknown|no such|invalid|not a valid) model\b|"
+    r"\b(?:model|deployment)\b.{0,90}?\b(?:not (?:exist|found)|unknown)", re.I,
+)  # fmt: skip
+_NO_KEY = re.compile(
+    r"api key (?:is )?(?:not valid|invalid|expired)|(?:incorrect|invalid|expired) api key", re.I
 )
+_A_DAY = re.compile(r"per[-_ ]?day|\bdaily\b|limit: 0(?![.0-9])", re.I)  # of a 429
 
 # %% ../../nbs/endpoint/client.ipynb #e3eff71d
 _OF_ONE = re.compile(  # what is wrong with one request and says nothing of the others
@@ -578,18 +594,23 @@ def failure(
         return Refused(reason) if answered else UserError(f"{who} does not answer: {reason}")
     if _NO_MONEY.search(f"{told.code} {told.message}"):
         return UserError(f"{who} has no money left: {reason}")
+    if status == 429 and "retry-after" not in headers and _A_DAY.search(str(body)):
+        return UserError(f"{who} has no calls left for today: {reason}")
+    if status in (400, 403) and _NO_KEY.search(told.message):
+        status = 401
     unknown = status in (400, 404, 422) and _NO_MODEL.search(told.message)
     if status in (401, 402, 407) or told.code == "model_not_found" or unknown:
         return UserError(f"{who} {_EVERY.get(status, _EVERY[404])}: {reason}")
-    of_one = bool(_OF_ONE.search(reason))
-    field = None if of_one else blamed(told, list(endpoint.sending.fields))
+    of_one = bool(_OF_ONE.search(f"{told.code} {reason}"))
+    sending = endpoint.sending
+    field = None if of_one else blamed(told, list(sending.fields), sending.ours)
     if field and (status in (400, 422) or (field == "system" and status == 500)):
         return Unsupported(reason, field)
     if (status in _PASSING and _NEVER not in reason.lower()) or status >= 500:
-        return Transient(reason, retry_after(headers), limited=status == 429)
+        return Transient(reason, retry_after(headers, str(body)), limited=status == 429)
     if not answered and status in _EVERY:
         return UserError(f"{who} {_EVERY[status]}: {reason}")
-    if not answered and told.param in ("model", *endpoint.sampling):
+    if not (answered or of_one) and told.param in ("model", *endpoint.sampling):
         return UserError(f"{who} does not take {told.param}: {reason}")
     return Refused(reason, of_one or (answered and status != 403))
 
@@ -686,11 +707,14 @@ class _Connection:
 
         unsent = (ConnectError, ConnectTimeout, PoolTimeout, ProxyError)  # so nothing was paid for
         endpoint, seconds = self.endpoint, self.endpoint.config.timeout
+        no_bearer: Any = {"Authorization": openai.omit} if endpoint.has_own_key else {}
+        how: Any = {"cast_to": Response, "body": body, "options": {"headers": no_bearer}}
         try:
             async with asyncio.timeout(seconds):
-                answer = await self.client.post("/chat/completions", cast_to=Response, body=body)
+                answer = await self.client.post("/chat/completions", **how)
         except (TimeoutError, openai.APITimeoutError):
-            raise Transient(f"no answer in {seconds:g} s", billed=True) from None
+            reason = f"no answer in {seconds:g} s (--timeout allows more)"
+            raise Transient(reason, billed=True) from None
         except openai.APIConnectionError as e:
             reason = endpoint.masked(f"connection lost ({e.__cause__ or e})")
             if not self.answered and _NO_TLS.search(reason):
@@ -804,7 +828,10 @@ class _Asking:
     def stop_silent(self, reason: str) -> None:
         "Nothing is paid for blindly."
         endpoint = self.endpoint
-        help_ = MORE_ROOM if reason == "length" else "ask another model, or in other words"
+        help_ = "ask another model, or in other words"
+        if reason == "stop":
+            help_ = f"does its server take all of it for thoughts (--reasoning-parser)? Or {help_}"
+        help_ = MORE_ROOM if reason == "length" else help_
         raise UserError(
             f"{endpoint.base_url}, model {endpoint.model}: {self.silent} replies in a row without "
             f"text (finish_reason {reason}), {dollars(endpoint.budget.spent)} spent; {help_}; what "

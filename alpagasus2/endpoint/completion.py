@@ -16,8 +16,15 @@ from typing import Any
 from .cache import Reply
 
 # %% ../../nbs/endpoint/completion.ipynb #d45253b6
-_OPEN = re.compile(r"\s*(?:<(?P<name>(?:seed:)?think|thinking|thought|reasoning)>|\[THINK\])", re.I)
-_HARMONY = re.compile(r"\A\s*<\|channel\|>analysis.*?(?:<\|channel\|>final<\|message\|>|\Z)", re.S)
+_OPEN = re.compile(
+    r"\s*(?:<(?P<name>(?:seed:)?think|thinking|thought|reasoning)>"
+    r"|(?P<mark>\[THINK\]|◁think▷|<\|channel>thought))", re.I,
+)  # fmt: skip
+_ENDED = {"[think]": "[/THINK]", "◁think▷": "◁/think▷", "<|channel>thought": "<channel|>"}
+_HARMONY = re.compile(  # of gpt-oss; some servers drop the marks and leave the words between them
+    r"\A\s*(?:<\|start\|>assistant)?(?:<\|channel\|>analysis|analysis(?=[A-Z])).*?"
+    r"(?:(?:<\|channel\|>|assistant)final *(?:<\|constrain\|>\w+)?(?:<\|message\|>)?|\Z)", re.S,
+)  # fmt: skip
 _CLOSED = re.compile(r"\A.*?^[ \t]*</think>[ \t]*$", re.S | re.M)  # opened by the chat template
 
 
@@ -27,7 +34,7 @@ def without_thoughts(
     "The answer that stands behind a model's thoughts; any other text as it is."
     rest = _HARMONY.sub("", text)
     while opened := _OPEN.match(rest):
-        mark = f"</{opened['name']}>" if opened["name"] else "[/THINK]"
+        mark = f"</{opened['name']}>" if opened["name"] else _ENDED[opened["mark"].lower()]
         closed = re.search(re.escape(mark), rest, re.I)
         rest = rest[closed.end() :] if closed else ""
     if rest == text:
@@ -136,10 +143,15 @@ def hidden_refusal(
     if not error:
         return None
     code = _count(error.get("code")) if isinstance(error, dict) else 0
-    return (code if 400 <= code < 600 else 502), told
+    unnamed = 404 if "Unexpected endpoint" in raw else 502
+    return (code if 400 <= code < 600 else unnamed), told
 
 # %% ../../nbs/endpoint/completion.ipynb #26db2186
-_ENDS = {"length": r"length|max_?tokens", "content_filter": r"content_filter|safety|prohibited"}
+_ENDS = {
+    "length": r"length|max_?tokens|context_window",
+    "content_filter": r"content_filter|safety|prohibited|sensitive|recitation|blocklist|spii|refus",
+}
+_BROKE = re.compile(r"error|abort|cancel|insufficient_system_resource", re.I)
 
 
 def _reason(
@@ -161,10 +173,10 @@ def read_completion(
         reason = _reason(choice.get("finish_reason"))
         message = choice.get("message", {} if reason in ("length", "content_filter") else None)
         text, refused = _joined(message.get("content")), _named(message.get("refusal"))
-        if reason == "error":
-            raise ValueError
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"the answer is no chat completion: {raw[:80]!r}") from None
+    if _BROKE.search(reason):
+        raise ValueError(f"the answer broke off (finish_reason {reason[:40]})")
     if not text and refused:
         text, reason = refused, "content_filter"
     served = _named(answer.get("model"))[:200] or model

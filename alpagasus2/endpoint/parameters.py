@@ -145,6 +145,11 @@ class Sending:
         return {k: v for k, v in named.items() if k != "none"}
 
     @property
+    def ours(self) -> list[str]:
+        "The fields whose value nobody asked for, and which can be left out."
+        return ["temperature"] if self.said.get("temperature") == "auto" else []
+
+    @property
     def limit(self) -> int:
         "The most tokens that a reply may have; 0: any number."
         fields = self.fields
@@ -192,15 +197,18 @@ _SYSTEM = re.compile(
 def blamed(
     told: Told,  # what a server says of a call that it refused
     sent: Sequence[str],  # the fields of that call
+    ours: Sequence[str] = (),  # those whose value nobody asked for
 ) -> str | None:  # one of them, or `system` for the system turn; None: another cause
-    "What a server says it does not take."
+    "What a server says it does not take; of a field of `ours`, any complaint will do."
+    words = [told.param, *re.findall(r"\w+", told.message)]
+    system = "system" if _SYSTEM.search(told.message) else None
+    free = next((w for w in words if w in ours and w in sent), system)
+    if "supported values are" in told.message.lower():
+        return free  # a value that the user has to choose
     no = _NO.search(f"{told.message} {told.code.replace('_', ' ')}")
     if told.param in sent and (no or not _VALUE.search(told.message)):
         return told.param
-    if not no:
-        return "system" if _SYSTEM.search(told.message) else None
-    words = re.findall(r"\w+", told.message)
-    return next((w for w in words if w in sent), "system" if _SYSTEM.search(told.message) else None)
+    return next((w for w in words if w in sent), free) if no else free
 
 # %% ../../nbs/endpoint/parameters.ipynb #992e8174
 def without_system(

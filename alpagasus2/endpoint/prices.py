@@ -46,6 +46,7 @@ PRICES = {
     "gpt-4.1-mini": Price(0.4, 1.6),
     "gpt-4.1-nano": Price(0.1, 0.4),
     "gpt-4o": Price(2.5, 10),
+    "gpt-4o-2024-05-13": Price(5, 15),
     "gpt-4o-mini": Price(0.15, 0.6),
     "gpt-5": Price(1.25, 10),
     "gpt-5-mini": Price(0.25, 2),

@@ -7,6 +7,7 @@ __all__ = ['Bucket', 'Refused', 'Unsupported', 'Transient', 'Garbled', 'Limits',
 
 # %% ../../nbs/endpoint/rate_limits.ipynb #1e9cd52b
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -202,8 +203,16 @@ class Limits:
         self._resume_at = max(self._resume_at, time.monotonic() + seconds)
 
 # %% ../../nbs/endpoint/rate_limits.ipynb #b55e276e
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PART = r"([0-9]+(?:\.[0-9]+)?) ?(ms|[hms])(?:ec\w*|in\w*|ours?)?(?![a-z])"  # 2m59.56s, 6 seconds
+_SAID = re.compile(
+    rf"(?:(?:try again|retry|reset) (?:in|after)|retryDelay\W+) ?(?:{_PART} ?)+", re.I
+)
+
+
 def retry_after(
     headers: Mapping[str, str],  # of a refusal
+    words: str = "",  # what came with it
 ) -> float | None:  # seconds; None: the server does not say
     "How long the server wants to be left alone."
     for name, seconds in (("retry-after-ms", 0.001), ("retry-after", 1)):
@@ -211,6 +220,8 @@ def retry_after(
             return max(0.0, float(headers[name]) * seconds)
     with suppress(KeyError, ValueError, TypeError):
         return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    if said := _SAID.search(words):
+        return sum(float(n) * _UNITS[unit.lower()] for n, unit in re.findall(_PART, said[0], re.I))
     return None
 
 # %% ../../nbs/endpoint/rate_limits.ipynb #4a0d3d2d

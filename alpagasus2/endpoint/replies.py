@@ -16,8 +16,16 @@ from typing import Any, Literal, NamedTuple
 
 # %% ../../nbs/endpoint/replies.ipynb #4fb47455
 _THINK = r"think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad"
-_OPENED = re.compile(rf"[<\[◁](?:{_THINK})[>\]▷]|<\|channel\|>analysis", re.I)
-_CLOSED = re.compile(rf"[<\[◁]/(?:{_THINK})[>\]▷]|<\|channel\|>final<\|message\|>", re.I)
+_MENTION = rf"([`\"'])[<\[]/?(?:{_THINK})[>\]]\1"  # `<think>`: a word of the judge about a tag
+_OPENED = re.compile(
+    rf"[<\[◁](?:seed:)?(?:{_THINK})[>\]▷]|<\|channel\|>analysis|<\|channel>thought"
+    r"|\Aanalysis(?=[A-Z])",
+    re.I,
+)
+_CLOSED = re.compile(
+    rf"[<\[◁]/(?:seed:)?(?:{_THINK})[>\]▷]|<channel\|>"
+    r"|<\|channel\|>final *(?:<\|constrain\|>\w+)?<\|message\|>|assistantfinal", re.I,
+)  # fmt: skip
 
 _TURN_END = re.compile(  # left in the text by a server with another chat template
     r"</s>|<\|(?:im_end|eot_id|endoftext|end_of_text|end|return)\|>|<end_of_turn>"
@@ -28,6 +36,7 @@ def without_thinking(
     text: str,  # a reply, perhaps with the thinking of a reasoning model before the answer
 ) -> str | None:  # the answer; None where the reply was cut inside the thinking
     "What follows the last end of thinking; some servers leave out the tag that opens it."
+    text = re.sub(_MENTION, "", text, flags=re.I)
     ends = [m.end() for m in _CLOSED.finditer(text)]
     answer = _TURN_END.split(text[ends[-1] :] if ends else text)[0]
     return None if _OPENED.search(answer) else answer
@@ -97,7 +106,10 @@ def on_scale(
 
 # %% ../../nbs/endpoint/replies.ipynb #954d4fd4
 _HEDGE = r"(?:(?:to|and|maybe|perhaps|possibly|probably|even|rather|bis|a)\b[ ,]*)*"
-_TURN = r"(?:but|no|revised|changed|corrected|lowered|raised|adjusted|reduced)\b[^\n]*[0-9]"
+_TURN = (
+    r"(?:but|no|revised|changed|corrected|lowered|raised|adjusted|reduced|minus|less(?= [0-9])"
+    r"|which I)\b[^\n]*[0-9]"
+)
 _LONE = rf"(?![ ,;:&(–—~-]*(?:(?:or|oder|ou|o|или)\b|‽|{_TURN}|{_HEDGE}-?[0-9]++(?!%)))"
 _WHY = r"(?:because|since|as|due to|while|whereas|compared|respectively|weil|da|car|porque)\b"
 _STOP = rf"(?= ?(?:$|[.!](?: |$)|\)(?:[.,;]|$)|[,;(–—|]|- |on an? scale\b|{_WHY}))"
@@ -381,6 +393,7 @@ _FINAL = re.compile(
 )  # fmt: skip
 _REVISED = re.compile(
     r"(?:^|(?<=[.!?…] ))(?:actually|wait|hmm|hold on|correction|on second thought|scratch that"
+    r"|(?:up)?on (?:further )?reflection|edit(?=:)"
     r"|let me (?:revise|reconsider|correct|change)|I (?:revise|take that back|change my))\b",
     re.I | re.M,
 )
@@ -417,7 +430,7 @@ def _sole(
 ) -> Any:  # the value, where all that counts agrees; else None
     "What is named final counts, with what follows it; where nothing is, all counts."
     found = list(found)
-    since = min((s.start for s in found if s.final), default=0)
+    since = min((s.start for s in found if s.final and s.alone), default=0)
     counted = [s for s in found if s.side == side and s.start >= since]
     values = {read(s.value) if s.value else None for s in counted}
     return values.pop() if len(values) == 1 and any(s.alone for s in counted) else None
@@ -649,6 +662,7 @@ _VERDICTS = _CLAUSES + _forms(
     ("nothing but a name", rf"\A(?:the )?(?:{_ONE}|{_HAN}) ?[(\[]?([12AB])[)\]]?\.?\Z",
      _first_group),
     ("nothing but an answer", rf"\A(?:final )?answer: ({_PICKED})\.?\Z", _first_group),
+    ("final", rf"^final(?: answer| choice)?: ?{_SHORT}$", _first_group, False),
     ("nothing but first or second", rf"\A(?:the )?(first|second)(?: {_ONE})?\.?\Z", _first_group),
 )  # fmt: skip
 

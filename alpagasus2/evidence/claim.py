@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypedDict
 
-from ..core.files import UserError
+from ..core.files import UserError, counted
 from .intervals import few_prompts_warning, holm
 
 # %% ../../nbs/evidence/claim.ipynb #335dc82a
@@ -131,7 +131,9 @@ def decide(
 def _counted(pair: PairStatistics) -> str:
     "As in: 80 prompts, or 80 prompts in 20 clusters."
     clusters = pair.get("clusters")
-    return f"{pair['n']} prompts" + (f" in {clusters} clusters" if clusters else "")
+    return counted(pair["n"], "prompts") + (
+        f" in {counted(clusters, 'clusters')}" if clusters else ""
+    )
 
 # %% ../../nbs/evidence/claim.ipynb #0d4de753
 def _finding(
@@ -203,15 +205,17 @@ def _aa_sentence(pair: PairStatistics, aa: PairStatistics | None) -> str:
 def _undecided(pair: PairStatistics) -> list[str]:
     "What no judge has decided; each run of a prompt is counted."
     a, b = pair["model_a"], pair["model_b"]
-    counted = {
-        "{} prompts could not be judged": pair["failed"],
-        "{} that were to be judged have no verdict": pair.get("missing"),
-        f"{{}} questions have no answer of {b}, which count as its losses": (
-            pair.get("unanswered_b")
-        ),
-        f"{{}} have no answer of {a}, which count as its losses": pair.get("unanswered_a"),
-    }
-    return [text.format(n) for text, n in counted.items() if n]
+    lost = ("which count as its losses", "which counts as its loss")
+    texts = (
+        (pair["failed"], "prompts could not be judged", "prompt could not be judged"),
+        (pair.get("missing"), "that were to be judged have no verdict",
+         "that was to be judged has no verdict"),
+        (pair.get("unanswered_b"), f"questions have no answer of {b}, {lost[0]}",
+         f"question has no answer of {b}, {lost[1]}"),
+        (pair.get("unanswered_a"), f"have no answer of {a}, {lost[0]}",
+         f"has no answer of {a}, {lost[1]}"),
+    )  # fmt: skip
+    return [counted(n, many, one) for n, many, one in texts if n]
 
 
 def _missing_sentence(pair: PairStatistics, verdict: str, margin: float | None) -> str:
@@ -252,7 +256,8 @@ def _uncorrected(labels: Mapping) -> str:
         )
     if (prompts := labels.get("prompts")) is None:
         return ""
-    return f"{prompts} prompts have a label, too few to correct the judge: 20 are needed."
+    labelled = counted(prompts, "prompts have a label", "prompt has a label")
+    return f"{labelled}, too few to correct the judge: 20 are needed."
 
 
 def _contradicts(labels: Mapping | None, bound: float, upper: float = 1.1) -> bool:
@@ -483,7 +488,9 @@ def without_seen(
 ) -> dict[str, Any]:
     "The claim, with what remains of it without the prompts that an arm was trained on."
     changed = found["verdict"] == "supported" != clean["verdict"]
-    opening = f"{seen} prompts stand in the rows of an arm; without them: {clean['verdict']}."
+    known = counted(seen, "prompts stand", "prompt stands")
+    opening = f"{known} in the rows of an arm; without {'it' if seen == 1 else 'them'}: "
+    opening += f"{clean['verdict']}."
     if selectors := found.get("selectors"):
         pairs = {name: (x, clean["selectors"][name]) for name, x in selectors.items()}
         each = {name: without_seen(*both, seen) for name, both in pairs.items()}
@@ -518,7 +525,7 @@ def loss_gap(
     side = "above" if gap >= 0 else "below"
     return (
         f"the loss of {arm} is {abs(gap):.3f} nats a token {side} that of {other} "
-        f"[{low:+.3f}, {high:+.3f}]{sure}"
+        f"[{low:+z.3f}, {high:+z.3f}]{sure}"
     )
 
 # %% ../../nbs/evidence/claim.ipynb #1a878920
@@ -539,5 +546,5 @@ def heldout_finding(
     low, high = aa["heldout_ci95"]
     return (
         f"{said} Two draws of one rule, {aa['model_a']} and {aa['model_b']}, differ by "
-        f"{aa['heldout_difference']:+.3f} [{low:+.3f}, {high:+.3f}]."
+        f"{aa['heldout_difference']:+z.3f} [{low:+z.3f}, {high:+z.3f}]."
     )

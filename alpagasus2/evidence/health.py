@@ -110,11 +110,13 @@ def _slot_sentence(first: int, second: int, p: float | None) -> str:
     if p is None:
         return "This judge shows no preference for a slot on any prompt."
     if p >= 0.05:
-        return f"This judge shows no clear preference for a slot ({first} first, {second} second)."
+        return (
+            f"This judge shows no clear preference for a slot ({first:,} first, {second:,} second)."
+        )
     slot, wins = ("first", first) if first > second else ("second", second)
     return (
-        f"This judge prefers the {slot} slot: the answer shown {slot} wins {wins} of "
-        f"{first + second} decided verdicts (sign test over prompts, p = {p:.2g})."
+        f"This judge prefers the {slot} slot: the answer shown {slot} wins {wins:,} of "
+        f"{first + second:,} decided verdicts (sign test over prompts, p = {p:.2g})."
     )
 
 # %% ../../nbs/evidence/health.ipynb #843ddf06

@@ -142,7 +142,7 @@ def _fewest(arm: str, curve: Sequence[Mapping]) -> str:
     found = next((p for p in fewer if p["to_largest_ci95"][0] <= 0), None)
     p = found or fewer[-1]
     low, high = p["to_largest_ci95"]
-    gap = f"{p['to_largest']:+.3f} nats a token [{low:+.3f}, {high:+.3f}]"
+    gap = f"{p['to_largest']:+z.3f} nats a token [{low:+z.3f}, {high:+z.3f}]"
     if not found:
         return (
             f"{arm} needs its {most['rows']:,} rows: held-out loss is higher at every smaller "

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
 
 from ..analysis import Results
+from ..core.text import shortened
 from ..evidence.claim import deciding
 
 # %% ../../nbs/report/charts.ipynb #7291ef8f
@@ -48,7 +49,7 @@ class Effect(NamedTuple):
 
 
 def effect(
-    name: str,  # what stands above the dot; cut after 48 characters
+    name: str,  # what stands above the dot; of more than 56 characters the middle is left out
     row: Mapping,  # a part of results.json
     key: str,  # of the value
     interval: str | None = None,  # of [low, high]; default: the key with _ci95
@@ -58,8 +59,7 @@ def effect(
     value, ends = row.get(key), row.get(interval or f"{key}_ci95")
     if value is None or not ends or None in ends:
         return None
-    name = name if len(name) <= 48 else f"{name[:47]}…"
-    return Effect(name, value, ends[0], ends[1], total)
+    return Effect(shortened(name, 56), value, ends[0], ends[1], total)
 
 # %% ../../nbs/report/charts.ipynb #7c2e0e1f
 _SOFT, _BAND = "#4d4d4d", "#e3e7ee"  # the page maps these to its light and dark ones
@@ -190,7 +190,7 @@ def _strength(row: Mapping) -> Effect | None:
         return effect(row["model"], row, "strength", "ci95")
     low, high = (row["strength"] if end is None else end for end in ends)
     said = "never lost" if ends[1] is None else "never won"
-    return Effect(f"{row['model'][:40]} ({said})", row["strength"], low, high)
+    return Effect(f"{shortened(row['model'], 40)} ({said})", row["strength"], low, high)
 
 
 def ranking_chart(

@@ -79,10 +79,11 @@ function questionCard(pair) {
   return question;
 }
 
+const counted = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
+
 function answerCard(title, text) {
-  const n = [...text].length;
   const node = card(title, prose(text));
-  node.firstChild.append(el("small", "", `${n.toLocaleString("en")} character${n === 1 ? "" : "s"}`));
+  node.firstChild.append(el("small", "", counted([...text].length, "character")));
   return node;
 }
 
@@ -276,7 +277,7 @@ function enter() {
   if (!chosen()) return;
   labelling = chosen();
   const all = labelling.items.length;
-  $("label-note").textContent = `The ${all} prompts come in a random order (seed `
+  $("label-note").textContent = `${counted(all, "prompt")} in a random order (seed `
     + `${labelling.seed}). ${all < labelling.least ? "So few cannot correct the judge"
       : `From ${labelling.least} labels on they correct the judge`}; `
     + (labelling.needed ? `${labelling.needed} show an effect of the size in question.`
@@ -369,7 +370,7 @@ function save() {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   kept = true;
-  say(`${file.labels.length} labels saved. Make the report again with --labels labels.json.`);
+  say(`${counted(file.labels.length, "label")} saved. Make the report again with --labels labels.json.`);
 }
 
 const FLIP = { a: "b", b: "a", tie: "tie" };
@@ -398,8 +399,8 @@ function load(text) {
   $("labeller").value ||= theirs;
   remember();
   const loaded = added.filter(([, label]) => label).length;
-  say(`${loaded} labels loaded; ${here.length - loaded} pairs had one already; `
-    + `${file.labels.length - here.length} belong to no pair of this report.`);
+  say(`${counted(loaded, "label")} loaded; ${counted(here.length - loaded, "pair")} had one `
+    + `already; ${file.labels.length - here.length} of no pair of this report.`);
 }
 
 async function loadFile(event) {

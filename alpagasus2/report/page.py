@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from ..analysis import Results
 from ..core.files import UserError, atomic, dumps, write_json
 from ..judge import Judgment
-from .cards import answer, as_reach, cards, compared
+from .cards import answer, as_reach, cards, claimed_rate, compared
 from .charts import charts
 from .formats import write_forms
 from alpagasus2.report.numbers import (
@@ -165,6 +165,7 @@ def write_report(
     page = _render(
         results=results, pairs=pairs, data=data,
         compared_=compared(results, pairs), answer=answer(results), cards=cards(results),
+        rate=claimed_rate(results),
         title=title, figures={d.place or d.name: d for d in drawn},
     )  # fmt: skip
     for d in drawn:

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core.files import UserError
-from ..core.text import figure_text
+from ..core.text import figure_text, shortened
 from ..data import Example, response_of
 from ..evidence.filtering import kept_by_category
 from .charts import Picture
+from .numbers import as_count
 
 # %% ../../nbs/report/plots.ipynb #c56c5902
 import matplotlib as mpl
@@ -22,6 +23,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from statsmodels.stats.proportion import proportion_confint
 
 # %% ../../nbs/report/plots.ipynb #c0bbc6ca
@@ -46,11 +48,13 @@ def plot_categories(
         errors = np.maximum(0, [shares - low, high - shares])
         y = np.arange(len(names)) + (n - (len(counts) - 1) / 2) * 0.8 / len(counts)
         color = sns.color_palette("colorblind")[n % 10]
-        ax.errorbar(shares, y, xerr=errors, fmt="o", capsize=3, color=color, label=figure_text(arm))
+        ax.errorbar(shares, y, xerr=errors, fmt="o", capsize=3, color=color,
+                    label=figure_text(shortened(arm)))  # fmt: skip
         overall = sum(k for k, _ in found.values()) / len(rows)
         ax.axvline(overall, color=color, linestyle="--", linewidth=1)
     ax.set_yticks(
-        range(len(names)), [f"{figure_text(c)}\n{counts[arm][c][1]:,} rows" for c in names]
+        range(len(names)),
+        [f"{figure_text(shortened(c))}\n{counts[arm][c][1]:,} rows" for c in names],
     )
     ax.set(xlabel="share kept", xlim=(0, None), title=f"what was kept of {len(rows):,} rows")
     ax.set_ylim(len(names) - 0.5, -0.5)
@@ -73,7 +77,14 @@ def plot_lengths(
     )  # fmt: skip
     sns.ecdfplot(table, x="characters", hue="arm", log_scale=True, palette="colorblind", ax=ax)
     ax.set(xlabel="length of the response (characters)", ylabel="share of rows")
-    sns.move_legend(ax, "upper left", title=None, frameon=False)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:,.10g}")
+    ax.minorticks_off()
+    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    legend = ax.get_legend()
+    assert legend  # `hue` makes one
+    for text in legend.get_texts():
+        text.set_text(shortened(text.get_text(), 50))
     sns.despine(ax=ax)
     fig.tight_layout()
     return fig
@@ -97,11 +108,17 @@ def plot_scores(
         palette="colorblind" if hue else None,
     )  # fmt: skip
     ax.set(ylabel="rows", title=f"scores of {len(scored):,} rows")
+    if hue:
+        sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
     sns.despine(ax=ax)
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/report/plots.ipynb #5d34fee3
+def _counts(p: Mapping) -> str:
+    return ", ".join(f"{name} {as_count(p[name])}" for name in ("win", "tie", "lose"))
+
+
 @mpl.rc_context({"text.parse_math": False})  # a name may hold dollar signs
 def plot_outcomes(
     pairs: Sequence[Mapping],  # P's of results.json
@@ -109,20 +126,26 @@ def plot_outcomes(
     "Win, tie and lose of every pair of models as one bar each."
     fig, ax = _picture(7, 1 + 0.55 * len(pairs))
     names = [
-        f"{p['model_a']} against {p['model_b']}\n{p.get('test_set', 'all')}, n = {p['n']}"
+        f"{shortened(p['model_a'], 30)} against {shortened(p['model_b'], 30)}\n"
+        f"{shortened(p.get('test_set', 'all'), 60)}, n = {p['n']:,}"
         for p in pairs
     ]
-    left, colors = np.zeros(len(pairs)), sns.color_palette("colorblind")
+    y, left, colors = range(len(pairs)), np.zeros(len(pairs)), sns.color_palette("colorblind")
     for name, color in (("win", colors[0]), ("tie", colors[7]), ("lose", colors[1])):
         widths = np.array([p[name] / max(p["n"], 1) for p in pairs])
-        bars = ax.barh(names, widths, left=left, color=color, label=name)
-        ax.bar_label(bars, [p[name] or "" for p in pairs], label_type="center", color="white")
+        bars = ax.barh(y, widths, left=left, color=color, label=name)
+        told = [as_count(p[name]) if w > 0.07 else "" for p, w in zip(pairs, widths, strict=True)]
+        ax.bar_label(bars, told, label_type="center", color="white")
         left += widths
     ax.invert_yaxis()
+    ax.set_yticks(y, names)
     ax.set(xlabel="share of prompts (both orders, AlpaGasus rule)", xlim=(0, 1))
     ax.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     sns.despine(ax=ax)
     fig.tight_layout()
+    fig.set_label("; ".join(
+        f"{name.replace(chr(10), ', ')}: {_counts(p)}" for name, p in zip(names, pairs, strict=True)
+    ))  # fmt: skip
     return fig
 
 # %% ../../nbs/report/plots.ipynb #863d0900
@@ -136,7 +159,8 @@ def plot_slots(
     ax.bar_label(bars, padding=3)
     ax.axvline(sum(wins) / 2, color="0.3", linestyle="--", linewidth=1)
     ax.invert_yaxis()
-    ax.set(xlabel="verdicts won", title=f"slot preference, n = {sum(wins)} decided verdicts")
+    ax.set(xlabel="verdicts won", title=f"slot preference, n = {sum(wins):,} decided verdicts")
+    fig.set_label(f"shown first: {wins[0]:,}; shown second: {wins[1]:,}")
     sns.despine(ax=ax)
     fig.tight_layout()
     return fig

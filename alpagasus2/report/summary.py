@@ -13,21 +13,22 @@ from ..analysis import Results
 from ..evidence.claim import deciding, loss_gap
 from ..evidence.own_rows import decided
 from .judges import agreement_line
+from .numbers import as_count, as_gap
 
 # %% ../../nbs/report/summary.ipynb #4789fe40
-def _arm_line(results: Results, arm: str) -> str:
+def _arm_line(results: Results, arm: str, wide: int = 12) -> str:
     "A row of the table; a dash stands for what was not measured."
     loss, right = results["heldout"].get(arm), results["checkable"].get(arm)
     kept = results["filter"].get("flawed_kept", {})
-    flawed = [v for part, v in kept.items() if re.fullmatch(rf"{arm}(-\d+)?", part)]
+    flawed = [v for part, v in kept.items() if re.fullmatch(rf"{re.escape(arm)}(-\d+)?", part)]
     share = f"{sum(flawed) / len(flawed):.0%}" if flawed else "-"
     shown = f"{loss['loss']:.3f}" if loss else "-"
     if loss and "difference" in loss:
-        shown += f" ({loss['difference']:+.3f})"
+        shown += f" ({as_gap(loss['difference'])})"
     score = f"{right[0]}/{right[1]}" if right else "-"
     pair = {p["model_b"]: p for p in results["pooled"]}.get(arm)
-    versus = "/".join(f"{pair[k]:.3g}" for k in ("win", "tie", "lose")) if pair else "-"
-    return f"{arm:12}{share:>12}{shown:>22}{score:>9}{versus:>18}"
+    versus = "/".join(as_count(pair[k]) for k in ("win", "tie", "lose")) if pair else "-"
+    return f"{arm:{wide}}{share:>12}{shown:>22}{score:>9}{versus:>18}"
 
 # %% ../../nbs/report/summary.ipynb #2c95e7e2
 _UNKNOWN: Results = {"heldout": {}, "checkable": {}, "filter": {}, "arms": []}  # to verdicts alone
@@ -46,12 +47,11 @@ def summary_lines(
         overall = f"{found['auc']:.2f} [{low:.2f}, {high:.2f}]"
         few = "" if found.get("auc_decided", True) else " (too few rows of a kind to decide)"
         lines.append(f"AUC of {found['selector']}: {overall}{few}; {kinds}")
-    lines += [
-        f"{'arm':12}{'flawed rows':>12}{'reference loss':>22}{'right':>9}{'win/tie/lose':>18}"
-    ]
     judged = [pooled[0]["model_a"], *(p["model_b"] for p in pooled)]
     arms = dict.fromkeys([*results["heldout"], *results["checkable"], *judged])
-    lines += [_arm_line(results, arm) for arm in arms]
+    wide = max(12, *map(len, arms))
+    heads = f"{'flawed rows':>12}{'reference loss':>22}{'right':>9}{'win/tie/lose':>18}"
+    lines += [f"{'arm':{wide}}{heads}", *(_arm_line(results, arm, wide) for arm in arms)]
     agreed = [agreement_line(x) for x in results.get("judge_agreement") or []]
     each = [f"{s}: {x['verdict']}" for s, x in (claim.get("selectors") or {}).items()]
     own = results.get("heldout_own") or {}
@@ -94,7 +94,9 @@ def _of_judge(results: Results) -> tuple[bool, str]:
     unfit = results["judge_health"].get("fit") is False
     if unfit:
         return True, "The judge is unfit, so its verdicts decide nothing."
-    return False, f"What the judge says of the claim: {results['claim']['verdict']}."
+    verdict = results["claim"]["verdict"]
+    sure = verdict in ("supported", "not supported")
+    return sure, f"What the judge says of the claim: {verdict}."
 
 # %% ../../nbs/report/summary.ipynb #33581b97
 def lessons(
@@ -108,7 +110,7 @@ def lessons(
     told = [*_of_losses(results, a, control), *_of_filter(results), _of_judge(results)]
     learnt, open_ = ([text for sure, text in told if sure == kept] for kept in (True, False))
     rows = next((x["rows"] for x in results["arms"] if x["arm"] == a), None)
-    open_.append(f"Anything of more than {rows:g} rows, or of a larger model." if rows else "")
+    open_.append(f"Anything of more than {rows:,.0f} rows, or of a larger model." if rows else "")
     lines = [
         "What was learnt:",
         *(f"- {x}" for x in learnt or ["Nothing that is more than chance."]),

@@ -204,7 +204,8 @@ def _read_list(endpoint: Address) -> tuple[int, bytes]:
     import httpx2
 
     to, text, until = endpoint.connection(), b"", time.monotonic() + 10
-    headers = {"Authorization": f"Bearer {to['api_key']}", **to["default_headers"]}
+    bearer = {} if endpoint.has_own_key else {"Authorization": f"Bearer {to['api_key']}"}
+    headers = {**bearer, **to["default_headers"]}
     where = {"url": f"{to['base_url']}/models", "params": to["default_query"]}
     try:
         with (

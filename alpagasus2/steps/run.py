@@ -16,7 +16,7 @@ from .. import judge, local
 from ..batches import Misfit, misfit_line, misfits
 from ..core import run_folder
 from ..core.families import context_length
-from ..core.files import UserError, json_sha256, read_json, write_json
+from ..core.files import UserError, counted, json_sha256, read_json, write_json
 from ..data import Example, dropped, load_examples, load_questions
 from ..endpoint.cache import Ask
 from ..evidence.claim_file import claim_beside, is_measured
@@ -213,7 +213,10 @@ def free_rows(
     rows = _own_rows(run, source)
     taken = repeats_of(rows, run.held) if run.held else {}
     if taken:
-        run.say(f"{source}: {len(taken)} rows repeat held-out ones; they are left out")
+        told = counted(
+            len(taken), "rows repeat held-out ones; they are", "row repeats a held-out one; it is"
+        )
+        run.say(f"{source}: {told} left out")
     return [r for n, r in enumerate(rows) if n not in taken]
 
 # %% ../../nbs/steps/run.ipynb #40127450

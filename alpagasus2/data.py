@@ -434,9 +434,7 @@ def dropped(
 def examine(
     source: str | Path,  # a file, a folder of `save_to_disk`, a catalogued name or a hub id
     split: str = "train",  # the split to take, where there are several
-    columns: str
-    | Mapping[str, str]
-    | None = None,  # OURS=THEIRS,... where names differ; or so named
+    columns: str | Mapping[str, str] | None = None,  # OURS=THEIRS,... where names differ; or mapped
     preferred: bool = False,  # of preferences, take the good side
 ) -> Examined:
     "Read and sort rows, and say how they were read; `UserError` where a file cannot be read."
@@ -465,9 +463,7 @@ def refusal(
 def load_examples(
     source: str | Path,  # a file, a folder of `save_to_disk`, a catalogued name or a hub id
     split: str = "train",  # the split to take, where there are several
-    columns: str
-    | Mapping[str, str]
-    | None = None,  # OURS=THEIRS,... where names differ; or so named
+    columns: str | Mapping[str, str] | None = None,  # OURS=THEIRS,... where names differ; or mapped
     preferred: bool = False,  # of preferences, take the good side
 ) -> tuple[list[Example], list[Problem]]:  # rows with ids; those dropped
     "Read and check rows; raises `UserError` at the first malformed row or when none is left."

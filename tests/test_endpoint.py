@@ -724,3 +724,34 @@ def test_an_answer_that_broke_off_is_asked_again(tmp_path):
         endpoint, replies = asked(url, tmp_path, ["one", "two", "three"])
     assert [x.text for x in replies] == ["4"] * 3 and len(calls) == 6
     assert endpoint.budget.spent > 3 * 150e-6  # half an answer may be on the bill
+
+
+def test_what_is_under_way_when_a_run_ends_is_waited_for_or_counted(tmp_path, monkeypatch):
+    """A refusal of one call waits for the others; what is broken off counts as paid for."""
+    told = {"error": {"message": "Insufficient balance"}}
+
+    def slow(body, n):
+        text = body["messages"][0]["content"]
+        time.sleep({"slow": 1.5, "hangs": 3}.get(text, 0.3))
+        return (402, told) if text == "refused" else (200, completion())
+
+    def asked_for(*texts: str) -> tuple[Endpoint, Iterator]:
+        limits = EndpointConfig(workers=3, price_in=1.0, price_out=10.0)
+        cache = tmp_path / f"{texts[-1]}.sqlite"
+        endpoint = Endpoint("m", url, cache, limits, purpose="p", max_tokens=1000)
+        return endpoint, endpoint.complete(
+            Request([{"role": "user", "content": t}]) for t in ("first", *texts)
+        )
+
+    monkeypatch.setattr("alpagasus2.endpoint.client._GRACE", 0.1)
+    with answering(slow) as (url, calls):
+        endpoint, replies = asked_for("slow", "refused")
+        with pytest.raises(UserError, match="no money left"):
+            list(replies)
+        assert endpoint.stored(Request([{"role": "user", "content": "slow"}])).text == "4"
+        endpoint, replies = asked_for("hangs")
+        next(replies)
+        while len(calls) < 5:
+            time.sleep(0.02)
+        replies.close()
+        assert 0.01 < endpoint.cache.spent("p") < 0.0105

@@ -58,6 +58,12 @@ def test_links_anchors_pictures_and_hosts_without_a_browser():
     assert not check_site.lost_pictures(found)
 
 
+def test_a_figure_is_described_by_the_words_above_it():
+    plots = (SITE / "report" / "plots.html").read_text()
+    assert 'alt="Win, tie and lose of every pair of models as one bar each."' in plots
+    assert not [p for p in PAGES if 'alt="png"' in (SITE / p).read_text()]
+
+
 def test_a_broken_link_an_anchor_and_a_host_are_seen():
     page = check_site.Page(
         '<h2 id="there"></h2><a href="none.html">a</a><a href="#gone">b</a><a href="#there">c</a>'

@@ -194,6 +194,19 @@ def flatten(
     return nb
 
 
+def described(
+    body: str,  # Markdown in which a figure is called png
+) -> str:
+    "The same; what a screen reader says of a figure is the paragraph above it."
+    said, code, blocks = "", False, []
+    for block in body.split("\n\n"):
+        if not code and re.match(r"(?!```)[A-Z`*\[]", block):
+            said = re.sub(r"\]\([^)]*\)|[\[\]`*]", "", " ".join(block.split()))
+        blocks.append(block.replace("![png](", f"![{said}]("))
+        code ^= block.count("```") % 2 == 1
+    return "\n\n".join(blocks)
+
+
 def rendered(
     source: Path,  # a notebook of nbs/
     readme: bool = False,  # for README.md
@@ -206,7 +219,8 @@ def rendered(
     )
     if readme:  # figures of outputs have only now got a name; what does not exist yet is passed by
         body = body.replace(f"]({where}/{name}_", f"]({RAW}/{CFG.branch}/{where}/{name}_")
-    return re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", resources["outputs"]
+    body = re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
+    return body if readme else described(body), resources["outputs"]
 
 
 def readme_files() -> dict[Path, bytes]:  # contents by path

@@ -33,6 +33,7 @@ from ..core.run_folder import dollars
 from ..core.settings import settings
 from .cache import Reply, ReplyCache, Request
 from alpagasus2.endpoint.completion import (
+    Told,
     hidden_refusal,
     read_completion,
     read_refusal,
@@ -198,6 +199,7 @@ class _Pool:
         self._stop, self._later = threading.Event(), deque[tuple[int, Request]]()
         self._again: set[int] = set()  # what was put off once is waited for
         self.tick: Callable[[], None] = lambda: None  # called now and then, while there is work
+        self.patience = 0.0  # seconds that the others have when one has failed
 
     def map(
         self,
@@ -232,7 +234,12 @@ class _Pool:
             while pending and not self._stop.is_set():
                 self.tick()
                 _, pending = await asyncio.wait(pending, timeout=0.5)
-            until = time.monotonic() + _GRACE
+            failed = any(t.done() and not t.cancelled() and t.exception() for t in tasks)
+            until = time.monotonic() + max(_GRACE, self.patience if failed else 0.0)
+            if pending:  # those that only wait for their turn end by themselves
+                _, pending = await asyncio.wait(pending, timeout=0.5)
+            if failed and pending:
+                say(f"calls under way: {len(pending)}, paid for; the run ends after them")
             while pending and time.monotonic() < until:
                 self.tick()
                 _, pending = await asyncio.wait(pending, timeout=0.5)
@@ -570,6 +577,24 @@ _NO_KEY = re.compile(
 )
 _A_DAY = re.compile(r"per[-_ ]?day|\bdaily\b|limit: 0(?![.0-9])", re.I)  # of a 429
 
+# %% ../../nbs/endpoint/client.ipynb #27436dae
+def _of_every(
+    told: Told,  # what a refusal says
+    status: int,  # its HTTP status
+    words: str,  # all of it; "" where it says in a header how long to wait
+) -> str | None:  # words that follow the name of the endpoint; None: it may concern one request
+    "What a refusal says of every request."
+    if _NO_MONEY.search(f"{told.code} {told.message}"):
+        return "has no money left"
+    if status == 429 and _A_DAY.search(words):
+        return "has no calls left for today"
+    if status in (400, 403) and _NO_KEY.search(told.message):
+        return _EVERY[401]
+    unknown = status in (400, 404, 422) and _NO_MODEL.search(told.message)
+    if status in (401, 402, 407) or told.code == "model_not_found" or unknown:
+        return _EVERY.get(status, _EVERY[404])
+    return None
+
 # %% ../../nbs/endpoint/client.ipynb #e3eff71d
 _OF_ONE = re.compile(  # what is wrong with one request and says nothing of the others
     r"context.(?:length|size|window)|too (?:long|large|many tokens)|maximum.*tokens|moderat|"
@@ -592,15 +617,9 @@ def failure(
         place = (headers.get("location") or "another address").partition("?")[0]
         reason = f"HTTP {status}: it sends us to {place}, and rows go to base_url alone"
         return Refused(reason) if answered else UserError(f"{who} does not answer: {reason}")
-    if _NO_MONEY.search(f"{told.code} {told.message}"):
-        return UserError(f"{who} has no money left: {reason}")
-    if status == 429 and "retry-after" not in headers and _A_DAY.search(str(body)):
-        return UserError(f"{who} has no calls left for today: {reason}")
-    if status in (400, 403) and _NO_KEY.search(told.message):
-        status = 401
-    unknown = status in (400, 404, 422) and _NO_MODEL.search(told.message)
-    if status in (401, 402, 407) or told.code == "model_not_found" or unknown:
-        return UserError(f"{who} {_EVERY.get(status, _EVERY[404])}: {reason}")
+    may_wait = "retry-after" in headers
+    if every := _of_every(told, status, "" if may_wait else str(body)):
+        return UserError(f"{who} {every}: {reason}")
     of_one = bool(_OF_ONE.search(f"{told.code} {reason}"))
     sending = endpoint.sending
     field = None if of_one else blamed(told, list(sending.fields), sending.ours)
@@ -673,6 +692,12 @@ async def _bound(response: Any) -> None:
     response.stream = Bounded()
 
 
+class _BrokenOff(asyncio.CancelledError):
+    "The run ended while a call was under way."
+
+    billed = True
+
+
 class _Connection:
     "Sends single calls at the pace of the limits, and says what a failure means."
 
@@ -712,6 +737,8 @@ class _Connection:
         try:
             async with asyncio.timeout(seconds):
                 answer = await self.client.post("/chat/completions", **how)
+        except asyncio.CancelledError:
+            raise _BrokenOff from None
         except (TimeoutError, openai.APITimeoutError):
             reason = f"no answer in {seconds:g} s (--timeout allows more)"
             raise Transient(reason, billed=True) from None
@@ -746,7 +773,7 @@ class _Asking:
 
     def __init__(self, endpoint: Endpoint, pool: _Pool):
         self.endpoint, self.pool = endpoint, pool
-        pool.tick = endpoint.cache.renew
+        pool.tick, pool.patience = endpoint.cache.renew, endpoint.config.timeout
         self.connection: _Connection | None = None  # a run that is all cache needs none
         self.reached, self.first = False, 0  # whether a call was answered; calls out until then
         self.lost = self.silent = 0  # requests given up, and replies without text, in a row
@@ -848,7 +875,7 @@ class _Asking:
             self.endpoint.cache.check_room()
             raw, seconds = await connection.send(request)
             reply = commit(self.endpoint, key, raw, seconds, most=usd)
-        except Transient as e:
+        except (Transient, _BrokenOff) as e:
             lost = usd if e.billed else 0.0
             raise
         finally:

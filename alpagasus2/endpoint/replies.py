@@ -19,9 +19,8 @@ _THINK = r"think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad"
 _MENTION = rf"([`\"'])[<\[]/?(?:{_THINK})[>\]]\1"  # `<think>`: a word of the judge about a tag
 _OPENED = re.compile(
     rf"[<\[◁](?:seed:)?(?:{_THINK})[>\]▷]|<\|channel\|>analysis|<\|channel>thought"
-    r"|\Aanalysis(?=[A-Z])",
-    re.I,
-)
+    r"|\A(?:analysis(?=[A-Z])|thought\n)", re.I,
+)  # fmt: skip
 _CLOSED = re.compile(
     rf"[<\[◁]/(?:seed:)?(?:{_THINK})[>\]▷]|<channel\|>"
     r"|<\|channel\|>final *(?:<\|constrain\|>\w+)?<\|message\|>|assistantfinal", re.I,
@@ -48,7 +47,7 @@ _SIGNS |= {0x2212: "-", 0x3010: "[", 0x3011: "]"} | dict.fromkeys(map(ord, "§¦
 _NEW_LINE = re.compile(r"<br ?/?>|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]|\r\n?")
 _NOISE = re.compile(  # zero-width characters, emoji, struck-out text, formatting tags
     "[\u00ad\u200b-\u200f\u2060\ufe0f\ufeff\u20e3\u2600-\u27bf\u2b50\u2b55\U0001f000-\U0001faff]"
-    r"|~~[^~\n]*~~|</?(?:b|i|em|strong|p|span|u|code|h[1-6])>"
+    r"|~~[^~\n]*~~|</?(?:b|i|em|strong|p|span|u|code|h[1-6])>|<\|(?:begin|end)_of_box\|>"
 )
 _LATEX = re.compile(
     r"\$?\\(?:boxed|text|mathbf|textbf)\{([^{}\n]*)\}\$?|\$([0-9](?:[0-9./ ]*[0-9])?)\$"

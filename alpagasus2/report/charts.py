@@ -27,6 +27,14 @@ from ..evidence.claim import deciding
 class Picture(Figure):
     "A figure that a notebook shows once, whatever backend matplotlib has."
 
+    def __init__(
+        self,
+        width: float,  # inches
+        height: float,  # inches
+    ):
+        "Empty."  # what it inherits is no text that a page can show
+        super().__init__(figsize=(width, height))
+
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", bbox_inches="tight")
@@ -103,7 +111,7 @@ def effect_chart(
     "Dots with their 95% intervals."
     if not effects:
         return None
-    figure = Picture(figsize=(WIDTH, 0.8 + 0.5 * len(effects)))
+    figure = Picture(WIDTH, 0.8 + 0.5 * len(effects))
     axes = figure.subplots(gridspec_kw={"left": 0.02, "right": 0.98})
     _draw_references(axes, reference, band, bound)
     for y, e in enumerate(effects):
@@ -222,7 +230,7 @@ def curves_chart(
     ticks: Sequence[float] | None = None,  # amounts to be named; None: round ones
 ) -> Figure:
     "Held-out loss over rows or cost, a line an arm."
-    figure, colours = Picture(figsize=(WIDTH, 3)), sns.color_palette("colorblind")
+    figure, colours = Picture(WIDTH, 3), sns.color_palette("colorblind")
     axes, every = figure.subplots(), [x for points in curves.values() for x in points]
     step = (max(every) / min(every)) ** 0.008
     axes.axhline(base, color=_SOFT, linestyle="--", linewidth=1, label="base, untrained")

@@ -29,7 +29,7 @@ from statsmodels.stats.proportion import proportion_confint
 # %% ../../nbs/report/plots.ipynb #c0bbc6ca
 def _picture(width: float, height: float) -> tuple[Picture, Axes]:
     "A figure of so many inches with one pair of axes; pyplot does not know it."
-    figure = Picture(figsize=(width, height))
+    figure = Picture(width, height)
     return figure, figure.subplots()
 
 # %% ../../nbs/report/plots.ipynb #a2359386

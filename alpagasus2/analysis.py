@@ -456,7 +456,7 @@ def _check_lines(judgments: Sequence[Any], model_a: str | None) -> None:
 
 # %% ../nbs/05_analysis.ipynb #5b384ce3
 def analyse(
-    judgments: Sequence[Judgment] = (),
+    judgments: Iterable[Judgment] = (),  # from `load_judgments` or `carry_out`
     model_a: str | None = None,  # the arm whose wins are counted
     canaries: Mapping[str, Sequence[float]] | None = None,  # from `canary_outcomes`
     margin: float | None = None,  # non-inferiority margin, if one was fixed
@@ -504,7 +504,7 @@ def analyse(
 # %% ../nbs/05_analysis.ipynb #50b188f4
 def hold_without(
     results: Results,  # from `analyse` of the same judgments and terms
-    judgments: Sequence[Judgment],
+    judgments: Sequence[Judgment],  # as `analyse` was given them
     known: Collection[tuple[str, str]],  # test set and id of questions that an arm's rows hold
     model_a: str | None = None,
     canaries: Mapping[str, Sequence[float]] | None = None,
@@ -517,5 +517,6 @@ def hold_without(
     clean = [x for x in judgments if (x["test_set"], x["id"]) not in judged]
     terms["planned"] = without_questions(terms.get("planned"), judged)
     nothing = {"verdict": "within noise", "reason": "No prompt is left."}
-    unseen = analyse(clean, model_a, canaries, **terms).get("claim", nothing)
+    mine = any(model_a in (None, x["model_a"], x["model_b"]) for x in clean)
+    unseen = analyse(clean, model_a, canaries, **terms)["claim"] if mine else nothing
     results["claim"] = without_seen(results["claim"], unseen, len(judged))

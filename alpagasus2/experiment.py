@@ -168,8 +168,6 @@ def run_recipe(
     workers: int = 1,  # trainings at once, each in a process of its own
 ) -> Results:
     "Carry out a controlled comparison, or what is left of it."
-    if not isinstance(recipe, Recipe):
-        raise UserError(f"a {type(recipe).__name__} is no recipe; `load_recipe` reads its file")
     run = Run(recipe, output_dir, progress, workers=workers)
     scores = rate_pool(run)
     selected = choose_and_train(run, scores)

@@ -289,7 +289,7 @@ def generate(
 
 # %% ../nbs/03_generate.ipynb #d70f579b
 def length_warnings(
-    lines: Iterable[Response],
+    lines: Iterable[Response],  # from `generate` or `read_responses`
     share: float = 0.2,  # of answers at the limit, above which to warn
 ) -> list[str]:  # a sentence for each test set and model
     "Say where too many answers are unfinished."
@@ -339,7 +339,7 @@ def _in_order(key: tuple[str, str]) -> tuple:
 
 
 def export_responses(
-    lines: Iterable[Response],
+    lines: Iterable[Response],  # from `generate` or `read_responses`
     folder: str | Path,  # files are written here
     form: Form,  # seed: koala_seed_0.json; alpaca_eval: MODEL/model_outputs.json
 ) -> list[Path]:  # the files

@@ -186,7 +186,7 @@ def _rated_question(row: Example) -> tuple[str, str]:  # instruction, input
 
 # %% ../nbs/04_judge.ipynb #91fc1805
 def rating_messages(
-    row: Example,
+    row: Example,  # of `load_examples` or `check_rows`
     dimension: str = "accuracy",  # what is rated
     prompt: RatingPrompt = RatingPrompt(),  # AlpaGasus's, or your own
 ) -> list[dict[str, str]]:  # chat messages
@@ -219,7 +219,7 @@ _HOW = {
 
 # %% ../nbs/04_judge.ipynb #16fd5fff
 def comparison_messages(
-    question: Asked,
+    question: Asked,  # what both answer
     first: str,  # the answer of Assistant 1
     second: str,  # the answer of Assistant 2
     protocol: Literal["pair", "verdict"] = "pair",  # what the judge is to say
@@ -459,7 +459,7 @@ DRIFT = 0.7  # share of one value from which scores are said not to tell rows ap
 
 
 def score_counts(
-    lines: Iterable[Rating],
+    lines: Iterable[Rating],  # from `carry_out`
 ) -> dict[float, int]:  # score -> how many lines have it, from the lowest
     "The distribution of the scores that could be read."
     read = (x for x in lines if x.get("status") == "ok" and "score" in x)
@@ -573,7 +573,7 @@ def _refuse_copies(responses: Iterable[Response]) -> None:
 
 # %% ../nbs/04_judge.ipynb #9456593e
 def pair_arms(
-    responses: Sequence[Response],
+    responses: Iterable[Response],  # from `generate` or `read_responses`
     model_a: str | None = None,  # the arm whose wins are counted; None: every arm in turn
     model_b: str | Sequence[str] | None = None,  # what it is compared with; None: all others
 ) -> list[Pair]:
@@ -698,7 +698,7 @@ def _padded(answer: str) -> str:
 
 
 def canary_pairs(
-    responses: Sequence[Response],
+    responses: Sequence[Response],  # from `generate` or `read_responses`
     model_a: str,  # whose answers the null answer is compared with
 ) -> list[Pair]:  # for `comparison_plan`
     "What is known: gold pairs, 30 null answers, 6 answers against themselves, 30 padded ones."

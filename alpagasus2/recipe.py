@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MATCHED', 'Share', 'Name', 'FEWEST_HELD', 'Rater', 'Arm', 'Judge', 'Server', 'Recipe', 'served_as', 'rating_template',
-           'at_rate', 'other_scores', 'is_rated', 'check_rating_price', 'comparisons', 'load_recipe', 'plan_of']
+           'at_rate', 'other_scores', 'is_rated', 'check_rating_price', 'check_recipe', 'comparisons', 'load_recipe',
+           'plan_of']
 
 # %% ../nbs/06_recipe.ipynb #6f5aed1f
 import math
@@ -579,6 +580,16 @@ def check_rating_price(
     if rater.is_asked and rater.price(rater.model, address_of(rater.base_url)) is None:
         raise UserError(f"cost_matched: the price of {rater.model} is not known; give the rater "
                         "its `price_in` and `price_out`, or a file of `prices`")  # fmt: skip
+
+# %% ../nbs/06_recipe.ipynb #c8580aef
+def check_recipe(
+    recipe: Any,  # what is to be carried out
+) -> None:
+    "Refuse what is no recipe, and one that was changed since into what none may be."
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"a {type(recipe).__name__} is no recipe; `load_recipe` reads its file")
+    arms = {name: replace(arm) for name, arm in recipe.arms.items()}
+    replace(recipe, arms=arms, rater=replace(recipe.rater))
 
 # %% ../nbs/06_recipe.ipynb #921a372e
 def comparisons(

@@ -31,10 +31,14 @@ def _arm_line(results: Results, arm: str, wide: int = 12) -> str:
     return f"{arm:{wide}}{share:>12}{shown:>22}{score:>9}{versus:>18}"
 
 # %% ../../nbs/report/summary.ipynb #2c95e7e2
+_UNKNOWN: Results = {"heldout": {}, "checkable": {}, "filter": {}, "arms": []}  # to verdicts alone
+
+
 def summary_lines(
-    results: Results,  # of a run
+    results: Results,  # of a run, or of `analyse` alone
 ) -> list[str]:
     "What a run found: the selector, each arm, the further sizes, and the claim."
+    results = {**_UNKNOWN, **results}
     found, claim, pooled = results["filter"], results["claim"], results["pooled"]
     lines = []
     if "auc" in found:
@@ -96,9 +100,10 @@ def _of_judge(results: Results) -> tuple[bool, str]:
 
 # %% ../../nbs/report/summary.ipynb #33581b97
 def lessons(
-    results: Results,  # of a run
+    results: Results,  # of a run, or of `analyse` alone
 ) -> list[str]:  # lines
     "What was learnt, and what was not."
+    results = {**_UNKNOWN, **results}
     pooled = results["pooled"]
     a = pooled[0]["model_a"] if pooled else next(iter(results["heldout"]))
     control = deciding(results).get("model_b")

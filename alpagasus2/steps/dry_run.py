@@ -45,6 +45,7 @@ from alpagasus2.recipe import (
     Recipe,
     Server,
     check_rating_price,
+    check_recipe,
     is_rated,
     other_scores,
     served_as,
@@ -335,6 +336,7 @@ def _checks(known: Known) -> list[Callable[[], Any]]:
     base, rater = recipe.base_model, recipe.rater
     judges = [w for _, w in recipe.judges if w.backend == "local"]
     return [
+        partial(check_recipe, recipe),
         partial(_check_claim, known),
         partial(_check_filled, known),
         partial(_check_kept, known),

@@ -22,7 +22,7 @@ from ..endpoint.cache import Ask
 from ..evidence.claim_file import claim_beside, is_measured
 from ..evidence.scaling import Costs, priced
 from ..quant_lora import SMALL_MODEL, load_config
-from ..recipe import Judge, Rater, Recipe
+from ..recipe import Judge, Rater, Recipe, check_recipe
 from ..selection import BY_SCORE
 from .fix_claim import changes, fix_claim, same_fit
 from .pool import hold_out, repeats_of
@@ -40,6 +40,7 @@ class Run:
         rates: Sequence[float] = (),  # learning rates that it is one of
         workers: int = 1,  # trainings at once
     ):
+        check_recipe(recipe)
         self.recipe, self.dir, self.progress = recipe, Path(output_dir), progress
         self.workers = workers
         self.tokens: dict[str, tuple[int, int]] = {}  # of the pool's rows, from `_token_counts`

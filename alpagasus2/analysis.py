@@ -63,7 +63,7 @@ def _wrong_text(line: Judgment) -> str:
         return f"judge model={judge['model']!r}; text is wanted"
     return ""
 
-
+# %% ../nbs/05_analysis.ipynb #a17b3258
 def _contradicted(line: Judgment) -> str | None:
     "The verdict that two scores come to, where the line has another one."
     a, b = line.get("score_a"), line.get("score_b")

@@ -162,7 +162,7 @@ def encode_each(
     for row in tqdm(rows, "Tokenising", unit="row", leave=False, disable=hidden):
         yield encode(row, tokenizer, config.cutoff_len, config.form)
 
-
+# %% ../nbs/01a_batches.ipynb #2f8d25f1
 def encode_rows(
     rows: Sequence[Example],
     tokenizer: Any,  # of the base model

@@ -193,7 +193,7 @@ def is_learned(
     "Whether an answer is to be learned, and not only read."
     return not any(message.get(name) == 0 for name in _SWITCHES)  # False is 0, too
 
-
+# %% ../nbs/00_data.ipynb #64d63545
 def _malformed_messages(messages: Any) -> str | None:
     if not isinstance(messages, list) or not messages:
         return "`messages` is not a list of role and content"
@@ -700,9 +700,6 @@ def load_questions(
         raise UserError(f"{source}: question id {twice[0]!r} occurs more than once")
     _say_turns(source, rows)
     return questions
-
-# %% ../nbs/00_data.ipynb #12fa1ee0
-#| export
 
 # %% ../nbs/00_data.ipynb #edc80365
 def asked_once(

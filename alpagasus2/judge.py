@@ -258,7 +258,7 @@ def _status(reply: Reply, value: object) -> str:
     refused = reply.finish_reason == "content_filter" or _REFUSAL.search(reply.text[:200])
     return "refused" if refused else "unparsed"
 
-
+# %% ../nbs/04_judge.ipynb #261accd6
 UNREAD = ("unparsed", "refused", "length")  # statuses of replies that state nothing
 
 

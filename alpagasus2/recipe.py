@@ -226,7 +226,7 @@ def _one_or_more(value: Any) -> Judge | list[Judge]:
         return _made(Judge, value, "judge")
     return [_made(Judge, one, f"judge {n}") for n, one in enumerate(value, 1)]
 
-
+# %% ../nbs/06_recipe.ipynb #cb3247a5
 # the parts of a recipe that are made of named values
 _READ: dict[str, Callable[[Any], Any]] = {
     "arms": _named_arms,

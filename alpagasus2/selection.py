@@ -207,7 +207,7 @@ def rows_kept(
         raise UserError(f"{rule}={round(value)}, but between 1 and {n} {rows} can be kept")
     return int(count)
 
-
+# %% ../nbs/00b_selection.ipynb #a56a04b0
 def _ranking(
     scores: Mapping[str, float], rule: str, value: float, seed: int
 ) -> tuple[int | None, list[str]]:

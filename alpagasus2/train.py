@@ -471,7 +471,7 @@ def checkpoint_path(
     "A hidden file beside the adapter, there while it is trained."
     return output_dir.with_name(f".{output_dir.name}.checkpoint")
 
-
+# %% ../nbs/02_train.ipynb #85342825
 def _checkpoint(
     output_dir: Path, settings: Mapping[str, Any], encoded: Sequence[Encoded]
 ) -> Checkpoint:

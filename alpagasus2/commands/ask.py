@@ -84,7 +84,7 @@ def _say_counts(output: str, counts: Mapping[str, int], usd: float | None) -> No
                        "reply was cut off before its answer")  # fmt: skip
         print(f"{lost}: {MORE_ROOM}", file=sys.stderr)
 
-
+# %% ../../nbs/commands/ask.ipynb #0af4d6d3
 def _check_all_answered(output: str, lines: Sequence[Mapping]) -> None:
     "Raise `UserError` where lines got no answer: it is a command's last word, and its status 2."
     failed = [x for x in lines if has_failed(x)]
@@ -174,7 +174,7 @@ def _rate_in_blocks(
         raise UserError(f"{output}: {failed:,} of {all_:,} got no answer; the others are kept, and "
                         "the same command asks for these again")  # fmt: skip
 
-
+# %% ../../nbs/commands/ask.ipynb #4a942138
 def _signals_in_blocks(
     given: Sequence[Any], output: str, rater: str, model: str, template: Any, spread: Any
 ) -> None:

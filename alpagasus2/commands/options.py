@@ -116,16 +116,16 @@ def _wanted_of(name: str, value: float) -> str | None:
         return "a number above 0"
     return "a number not below 0" if value < 0 and name not in _SIGNED else None
 
-
+# %% ../../nbs/commands/options.ipynb #803caa06
 COMMON = {  # options of every command, which are given on the command line only
     "quiet": "no progress bars and nothing on standard output; warnings and errors stay",
     "json": "one JSON object on standard output, in place of what would be printed",
 }
 
 
-def _empty_parser(command: str, about: str | None) -> Any:
-    "A parser that knows --config, and raises its error where `exit_status` prints it."
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+def _formatter() -> Any:
+    "How a help is written: types in words, examples that can be pasted."
+    from jsonargparse import DefaultHelpFormatter
 
     class Formatter(DefaultHelpFormatter):
         "Types in words."
@@ -144,6 +144,13 @@ def _empty_parser(command: str, about: str | None) -> Any:
             lines = wrap(text, width - 6, break_on_hyphens=False, break_long_words=False)
             return " \\\n    ".join(lines)
 
+    return Formatter
+
+# %% ../../nbs/commands/options.ipynb #075c16a2
+def _empty_parser(command: str, about: str | None) -> Any:
+    "A parser that knows --config, and raises its error where `exit_status` prints it."
+    from jsonargparse import ArgumentParser
+
     class Parser(ArgumentParser):
         "An error is one sentence."
 
@@ -160,7 +167,7 @@ def _empty_parser(command: str, about: str | None) -> Any:
 
     parser = Parser(
         prog=f"alpagasus2 {command}", description=about, allow_abbrev=False,
-        formatter_class=Formatter,
+        formatter_class=_formatter(),
     )  # fmt: skip
     parser.add_argument("--config", action="config", help="read options from a YAML file")
     for name, does in COMMON.items():

@@ -302,7 +302,7 @@ def changed_setting(
             return f"{field} was {before!r} and is now {now!r}"
     return None
 
-
+# %% ../../nbs/core/run_folder.ipynb #d7f1abf1
 def annotate(
     output: str | Path,  # a file that was written
     **facts: Any,  # what is known of it: hash, licence, settings

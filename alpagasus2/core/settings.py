@@ -125,7 +125,7 @@ def wrong_text(
     found = re.search("[\\x00-\\x1f\\x7f-\\x9f]", value)
     return f"{value!r}: it holds a control character" if found else None
 
-
+# %% ../../nbs/core/settings.ipynb #023462b4
 @dataclass_transform(field_specifiers=(dataclasses.field,))
 def settings(
     cls: type[T],  # fields with types, defaults and bounds (`pydantic.Field(128, gt=0)`)

@@ -379,6 +379,12 @@ def cut_prompt(
     return read if full and prompt_tokens(request.messages, _LOOSEST) > read else 0
 
 # %% ../../nbs/endpoint/client.ipynb #247320e0
+def _check_sampling(given: Mapping[str, Any]) -> None:
+    if misplaced := given.keys() & EndpointConfig.__dataclass_fields__.keys():
+        names = ", ".join(sorted(misplaced))
+        raise TypeError(f"{names}: fields of EndpointConfig, not sampling")
+
+
 def _check_cap(model: str, price: Price | None, longest: int) -> None:
     "Whether a call's cost has an upper bound."
     if not price:
@@ -405,9 +411,7 @@ class Endpoint(Address):
         super().__init__(base_url, self.config.headers)
         self.model, self.sending = model, Sending(model, sampling)
         self.sampling = self.sending.asked
-        if misplaced := sampling.keys() & EndpointConfig.__dataclass_fields__.keys():
-            names = ", ".join(sorted(misplaced))
-            raise TypeError(f"{names}: fields of EndpointConfig, not sampling")
+        _check_sampling(sampling)
         self.price = self.config.price(model, self.base_url)
         self.budget = Budget(self.config.max_cost, spent)
         if self.config.max_cost:

@@ -217,7 +217,7 @@ def _undecided(pair: PairStatistics) -> list[str]:
     )  # fmt: skip
     return [counted(n, many, one) for n, many, one in texts if n]
 
-
+# %% ../../nbs/evidence/claim.ipynb #ecb03bd7
 def _missing_sentence(pair: PairStatistics, verdict: str, margin: float | None) -> str:
     "What no judge has decided could change; empty where there is nothing."
     low, bound = pair["win_rate_bounds"][0], 0.5 - (margin or 0)
@@ -265,7 +265,7 @@ def _contradicts(labels: Mapping | None, bound: float, upper: float = 1.1) -> bo
     rate = (labels or {}).get("ppi_win_rate")
     return rate is not None and not bound < rate < upper
 
-
+# %% ../../nbs/evidence/claim.ipynb #b78fb548
 def _labels_sentence(labels: Mapping | None, bound: float, upper: float = 1.1) -> str:
     "What the labels of the deciding pair say; empty where there are too few."
     if not labels:

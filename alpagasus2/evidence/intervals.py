@@ -146,7 +146,7 @@ def rest_taken(
     "How much of the rest's mean square is taken from the one between runs."
     return 1 - 1 / runs
 
-
+# %% ../../nbs/evidence/intervals.ipynb #56e98319
 def run_part(
     parts: VarianceParts,
     pooled: RunNoise | None = None,  # used for two runs

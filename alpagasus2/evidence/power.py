@@ -101,7 +101,7 @@ def _experiments(
     error = np.sqrt(prompts + moved) * _normals(design, rng, 1, _common(moved, prompts))[..., 0]
     return np.sqrt(squared / ((n + 2) * runs)) * (n + 2) / n, error
 
-
+# %% ../../nbs/evidence/power.ipynb #8c5170c3
 def needed_effects(
     design: Design,
     seed: int = 0,  # of the draws

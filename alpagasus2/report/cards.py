@@ -206,7 +206,7 @@ def _win_cards(results: Results) -> list[dict[str, Any]]:
     value = f"{clear} wins more" if clear else "No clear difference"
     return [_card(f"{a} against {b}", value, *notes, once)]
 
-
+# %% ../../nbs/report/cards.ipynb #9d6beddf
 def claimed_rate(
     results: Results,  # results.json's content
 ) -> (

@@ -36,7 +36,7 @@ def folder_of(
     path = Path(judgments).resolve()
     return path if path.is_dir() else path.parent
 
-# %% ../../nbs/report/run_claim.ipynb #086fef28
+# %% ../../nbs/report/run_claim.ipynb #d9736cc5
 def run_canaries_path(
     judgments: str | Path,  # a folder, or a file in it
 ) -> Path:
@@ -50,7 +50,7 @@ def _judges_of(lines: Iterable[Mapping[str, Any]]) -> set[tuple[Any, Any]]:
     "Model and prompt of whatever judged these lines."
     return {(j.get("model"), j.get("prompt_version")) for x in lines if (j := x.get("judge"))}
 
-
+# %% ../../nbs/report/run_claim.ipynb #1e6539d9
 def run_canaries(
     judgments: str | Path,  # a folder, or a file in it
     lines: Iterable[Mapping[str, Any]],  # the verdicts there

@@ -195,7 +195,7 @@ def _items(
             tokens["prompt"] += prompt_tokens(request.messages)
             yield {"line": line, "request": asdict(request)}
 
-
+# %% ../../nbs/scale/rows.ipynb #1ddbe53f
 def _reread(plan: Any, file: LongFile) -> None:
     "Append the lines whose replies are now understood differently."
     changed: dict[int, dict] = {}
@@ -273,7 +273,7 @@ def spread_answers(
     "A server, asked by several clients."
     return partial(endpoint_answers, spread_ask(asking, output, spread))
 
-
+# %% ../../nbs/scale/rows.ipynb #1489c6e9
 def spread_backend(
     arms: Callable[[], Mapping[str, Any]],  # `local_arms` with its arguments, called in an actor
     arm: str,  # the one that answers
@@ -308,7 +308,7 @@ def _signal_items(rows: Iterable[Example], selector: str, file: LongFile, asked:
         if open_lines([line], file.get, lambda old: old["status"] not in ("read", "ok")):
             yield {"line": line, "row": row}
 
-
+# %% ../../nbs/scale/rows.ipynb #baa16806
 def signal_reader(
     base_model: str,  # the model that reads the rows
     template: Any,  # in which it reads them

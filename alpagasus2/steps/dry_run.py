@@ -175,7 +175,7 @@ def _check_filled(known: Known) -> None:
             kept += f"{(1 - (arm.value or 0)) * seen:,.0f}"
             raise UserError(f"{name}: {arm.rows} rows, but {kept}; ask for fewer")
 
-
+# %% ../../nbs/steps/dry_run.ipynb #ad7e0f12
 def _check_kept(known: Known) -> None:
     "`UserError` where scores that are there keep too few rows for an arm of any replicate."
     recipe, scores = known.recipe, known.scores
@@ -221,7 +221,7 @@ def _read_list(endpoint: Address) -> tuple[int, bytes]:
     except httpx2.HTTPError:
         return 0, b""
 
-
+# %% ../../nbs/steps/dry_run.ipynb #15852a04
 def listed_models(
     endpoint: Address,
 ) -> list[str]:  # none where there is no list that can be read

@@ -161,7 +161,7 @@ def _made_by(old: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
     same = _decide_ratings(old) == _decide_ratings(plan)
     return ["selected", "adapters", "held_out.json", *([] if same else ["ratings.jsonl"])]
 
-
+# %% ../../nbs/steps/fix_claim.ipynb #2d6b4a95
 def changes(
     old: Mapping[str, Any],  # a claim
     new: Mapping[str, Any] | Recipe,  # another one, or a recipe alone

@@ -91,7 +91,7 @@ def _train_at_once(run: Run, selected: Mapping[str, list], arms: Sequence[str]) 
         run.models.release()
         train_apart(todo, run.workers, run.progress)
 
-
+# %% ../../nbs/steps/training.ipynb #aa5378cd
 def _check_trained(run: Run, part: str, chosen: int) -> None:
     "Arms are comparable only at the rows and steps that the claim fixed for so many chosen rows."
     path = run.dir / "adapters" / part / "train_result.json"

@@ -406,6 +406,6 @@ def test_what_can_be_refused_is_refused_before_the_base_is_loaded(bench, rows, t
     with patch("alpagasus2.train.training_step", side_effect=steps), pytest.raises(Stop):
         training.train(str(bench / "tiny"), rows, output, training.TrainConfig(**few))
     assert step_of(output) == 2
-    assert "learning_rate is 0.5, but" in refused(learning_rate=0.5)
+    assert "learning_rate was 0.01 and is now 0.5" in refused(learning_rate=0.5)
     state(output).write_bytes(state(output).read_bytes()[:1000])
     assert "is no checkpoint" in refused()

@@ -343,11 +343,12 @@ def is_complete(
 ) -> bool:  # True: nothing is left to do
     "Whether `output` was finished, and with these settings."
     entry = manifest_entry(output)
-    if config is not None and "config" in entry:
-        same = changed_setting(entry["config"], json.loads(files.dumps(config))) is None
-    else:
-        same = config is None
-    return Path(output).exists() and bool(entry.get("ended")) and same
+    if not (Path(output).exists() and entry.get("ended")):
+        return False
+    if config is None:
+        return True
+    wanted = json.loads(files.dumps(config))
+    return "config" in entry and changed_setting(entry["config"], wanted) is None
 
 # %% ../../nbs/core/run_folder.ipynb #814ed9c2
 def duration(
@@ -420,7 +421,8 @@ def _left_over(lines: Iterable[Mapping], rows: Iterable[dict]) -> list[dict]:
     "Lines of a file beside those that it is to hold, of the same test set, model and so on."
     asked = {row_key(line) for line in lines}
     kinds = {key[1:] for key in asked}
-    return [x for x in rows if row_key(x)[1:] in kinds and row_key(x) not in asked]
+    keyed = ((row_key(row), row) for row in rows)
+    return [row for key, row in keyed if key[1:] in kinds and key not in asked]
 
 # %% ../../nbs/core/run_folder.ipynb #c4a0699e
 class Step:

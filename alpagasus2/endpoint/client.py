@@ -859,10 +859,9 @@ class _Asking:
     def stop_silent(self, reason: str) -> None:
         "Nothing is paid for blindly."
         endpoint = self.endpoint
-        help_ = "ask another model, or in other words"
-        if reason == "stop":
-            help_ = f"does its server take all of it for thoughts (--reasoning-parser)? Or {help_}"
-        help_ = MORE_ROOM if reason == "length" else help_
+        other = "ask another model, or in other words"
+        thoughts = "does its server take all of it for thoughts (--reasoning-parser)?"
+        help_ = {"length": MORE_ROOM, "stop": f"{thoughts} Or {other}"}.get(reason, other)
         raise UserError(
             f"{endpoint.base_url}, model {endpoint.model}: {self.silent} replies in a row without "
             f"text (finish_reason {reason}), {dollars(endpoint.budget.spent)} spent; {help_}; what "
